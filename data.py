@@ -1,0 +1,327 @@
+"""Tasks and pictures: what each task's input is, the built-in emoji data, and a plain folder reader.
+
+    TASKS      one row a task (MTU, arXiv 2503.11905, section 6.1): channels, scaling, null values, dropout, guidance
+    builtin    (task, split) -> a dataset over 1,911 emoji in two drawing styles; whole concepts are held out
+    Folder     images + metadata.jsonl, for your own pictures
+
+An example is a dict: prompt (str), target (3, H, W) and, for image-to-image tasks, source (3, H, W), floats in [-1, 1].
+"""
+import json
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+from unet import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+class Latent(NamedTuple):
+    """How a picture becomes a latent: a draw from q(z | image) or its mode; times the VAE's scaling factor or not."""
+    sample: bool
+    scaled: bool
+
+
+class Task(NamedTuple):
+    source: Latent | None   # the picture concatenated to z_t along channels; its null value is zeros
+    prompt: str             # what the text is; the null text is ""
+    drop: tuple             # conditioning dropout: P(text only), P(both), P(image only) are nulled
+    guidance: float         # the paper's text scale s_T on SD 1.5 (1: none)
+    image_guidance: float   # and image scale s_I
+
+
+TARGET = Latent(sample=True, scaled=True)
+# InstructPix2Pix encodes the condition with the mode and leaves it unscaled; models in its layout expect that.
+SOURCE = Latent(sample=False, scaled=False)
+
+TASKS = {
+    "t2i":     Task(None,   "a caption",                     (0.10, 0.00, 0.00), 7.5, 1.0),
+    "edit":    Task(SOURCE, "an instruction",                (0.05, 0.05, 0.05), 7.5, 1.6),
+    "sr":      Task(SOURCE, "empty",                         (0.00, 0.00, 0.00), 1.0, 1.0),
+    "inpaint": Task(SOURCE, '"remove the <object>", no mask', (0.05, 0.05, 0.05), 4.0, 1.5),
+}
+
+
+def latents(rule, mean, logvar, scaling_factor, noise=None):
+    """mean, logvar (B, 4, h, w) of q(z | image) -> the latents that `rule` asks for. The only place that scales."""
+    z = mean + torch.exp(0.5 * logvar) * noise if rule.sample else mean
+    return z * scaling_factor if rule.scaled else z
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Emoji: two styles of the same 1,911 pictures plus skin-tone variants, 64 x 64 on white
+
+TONES = {None: "yellow", "1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+STYLES = ("google", "twitter")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "pink", "grey", "light blue")
+PEOPLE = {"1F468 1F469 1F9D1": "man woman person", "1F466 1F467 1F9D2": "boy girl child", "1F474 1F475 1F9D3": "man woman person",
+          "1F934 1F478 1FAC5": "man woman person", "1F385 1F936": "man woman", "1F57A 1F483": "man woman", "2642 2640": "man woman"}
+GENDER = {code: word for codes, words in PEOPLE.items() for code, word in zip(codes.split(), words.split())}
+FIGURE = {code: codes.split()[0] for codes in PEOPLE for code in codes.split()}  # one code for all genders of a figure
+WORDS = {
+    "tone": ("make the skin tone {b}", "change the skin to {b}", "give it {b} skin", "turn the skin from {a} to {b}", "use a {b} skin tone"),
+    "gender": ("make it a {b}", "turn the {a} into a {b}", "show a {b} instead", "change the {a} to a {b}", "replace the {a} with a {b}"),
+    "colour": ("make it {b}", "change the colour to {b}", "turn it {b}", "paint it {b}", "change it from {a} to {b}"),
+}
+
+
+class Emoji(NamedTuple):
+    name: str
+    concept: str        # the same for all tones, genders, colours and styles of a thing: what is held out together
+    person: str | None  # man, woman or person, where one figure is shown
+    colour: str | None
+    cells: dict         # skin tone -> (x, y) in the sheets; None is the plain one
+
+
+def _emoji(row):
+    codes = [c for c in row["code"].split("-") if c not in ("FE0F", "200D")]
+    figures = [GENDER[c] for c in codes if c in GENDER]
+    person = figures[0] if len(figures) == 1 else "person" if not figures and row["category"] == "People & Body" else None
+    concept, colour = "-".join(FIGURE.get(c, c) for c in codes if c not in ("2640", "2642", "27A1")), None
+    words = row["short_name"].replace("_", " ").replace("large ", "").replace("closed book", "red book")
+    for thing in ("heart", "circle", "square", "book"):
+        for c in COLOURS:
+            if words == f"{c} {thing}" or (c, thing) == ("red", words):
+                colour, concept = c, f"coloured {thing}"
+    return Emoji(row["name"], concept, person if "27A1" not in codes else None, colour, {None: row["cell"]} | row.get("tones", {}))
+
+
+def held_out(concept):
+    """The split: a fixed function of the concept (or file) name; one in ten is held out."""
+    return zlib.crc32(concept.encode()) % 10 == 0
+
+
+class Sheet:
+    """The sheets in memory: one 64 x 64 cell per emoji, with a transparent border of one pixel."""
+    rows, sheets = None, {}
+
+    @classmethod
+    def load(cls):
+        if cls.rows is None:
+            cls.rows = [_emoji(r) for r in json.loads((ASSETS / "emoji/emoji.json").read_text())]
+            cls.sheets = {s: Image.open(ASSETS / f"emoji/{s}.png").convert("RGBA") for s in STYLES}
+        return cls.rows
+
+    @classmethod
+    def picture(cls, style, cell):
+        x, y = 66 * cell[0] + 1, 66 * cell[1] + 1
+        return cls.sheets[style].crop((x, y, x + 64, y + 64))  # RGBA
+
+    @classmethod
+    def same(cls, style, a, b):
+        """A few variants are drawn alike."""
+        return cls.picture(style, a).tobytes() == cls.picture(style, b).tobytes()
+
+
+def on_white(picture):
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    return white.convert("RGB")
+
+
+def to_tensor(picture):
+    """PIL RGB picture -> (3, H, W) float in [-1, 1]."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
+
+
+def to_pil(image):
+    """(3, H, W) float in [-1, 1] -> PIL RGB picture."""
+    array = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+class Builtin(torch.utils.data.Dataset):
+    """builtin(task, split)[i]; `get(i, rng)` draws the random parts (words, places, degradation) anew, [i] draws them from i."""
+
+    def __init__(self, task, split):
+        self.task, self.rows = task, [e for e in Sheet.load() if held_out(e.concept) == (split == "heldout")]
+        self.items = getattr(self, f"_{task}_items")()
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.get(i, np.random.default_rng((len(self), i)))
+
+    def get(self, i, rng):
+        return getattr(self, f"_{self.task}")(self.items[i], rng)
+
+    # t2i: caption -> picture
+
+    def _t2i_items(self):
+        return [(e, style) for e in self.rows for style in STYLES]
+
+    def _t2i(self, item, rng):
+        e, style = item
+        tone = _tone(e, rng)
+        return dict(prompt=caption(e, tone, style), target=to_tensor(on_white(Sheet.picture(style, e.cells[tone]))))
+
+    # edit: skin tone, gender, colour
+
+    def _edit_items(self):
+        items, groups = [], {}
+        for e in self.rows:
+            tones = [t for t in e.cells if t in TONES]
+            items += [("tone", TONES[a], TONES[b], e.cells[a], e.cells[b], s) for a in tones for b in tones if a != b for s in STYLES]
+            groups.setdefault(e.concept, []).append(e)
+        for group in groups.values():
+            for kind, word in (("gender", "person"), ("colour", "colour")):
+                named = [e for e in group if getattr(e, word)]
+                if len({getattr(e, word) for e in named}) < len(named):  # ambiguous, as couples are
+                    continue
+                items += [(kind, getattr(a, word), getattr(b, word), a.cells[t], b.cells[t], s)
+                          for a in named for b in named if a is not b for t in a.cells if t in b.cells for s in STYLES]
+        return [item for item in items if not Sheet.same(item[5], item[3], item[4])]
+
+    def _edit(self, item, rng):
+        kind, a, b, source, target, style = item
+        source, target = (to_tensor(on_white(Sheet.picture(style, cell))) for cell in (source, target))
+        return dict(prompt=str(rng.choice(WORDS[kind])).format(a=a, b=b), source=source, target=target, kind=kind)
+
+    # sr: degraded -> clean
+
+    def _sr_items(self):
+        return self._t2i_items()
+
+    def _sr(self, item, rng):
+        e, style = item
+        target = on_white(Sheet.picture(style, e.cells[_tone(e, rng)]))
+        return dict(prompt="", source=to_tensor(degrade(target, rng, max_sigma=1.5)), target=to_tensor(target))
+
+    # inpaint: two objects on one canvas, remove one
+
+    def _inpaint_items(self):
+        return self._t2i_items()
+
+    def _inpaint(self, item, rng):
+        e, style = item
+        other = e
+        while other.concept == e.concept:
+            other = self.rows[rng.integers(len(self.rows))]
+        beside, place = ("left", "right") if rng.random() < 0.5 else ("top", "bottom"), []
+        for end in (0, 1):
+            size = int(rng.integers(30, 41))
+            along, across = int(rng.integers(0, 4)), int(rng.integers(0, 64 - size + 1))
+            along = along if end == 0 else 64 - size - along
+            place.append((size, (along, across) if beside[0] == "left" else (across, along)))
+        keep = int(rng.integers(2))  # which end stays
+        with_both, with_one = (Image.new("RGBA", (64, 64), "white") for _ in range(2))
+        objects = [(other, keep), (e, 1 - keep)]  # e goes
+        for index in rng.permutation(2):
+            thing, end = objects[index]
+            size, corner = place[end]
+            picture = Sheet.picture(style, thing.cells[None]).resize((size, size), Image.LANCZOS)
+            with_both.alpha_composite(picture, corner)
+            if thing is other:
+                with_one.alpha_composite(picture, corner)
+        prompt, kind = f"remove the {e.name}", "named"
+        if rng.random() < 0.5:
+            side = beside[1 - keep]
+            prompt, kind = prompt + (f" on the {side}" if beside[0] == "left" else f" at the {side}"), "placed"
+        return dict(prompt=prompt, source=to_tensor(with_both.convert("RGB")), target=to_tensor(with_one.convert("RGB")), kind=kind)
+
+
+def _tone(e, rng):
+    """Half of the time the plain picture, so that the many skin tones of a few figures do not crowd out the rest."""
+    tones = list(e.cells)
+    return tones[rng.integers(len(tones))] if rng.random() < 0.5 else None
+
+
+def caption(e, tone, style):
+    tones = "" if tone is None else ", " + " and ".join(TONES[t] for t in dict.fromkeys(tone.split("-"))) + " skin tone"
+    return f"{e.name}{tones}, {style} style"
+
+
+def builtin(task, split):
+    """The built-in data set of a task; split is "train" or "heldout"."""
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+    if split not in ("train", "heldout"):
+        raise UserError(f"unknown split {split!r}; use train or heldout")
+    return Builtin(task, split)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Super-resolution's degradation
+
+def degrade(picture, rng, max_sigma=3.0):
+    """PIL RGB -> PIL RGB of the same size, half the resolution: Gaussian blur, half size (bicubic), Poisson noise, back to size.
+
+    MTU names blur, Poisson noise and x2 only. Ranges are the first stage of Real-ESRGAN (arXiv 2107.10833): sigma in
+    [0.2, 3] pixels, Poisson scale in [0.05, 3]; the built-in 64-pixel pictures use sigma up to 1.5, since 3 leaves no picture.
+    """
+    width, height = picture.size
+    small = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, max_sigma))).resize((width // 2, height // 2), Image.BICUBIC)
+    x = np.asarray(small, dtype=np.float32) / 255
+    noise = rng.poisson(x * 255) / 255 - x          # shot noise at 255 levels, as in Real-ESRGAN's Poisson branch
+    x = np.clip(x + rng.uniform(0.05, 3.0) * noise, 0, 1)
+    return Image.fromarray((x * 255).round().astype(np.uint8)).resize((width, height), Image.BICUBIC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your own pictures
+
+class Folder(torch.utils.data.Dataset):
+    """Pictures and a metadata.jsonl, one JSON object a line:
+
+        {"file_name": "target.jpg", "text": "a caption or an instruction", "source_file_name": "source.jpg"}
+
+    text is absent for sr; source_file_name is for edit and inpaint (sr makes its own). Pictures are cropped to a centred square and
+    resized to size x size pixels. "split": "heldout" in a line decides the split; without any, one file name in ten is held out.
+    """
+
+    def __init__(self, root, task, split, size):
+        self.task, self.size, self.root = task, size, Path(root) / task if (Path(root) / task).is_dir() else Path(root)
+        path = self.root / "metadata.jsonl"
+        if not path.is_file():
+            raise UserError(f"no {path}: --data wants a folder with pictures and a metadata.jsonl (or one such folder per task, named {task})")
+        self.items = []
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                wanted = ["file_name"] + ["text"] * (task != "sr") + ["source_file_name"] * (task in ("edit", "inpaint"))
+                missing = [key for key in wanted if not isinstance(row[key], str)]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} line {number}: {error if isinstance(error, ValueError) else f'no {error}'}; {task} needs {', '.join(wanted)}"
+                                if not isinstance(error, ValueError) else f"{path} line {number} is not JSON ({error})") from None
+            if missing:
+                raise UserError(f"{path} line {number}: {', '.join(missing)} must be text")
+            if row.get("split", "heldout" if held_out(row["file_name"]) else "train") == split:
+                self.items.append(row)
+        if not self.items:
+            raise UserError(f"{path} has no {split} pictures for {task}")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.get(i, np.random.default_rng((len(self), i)))
+
+    def _picture(self, name):
+        try:
+            with Image.open(self.root / name) as picture:
+                picture = on_white(picture.convert("RGBA"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{self.root / name} cannot be read as a picture ({error})") from None
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        return picture.crop((left, top, left + side, top + side)).resize((self.size, self.size), Image.LANCZOS)
+
+    def get(self, i, rng):
+        row, example = self.items[i], {}
+        target = self._picture(row["file_name"])
+        if self.task == "sr":
+            example["source"] = to_tensor(degrade(target, rng))
+        elif TASKS[self.task].source:
+            example["source"] = to_tensor(self._picture(row["source_file_name"]))
+        return dict(prompt="" if self.task == "sr" else row["text"], target=to_tensor(target), **example)

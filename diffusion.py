@@ -1,0 +1,227 @@
+"""Noise schedules, the training loss, DDIM, guidance. Knows no network: a model is any function (x_t, t) -> prediction.
+
+    DDPM    Ho et al. 2020, arXiv 2006.11239             DDIM    Song et al. 2020, arXiv 2010.02502
+    v       Salimans and Ho 2022, arXiv 2202.00512       guidance with an image    InstructPix2Pix, arXiv 2211.09800
+    MTU     the multi-task loss, here per sample: the sum over tasks of its Eq. 2 belongs to whoever mixes the tasks
+
+Timesteps run over 0..T-1 as in diffusers: alpha_bar[0] is the level after the first noising step, and no index means "clean".
+alpha_bar is a_t in MTU and alpha_t in DDIM; sqrt(alpha_bar) and sqrt(1 - alpha_bar) are v's alpha and sigma.
+
+Letters: B batch, C channels, H W latent or picture, T training timesteps, K guidance branches.
+"""
+import math
+
+import torch
+
+from unet import UserError
+
+# diffusers' DDIMScheduler; Stable Diffusion's own file overrides nearly all of it, so build from the model's config
+DEFAULTS = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
+                rescale_betas_zero_snr=False, prediction_type="epsilon", clip_sample=True, clip_sample_range=1.0,
+                set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading")
+_EULER = dict(clip_sample=False, timestep_spacing="linspace")
+CLASSES = {"DDIMScheduler": {}, "DDPMScheduler": {}, "PNDMScheduler": dict(clip_sample=False, set_alpha_to_one=False),
+           "EulerDiscreteScheduler": _EULER, "EulerAncestralDiscreteScheduler": _EULER}  # where each class's defaults differ
+CHOICES = dict(beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"), prediction_type=("epsilon", "v_prediction"),
+               timestep_spacing=("leading", "linspace", "trailing"), thresholding=(False,), use_karras_sigmas=(False,),
+               use_exponential_sigmas=(False,), use_beta_sigmas=(False,), interpolation_type=("linear",), timestep_type=("discrete",),
+               variance_type=("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"), final_sigmas_type=("zero",),
+               sigma_min=(None,), sigma_max=(None,))
+WITHOUT_EFFECT = {"skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value"}  # PNDM's warm-up; thresholding's numbers
+
+
+class Diffusion:
+    """A noise schedule and what follows from it. Tensors it returns are fp32 or wider, also for half-precision inputs.
+
+    config      every key of DEFAULTS with its value
+    alpha_bar   (T,) fp32, decreasing; `to(device)` moves it (an input on another device works too, with a copy per call)
+    """
+
+    def __init__(self, alpha_bar, config):
+        self.alpha_bar, self.config = alpha_bar, config
+        self.T = len(alpha_bar)
+        # the level after the last step
+        self.final_alpha_bar = torch.ones_like(alpha_bar[0]) if config["set_alpha_to_one"] else alpha_bar[0]
+
+    @classmethod
+    def from_config(cls, scheduler_config):
+        """From the dict of a scheduler_config.json (DDIM, DDPM, PNDM or Euler; without `_class_name`, DDIM).
+
+        Betas, prediction type, clipping and timesteps are the file's; the sampler is not. PNDM (Stable Diffusion 1.5), DDPM and
+        Euler files are sampled by `ddim` on the same betas, and skip_prk_steps has no meaning there.
+        Absent keys take the defaults of the class that the file names. What is not implemented raises UserError, by name.
+        """
+        name = scheduler_config.get("_class_name", "DDIMScheduler")
+        if name not in CLASSES:
+            raise UserError(f"scheduler {name} is not implemented; use one of {', '.join(CLASSES)}")
+        config = {**DEFAULTS, **CLASSES[name]}
+        for key, value in scheduler_config.items():
+            if key.startswith("_") or key in WITHOUT_EFFECT:
+                continue
+            if key not in DEFAULTS and key not in CHOICES:
+                raise UserError(f"scheduler config: {key} is not implemented")
+            if key in CHOICES and value not in CHOICES[key]:
+                raise UserError(f"scheduler config: {key} = {value!r} is not implemented; "
+                                f"use {' or '.join(map(repr, CHOICES[key]))}")
+            if key in DEFAULTS:
+                config[key] = value
+        betas = _betas(config)
+        if config["num_train_timesteps"] != len(betas):
+            raise UserError(f"scheduler config: trained_betas has {len(betas)} values, "
+                            f"num_train_timesteps is {config['num_train_timesteps']}")
+        alpha_bar = torch.cumprod(1 - betas, 0)  # DDPM, above Eq. 4
+        if config["rescale_betas_zero_snr"]:
+            if config["prediction_type"] == "epsilon":
+                raise UserError("scheduler config: rescale_betas_zero_snr needs prediction_type v_prediction; "
+                                "at alpha_bar = 0 the noise says nothing about x0")
+            s = alpha_bar.sqrt()  # arXiv 2305.08891, Algorithm 1: shift the last to 0, scale the first back
+            alpha_bar = ((s - s[-1]) * (s[0] / (s[0] - s[-1]))) ** 2
+        return cls(alpha_bar, config)
+
+    def to(self, device):
+        self.alpha_bar, self.final_alpha_bar = self.alpha_bar.to(device), self.final_alpha_bar.to(device)
+        return self
+
+    def _signal_noise(self, t, x):
+        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) for t (B,), each (B,1,1,1) to multiply x (B,C,H,W)."""
+        a = self.alpha_bar.to(x.device)[t.to(x.device)].view(-1, *[1] * (x.dim() - 1))
+        return a.sqrt(), (1 - a).sqrt()
+
+    def add_noise(self, x0, noise, t):
+        """x0, noise (B,C,H,W), t (B,) long -> x_t (B,C,H,W), a draw of q(x_t | x_0)."""
+        signal, sigma = self._signal_noise(t, x0)
+        return signal * x0 + sigma * noise  # DDPM Eq. 4; z_t of MTU Eq. 2
+
+    def target(self, x0, noise, t):
+        """What the model should predict at x_t = add_noise(x0, noise, t): the noise, or v. (B,C,H,W)"""
+        if self.config["prediction_type"] == "epsilon":
+            return noise
+        signal, sigma = self._signal_noise(t, x0)
+        return signal * noise - sigma * x0  # Salimans and Ho, section 4: v = alpha eps - sigma x
+
+    def loss(self, model, x0, t, noise):
+        """One sample's term of MTU Eq. 2 (DDPM Eq. 14): || eps - f(z_t, t) ||^2, a mean over C, H, W in fp32 -> (B,).
+
+        `model(x_t, t)` closes over its conditions. MTU prints the norm without the square; the square is meant, as in DDPM.
+        """
+        prediction = model(self.add_noise(x0, noise, t), t)
+        return (self.target(x0, noise, t) - prediction.float()).square().flatten(1).mean(1)
+
+    def to_x0_eps(self, prediction, x_t, t):
+        """The prediction (noise or v, (B,C,H,W)) at x_t, t (B,) -> x0, eps, both (B,C,H,W).
+
+        x0 is clamped to +-clip_sample_range where the config has clip_sample; eps stays the model's own, as in diffusers.
+        """
+        signal, sigma = self._signal_noise(t, x_t)
+        if self.config["prediction_type"] == "epsilon":
+            x0, eps = (x_t - sigma * prediction) / signal, prediction  # DDIM Eq. 9
+        else:
+            x0, eps = signal * x_t - sigma * prediction, signal * prediction + sigma * x_t  # Salimans and Ho, appendix D
+        if self.config["clip_sample"]:
+            x0 = x0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
+        return x0, eps
+
+    def timesteps(self, steps):
+        """The timesteps that `steps` sampling steps visit: a descending list of ints (diffusers' DDIM; arXiv 2305.08891, Table 2)."""
+        if not 1 <= steps <= self.T:
+            raise UserError(f"steps = {steps}: choose from 1 to {self.T}, the timesteps the model was trained with")
+        spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+        if spacing == "leading":
+            out = [i * (self.T // steps) + offset for i in reversed(range(steps))]
+        elif spacing == "linspace":
+            stride = (self.T - 1) / max(steps - 1, 1)
+            out = [round(i * stride) for i in reversed(range(steps))]
+        else:  # trailing
+            stride = (self.T - self.T / steps) - self.T  # not -T / steps: numpy's arange rounds so, which decides the ties
+            out = [round(self.T + i * stride) - 1 for i in range(steps)]
+        if out[0] >= self.T:
+            raise UserError(f"steps = {steps} with steps_offset = {offset} asks for timestep {out[0]} of 0..{self.T - 1}; take fewer steps")
+        return out
+
+
+def _betas(config):
+    """The noise added at each of the T steps, (T,) fp32; the arithmetic is diffusers', so that the values are equal."""
+    T, first, last, schedule = (config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"))
+    if config["trained_betas"] is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+    if schedule == "linear":  # DDPM, section 4
+        return torch.linspace(first, last, T)
+    if schedule == "scaled_linear":  # latent diffusion
+        return torch.linspace(first ** 0.5, last ** 0.5, T) ** 2
+
+    def cosine(u):  # squaredcos_cap_v2: Nichol and Dhariwal, arXiv 2102.09672, Eq. 17
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return torch.tensor([min(1 - cosine((i + 1) / T) / cosine(i / T), 0.999) for i in range(T)])
+
+
+@torch.no_grad()
+def ddim(diffusion, model, x, steps=50, eta=0.0, start=0, generators=None, callback=None):
+    """DDIM: x (B,C,H,W) at the level of timesteps(steps)[start] -> x0 (B,C,H,W).
+
+    model(x, t (B,) long) -> prediction (B,C,H,W), guided already. eta 0 is deterministic, eta 1 is DDPM's posterior noise.
+    x is randn(...) for start = 0, or comes with its start from `partway`. generators: see `randn`; read only where eta > 0.
+    callback(i, t, x, x0) sees each step: its number, its timestep (int), the new x and the x0 predicted on the way.
+
+    As in diffusers a step goes from t to t - T // steps, which for linspace and trailing can differ by a little from the next t visited.
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta = {eta}: choose from 0 (deterministic) to 1 (DDPM)")
+    for i, t in enumerate(diffusion.timesteps(steps)[start:]):
+        batch_t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
+        x0, eps = diffusion.to_x0_eps(model(x, batch_t), x, batch_t)
+        prev = t - diffusion.T // steps
+        a, a_prev = diffusion.alpha_bar[t], diffusion.alpha_bar[prev] if prev >= 0 else diffusion.final_alpha_bar
+        var = eta ** 2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)  # DDIM Eq. 16, squared
+        x = a_prev.sqrt() * x0 + (1 - a_prev - var).sqrt() * eps  # DDIM Eq. 12: predicted x0, direction to x_t
+        if eta > 0:
+            x = x + var.sqrt() * randn(x.shape, generators, x.device)  # DDIM Eq. 12: random noise
+        if callback is not None:
+            callback(i, t, x, x0)
+    return x
+
+
+def partway(diffusion, x0, noise, steps, strength):
+    """Start from a picture (SDEdit, arXiv 2108.01073; diffusers' img2img): x0, noise (B,C,H,W) -> x (B,C,H,W), start for `ddim`.
+
+    strength in (0, 1] is the share of the steps that is run: near 0 keeps the picture, 1 runs them all.
+    """
+    run = min(int(steps * strength), steps)
+    if not 0 < strength <= 1 or run < 1:
+        raise UserError(f"strength = {strength} with {steps} steps leaves {max(run, 0)} to run; choose strength from {1 / steps:.3g} to 1")
+    start = steps - run
+    t = torch.full((len(x0),), diffusion.timesteps(steps)[start], dtype=torch.long, device=x0.device)
+    return diffusion.add_noise(x0, noise, t), start
+
+
+def guide(out, text_scale=1.0, image_scale=1.0):
+    """Classifier-free guidance: predictions out (K,B,C,H,W) -> (B,C,H,W), on every channel. Other K: ValueError.
+
+    K = 1   [given]                        as it is
+    K = 2   [no text, text]                Ho and Salimans, arXiv 2207.12598, with scale 1 the conditional model (their w + 1)
+    K = 3   [none, image, image + text]    InstructPix2Pix Eq. 3
+    """
+    if len(out) == 1:
+        return out[0]
+    if len(out) == 2:
+        return out[0] + text_scale * (out[1] - out[0])
+    if len(out) == 3:
+        return out[0] + image_scale * (out[1] - out[0]) + text_scale * (out[2] - out[1])
+    raise ValueError(f"guide takes 1, 2 or 3 branches, got {len(out)}")
+
+
+def seeded(seeds):
+    """One CPU generator per picture, for `randn`."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def randn(shape, generators=None, device="cpu"):
+    """Standard normal noise of shape (B,...) in fp32; generators: a list of B, one per picture, or None for torch's own.
+
+    A picture's noise comes from its own CPU generator, so it does not depend on the batch around it or on the device, and equals the
+    noise of a diffusers pipeline in fp32 that is given the same generators.
+    """
+    if generators is None:
+        return torch.randn(shape, device=device)
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}")
+    return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generators]).to(device)

@@ -1,0 +1,218 @@
+"""MTU: a pretrained text-to-image U-Net upcycled to many tasks (Chavhan et al., ICML 2025, arXiv 2503.11905).
+
+Every feed-forward network is cut into N experts that a router mixes by task; norms before the experts and the input
+convolution exist once per task. Everything else is shared and frozen.
+
+    Eq. 1    w_i = softmax(g(e_task; theta_r))_i       FFN(x) = sum_i w_i E_i(x)        i = 1..N
+
+Experts stay in the dense layout: expert i is slice i of the inner width, so the sum over experts is the dense FFN with its inner
+activations multiplied by w_i, one elementwise product more than the pretrained network. For a fixed task it folds into plain weights.
+
+    python moe.py                          parameters and FLOPs of Stable Diffusion 1.5 before and after
+    python moe.py --model assets/tiny-mtu  the same for a folder, and its router weights
+
+Letters: B batch, L positions, C channels, E experts, T tasks, H inner width of one expert, D width of the task embedding.
+"""
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from unet import BasicTransformerBlock, UNet, UserError, command, fetch, load_weights, read_json
+
+TASKS = ("t2i", "edit", "sr", "inpaint")
+
+
+class TaskLayerNorm(nn.Module):
+    """Psi_L: the norm before the experts, one row of scale and shift per task, shared by the experts."""
+
+    def __init__(self, norm, num_tasks):
+        super().__init__()
+        self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
+        self.weight = nn.Parameter(norm.weight.detach().expand(num_tasks, -1).clone())   # (T, C)
+        self.bias = nn.Parameter(norm.bias.detach().expand(num_tasks, -1).clone())
+
+    def forward(self, x, cond):
+        x = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(F.embedding(cond.task, self.bias)[:, None].to(x.dtype), x, F.embedding(cond.task, self.weight)[:, None].to(x.dtype))
+
+
+class TaskConv(nn.Module):
+    """psi_task: the input convolution, one per task. Tasks with fewer channels than the widest have zeros there, and keep them."""
+
+    def __init__(self, conv, in_channels, latent_channels):
+        super().__init__()
+        self.stride, self.padding, self.kernel_size = conv.stride, conv.padding, conv.kernel_size
+        C, base = conv.weight.shape[:2]
+        weight = conv.weight.detach().new_zeros(len(in_channels), C, max(in_channels), *conv.kernel_size)
+        for row, channels in zip(weight, in_channels):
+            # A base as wide as the task (InstructPix2Pix, say) keeps its weights; otherwise all but the noisy latent's start at zero.
+            shared = base if channels == base else latent_channels
+            row[:, :shared] = conv.weight.detach()[:, :shared]
+        self.weight = nn.Parameter(weight)                                                # (T, C, Cin, 3, 3)
+        self.bias = nn.Parameter(conv.bias.detach().expand(len(in_channels), -1).clone())  # (T, C)
+
+    def forward(self, x, cond):
+        (B, channels, height, width), (T, C, widest) = x.shape, self.weight.shape[:3]
+        x = F.pad(x, (0, 0, 0, 0, 0, widest - channels))
+        # One convolution per sample is a matrix product of that sample's 3 x 3 patches with its task's row.
+        patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, 9 Cin, H W)
+        weight = F.embedding(cond.task, self.weight.flatten(1)).view(B, C, -1).to(x.dtype)
+        out = torch.baddbmm(F.embedding(cond.task, self.bias)[..., None].to(x.dtype), weight, patches)
+        return out.view(B, C, height, width)
+
+
+class ExpertFeedForward(nn.Module):
+    """Eq. 1 for a GEGLU feed-forward network; `net` keeps the pretrained names, its inner width holds E experts of width H side by side."""
+
+    def __init__(self, ff, num_experts, init, expert_width, top_k, task_dim, router_dim):
+        super().__init__()
+        self.net, self.num_experts, self.top_k = ff.net, num_experts, top_k
+        project, out = ff.net[0].proj, ff.net[2]
+        inner = out.in_features
+        H = round(inner * expert_width)
+        if H * num_experts != inner:                       # the paper's G: wider or narrower experts than d_FFN / N
+            units = torch.arange(num_experts * H) % inner  # expert i takes H units from i H on, around the end
+            project.weight = nn.Parameter(project.weight.detach()[torch.cat([units, inner + units])])  # the same units of value and gate
+            project.bias = nn.Parameter(project.bias.detach()[torch.cat([units, inner + units])])
+            out.weight = nn.Parameter(out.weight.detach()[:, units])
+            project.out_features, out.in_features = 2 * len(units), len(units)
+        self.out_bias = nn.Parameter(out.bias.detach().expand(num_experts, -1).clone())  # (E, C): a copy each, since sum_i w_i = 1
+        out.bias = None
+        # Uniform weights 1/N count every unit N G times, each with 1/N. Times 1/G, on the activations, the dense network is back.
+        self.scale = 1 / expert_width if init == "preserve" else 1.0
+        self.router = nn.Sequential(nn.Linear(task_dim, router_dim), nn.ReLU(), nn.Linear(router_dim, num_experts))
+        nn.init.zeros_(self.router[2].weight)
+        # Experts that hold the same units (N G > 1) would get the same gradient for ever. Copy k starts a little heavier than copy k - 1.
+        self.router[2].bias = nn.Parameter(0.1 * torch.floor(torch.arange(num_experts) * expert_width + 1e-6).to(out.weight.device))
+
+    def weights(self, task_embedding):
+        """task_embedding (B, D) -> w (B, E), rows sum to 1. Eq. 1, left."""
+        w = self.router(task_embedding).float().softmax(dim=-1)
+        if self.top_k is not None:
+            best = w.topk(self.top_k, dim=-1)
+            w = torch.zeros_like(w).scatter(-1, best.indices, best.values / best.values.sum(dim=-1, keepdim=True))
+        return w
+
+    def forward(self, x, cond):
+        h = self.net[0](x)                                                   # (B, L, E H)
+        w = self.weights(cond.task_emb).to(h.dtype)
+        h = h * (self.scale * w).repeat_interleave(h.shape[-1] // self.num_experts, dim=-1)[:, None]
+        return F.linear(h, self.net[2].weight) + (w @ self.out_bias.to(w.dtype))[:, None]
+
+
+def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None, top_k=None, in_channels=None, task_dim=None,
+            router_dim=None):
+    """Upcycle a pretrained U-Net in place and return it. Only the paper's list trains afterwards: experts, routers, task
+    embedding, task norms and task convolutions.
+
+    init: "preserve" equals the dense network at step 0; "literal" is the paper's plain copy, whose FFN outputs start at 1/N.
+    expert_width: the paper's G = d_expert / d_FFN, default 1/N. top_k: keep the k largest weights, renormalised (an ablation).
+    in_channels: per task; default 4 for "t2i" (the latent's), twice that or the base's for image-to-image tasks.
+    task_dim, router_dim: widths of the task embedding and of the routers' hidden layer; default the text width, 768 for SD 1.5,
+    which gives the paper's printed 158M trainable and 869M in all (the paper states neither).
+    """
+    config, latent = unet.config, unet.config["out_channels"]
+    if "moe" in config:
+        raise UserError(f"this U-Net is upcycled already, to {', '.join(config['moe']['tasks'])}; add_task adds another")
+    if num_experts < 1 or init not in ("preserve", "literal") or not 1 <= (top_k or 1) <= num_experts or len(set(tasks)) < len(tasks):
+        raise UserError(f"cannot upcycle with num_experts={num_experts}, init={init!r}, top_k={top_k}, tasks={tuple(tasks)}: "
+                        "at least one expert, init preserve or literal, top_k within 1..num_experts, task names unique")
+    width = 1 / num_experts if expert_width is None else expert_width
+    task_dim, router_dim = task_dim or config["cross_attention_dim"], router_dim or config["cross_attention_dim"]
+    channels = {task: (in_channels or {}).get(task, latent if task == "t2i" else max(2 * latent, config["in_channels"])) for task in tasks}
+    if min(channels.values()) < latent:
+        raise UserError(f"in_channels={channels}: a task has at least the {latent} channels of the noisy latent")
+    for block in (m for m in unet.modules() if isinstance(m, BasicTransformerBlock)):
+        inner = block.ff.net[2].in_features
+        copies = width * num_experts
+        if not math.isclose(inner * width, round(inner * width)) or (init == "preserve" and not math.isclose(copies, round(copies))):
+            raise UserError(f"{num_experts} experts of width {width:g} x {inner} do not cut the FFN evenly; choose num_experts that divides "
+                            f"{inner}, and for init=preserve num_experts x expert_width a whole number")
+        block.norm3 = TaskLayerNorm(block.norm3, len(tasks))
+        block.ff = ExpertFeedForward(block.ff, num_experts, init, width, top_k, task_dim, router_dim)
+    unet.conv_in = TaskConv(unet.conv_in, list(channels.values()), latent)
+    unet.task_embedding = nn.Embedding(len(tasks), task_dim, device=unet.conv_in.weight.device)
+    nn.init.normal_(unet.task_embedding.weight)
+    config["_class_name"] = "UpcycledUNet"  # so that no other loader opens the folder and draws wrong pictures
+    config["moe"] = dict(tasks=list(tasks), num_experts=num_experts, init=init, expert_width=expert_width, top_k=top_k,
+                         in_channels=channels, task_dim=task_dim, router_dim=router_dim)
+    return freeze(unet)
+
+
+def freeze(unet):
+    """The paper's list trains, everything else is frozen (attention, residual blocks, time embedding, output convolution)."""
+    unet.requires_grad_(False)
+    for module in unet.modules():
+        if isinstance(module, (TaskLayerNorm, TaskConv, ExpertFeedForward)):
+            module.requires_grad_(True)
+    unet.task_embedding.requires_grad_(True)
+    return unet
+
+
+def task_index(unet, task):
+    """The row of a task, given by name or index."""
+    tasks = unet.config["moe"]["tasks"]
+    if task in tasks:
+        return tasks.index(task)
+    if isinstance(task, int) and 0 <= task < len(tasks):
+        return task
+    raise UserError(f"unknown task {task!r}; this model knows {', '.join(tasks)}")
+
+
+def add_task(unet, task, like):
+    """Add a task that starts as a copy of `like`. Only its own rows train afterwards, so the other tasks stay as they are."""
+    moe = unet.config["moe"]
+    if task in moe["tasks"]:
+        raise UserError(f"this model has a task {task!r} already")
+    row = task_index(unet, like)
+    unet.requires_grad_(False)
+    tables = [m for m in unet.modules() if isinstance(m, (TaskLayerNorm, TaskConv))] + [unet.task_embedding]
+    for table in tables:
+        for name, value in table.named_parameters():
+            setattr(table, name, nn.Parameter(torch.cat([value.detach(), value.detach()[row:row + 1]])))  # rows of others get no gradient
+    unet.task_embedding.num_embeddings += 1
+    moe["tasks"] = [*moe["tasks"], task]
+    moe["in_channels"] = {**moe["in_channels"], task: moe["in_channels"][moe["tasks"][row]]}
+    return unet
+
+
+@torch.no_grad()
+def fold(unet, task):
+    """The mixture for one task as an ordinary U-Net: w goes into the FFNs' output layers, norms and convolution lose their other
+    rows. Saves as a diffusers unet/ folder. Experts with N G != 1 change the FFNs' width and do not fold."""
+    moe, row = unet.config["moe"], task_index(unet, task)
+    if not math.isclose(moe["num_experts"] * (moe["expert_width"] or 1 / moe["num_experts"]), 1):
+        raise UserError(f"{moe['num_experts']} experts of width {moe['expert_width']:g} make FFNs wider than an ordinary U-Net's: they do not fold")
+    channels = moe["in_channels"][moe["tasks"][row]]
+    state = dict(unet.state_dict())
+    embedding = state.pop("task_embedding.weight")[row:row + 1]
+    state["conv_in.weight"], state["conv_in.bias"] = state["conv_in.weight"][row, :, :channels], state["conv_in.bias"][row]
+    for name, module in unet.named_modules():
+        if isinstance(module, TaskLayerNorm):
+            state[f"{name}.weight"], state[f"{name}.bias"] = state[f"{name}.weight"][row], state[f"{name}.bias"][row]
+        elif isinstance(module, ExpertFeedForward):
+            w = module.weights(embedding)[0].to(embedding.dtype)
+            columns = (module.scale * w).repeat_interleave(module.net[2].in_features // len(w))
+            state[f"{name}.net.2.weight"] = state[f"{name}.net.2.weight"] * columns
+            state[f"{name}.net.2.bias"] = w @ state.pop(f"{name}.out_bias")
+            for key in [key for key in state if key.startswith(f"{name}.router.")]:
+                del state[key]
+    config = {k: v for k, v in unet.config.items() if k not in ("moe", "_class_name")}
+    with torch.device("meta"):
+        folded = UNet({**config, "in_channels": channels})
+    folded.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    return folded.train(unet.training)
+
+
+def from_pretrained(path_or_hub_id, subfolder="unet"):
+    """A U-Net that `upcycle` made and `save_pretrained` saved."""
+    folder = fetch(path_or_hub_id, subfolder)
+    config = read_json(folder / "config.json")
+    moe = config.pop("moe")
+    with torch.device("meta"):
+        unet = upcycle(UNet(config), **moe)
+    load_weights(unet, folder)
+    return freeze(unet)

@@ -1,0 +1,416 @@
+"""Train: one flat loop for everything.
+
+    python train.py --task all                                  upcycles the shipped miniature to four tasks on the built-in data
+    python train.py --task t2i --model scratch                  trains the miniature itself, text encoder included
+    torchrun --nproc_per_node 8 train.py --task all --model stable-diffusion-v1-5/stable-diffusion-v1-5 --data /data
+
+Every batch holds every task (MTU Eq. 2: L = sum over tasks of the task's mean loss); sample k has task k mod T. Data, noise and timesteps
+are a function of (seed, step, k) alone. The same command again resumes. Letters: B global batch, T tasks, C channels, h w latent.
+"""
+import argparse
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import clip
+import data
+import moe
+from data import ASSETS, SOURCE, TARGET, TASKS, latents
+from diffusion import Diffusion
+from sample import Model, generate, grid, load_model, pick_device
+from unet import CONFIGS, UNet, UserError, command
+from vae import VAE
+
+BINS = 4                       # the loss is logged in this many equal ranges of timesteps
+SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+                 clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading", prediction_type="epsilon")
+
+
+def get_args():
+    p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--task", default="all", help=f"all, or one or several of {', '.join(TASKS)}, separated by commas")
+    p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i only)")
+    p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
+    p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
+    p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
+    p.add_argument("--steps", type=int, help="default 400 for the miniature upcycled, 5000 from scratch; the paper: 100 epochs")
+    p.add_argument("--batch-size", type=int, default=32, help="global, a multiple of the number of tasks (the paper: 128)")
+    p.add_argument("--device-batch-size", type=int, help="samples at a time on one device; the rest is accumulated. Default: all")
+    p.add_argument("--lr", type=float, help="default 1e-3 for the miniature, else the paper's 1e-4")
+    p.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine", help="after the warm-up; cosine ends at zero")
+    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW, on weight matrices only (the paper: 0.01 for SDXL)")
+    p.add_argument("--ema", type=float, default=0.9999, help="largest decay of the weight average; (1 + step) / (10 + step) before")
+    p.add_argument("--num-experts", type=int, default=4, help="N, experts per FFN (the paper: 4 for SD 1.5, 1 for SDXL)")
+    p.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve", help="preserve equals the dense network at step 0")
+    p.add_argument("--expert-width", type=float, help="the paper's G, as a share of the FFN's width; default 1/N")
+    p.add_argument("--top-k", type=int, help="keep the k largest router weights; default all")
+    p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
+    p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
+    p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    p.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    p.add_argument("--sample-every", type=int, help="steps between sample grids; default: half way and at the end")
+    p.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
+    p.add_argument("--eval-size", type=int, default=64, help="held-out examples per task for the loss before and after")
+    p.add_argument("--seed", type=int, default=0)
+    return p.parse_args()
+
+
+class Examples(torch.utils.data.Dataset):
+    """Example i is sample k = i mod B of step i div B: picture, words, dropout, timestep and noise follow from (seed, step, k)."""
+
+    def __init__(self, datasets, batch_size, seed, num_timesteps, latent_shape):
+        self.tasks, self.datasets = list(datasets), datasets
+        self.batch_size, self.seed, self.T, self.latent_shape = batch_size, seed, num_timesteps, latent_shape
+
+    def __getitem__(self, i):
+        step, k = divmod(i, self.batch_size)
+        rng = np.random.default_rng((self.seed, step, k))
+        task = self.tasks[k % len(self.tasks)]
+        dataset = self.datasets[task]
+        example = self.condition(dataset.get(int(rng.integers(len(dataset))), rng), task, rng.random())
+        return self.noised(example, int(rng.integers(self.T)), int(rng.integers(2 ** 62)))
+
+    def held_out(self, datasets, count):
+        """Fixed examples, timesteps (spread evenly) and noise, `count` per task, in the tasks' order again and again."""
+        for i in range(count):
+            for task, dataset in datasets.items():
+                yield self.noised(self.condition(dataset[i * len(dataset) // count], task, 1.0), int((i + 0.5) * self.T / count), i)
+
+    def condition(self, example, task, r):
+        """Conditioning dropout: r in [0, 1) nulls the text, both, or the picture (data.TASKS; InstructPix2Pix: 5 % each)."""
+        text, both, image = TASKS[task].drop
+        prompt = "" if r < text + both else example["prompt"]
+        keep = 0.0 if text <= r < text + both + image else 1.0
+        return dict(task=task, prompt=prompt, target=example["target"], source=example.get("source"), keep=keep)
+
+    def noised(self, example, t, seed):
+        noise, sample_noise = torch.randn(2, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
+        return dict(example, t=t, noise=noise, sample_noise=sample_noise)
+
+
+def collate(examples):
+    batch = {key: [e[key] for e in examples] for key in examples[0]}
+    for key in ("t", "keep"):
+        batch[key] = torch.tensor(batch[key])
+    for key in ("noise", "sample_noise", "target"):
+        batch[key] = torch.stack(batch[key])
+    return batch
+
+
+class Denoiser(nn.Module):
+    """All that trains, as one module for DDP and torch.compile: the per-sample loss of a batch."""
+
+    def __init__(self, unet, text_encoder, diffusion, train_text):
+        super().__init__()
+        self.unet, self.text_encoder, self.diffusion, self.train_text = unet, text_encoder, diffusion, train_text
+
+    def forward(self, x0, source, ids, t, noise, task):
+        """x0, noise (B, 4, h, w), source likewise or None, ids (B, 77), t, task (B,) -> (B,)"""
+        with contextlib.nullcontext() if self.train_text else torch.no_grad():
+            context = self.text_encoder(ids)[0]
+
+        def model(x_t, t):  # concatenated along channels: MTU Eq. 2's Psi_C([z_t, E(c_I)])
+            return self.unet(x_t if source is None else torch.cat([x_t, source], dim=1), t, context, task=task)
+
+        return self.diffusion.loss(model, x0, t, noise)
+
+
+class Encoder:
+    """Pictures to latents with the frozen VAE. Small data sets repeat their pictures: what was encoded before is kept, up to a limit."""
+
+    def __init__(self, vae, limit=256 * 2 ** 20):
+        self.vae, self.kept, self.limit = vae, {}, limit
+
+    @torch.no_grad()
+    def moments(self, pictures, device):
+        keys = [hash(p.numpy().tobytes()) for p in pictures]
+        new = {key: p for key, p in zip(keys, pictures) if key not in self.kept}
+        if new:
+            mean, logvar = self.vae.encode(torch.stack(list(new.values())).to(device))
+            encoded = dict(zip(new, torch.stack([mean, logvar], dim=1).float()))        # (2, 4, h, w) each
+            out = torch.stack([encoded[k] if k in encoded else self.kept[k].to(device) for k in keys])
+            if len(self.kept) * out[0].nbytes < self.limit:
+                self.kept.update((k, v.cpu()) for k, v in encoded.items())
+        else:
+            out = torch.stack([self.kept[k] for k in keys]).to(device)
+        return out[:, 0], out[:, 1]
+
+    def __call__(self, batch, device):
+        """-> x0 (B, 4, h, w), source (B, 4, h, w) with zeros where a sample has none or it was dropped, or None where no sample has one"""
+        scale = self.vae.config["scaling_factor"]
+        x0 = latents(TARGET, *self.moments(batch["target"], device), scale, batch["sample_noise"].to(device))
+        rows = [i for i, s in enumerate(batch["source"]) if s is not None]
+        if not rows:
+            return x0, None
+        source = torch.zeros_like(x0)
+        source[rows] = latents(SOURCE, *self.moments([batch["source"][i] for i in rows], device), scale)
+        return x0, source * batch["keep"].to(device)[:, None, None, None]
+
+
+def build_model(args, tasks):
+    """The model to train and whether its text encoder trains too."""
+    if args.model == "scratch":
+        if tasks != ["t2i"]:
+            raise UserError("--model scratch trains the base: use --task t2i, then --task all --model on the result")
+        captions = [e["prompt"] for e in map(data.builtin("t2i", "train").__getitem__, range(len(data.builtin("t2i", "train"))))]
+        tokenizer = clip.Tokenizer.train(captions + [w for words in data.WORDS.values() for w in words], vocab_size=2048)
+        text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab))
+        index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "scheduler": ["diffusers", "DDIMScheduler"],
+                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+                 "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+                 "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        return Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), clip.CLIPText(text_config), tokenizer, SCHEDULER, index), True
+    model = load_model(args.model)
+    if "moe" in model.unet.config:
+        if unknown := [task for task in tasks if task not in model.tasks]:
+            raise UserError(f"{args.model} is upcycled to {', '.join(model.tasks)}, not to {', '.join(unknown)}")
+    elif tasks != ["t2i"]:
+        moe.upcycle(model.unet, tasks, args.num_experts, args.expert_init, args.expert_width, args.top_k)
+        model.index = {"_class_name": "UpcycledPipeline"}
+    model.text_encoder.requires_grad_(False)
+    return model, False
+
+
+def parameter_groups(module, weight_decay):
+    """Norms, biases and rows per task get no weight decay: rows of absent tasks would drift."""
+    rows = {id(p) for m in module.modules() if isinstance(m, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding)) for p in m.parameters()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in rows]
+    kept = [p for p in trained if p.dim() <= 1 or id(p) in rows]
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=kept, weight_decay=0.0)]
+
+
+def learning_rate(step, args):
+    warm = min(1.0, (step + 1) / max(args.warmup, 1))
+    return args.lr * warm * (0.5 * (1 + np.cos(np.pi * step / args.steps)) if args.lr_schedule == "cosine" else 1.0)
+
+
+@contextlib.contextmanager
+def averaged(params, ema):
+    """The weight average in place of the weights."""
+    backup = {name: p.detach().clone() for name, p in params.items()}
+    for name, p in params.items():
+        p.data.copy_(ema[name])
+    yield
+    for name, p in params.items():
+        p.data.copy_(backup[name])
+
+
+def save_state(path, params, ema, optimizer, scalars):
+    """One safetensors file, written beside its place, fsynced and renamed: weights, average, Adam's moments; scalars as JSON."""
+    tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"ema/{n}": e for n, e in ema.items()}
+    for name, p in params.items():
+        tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state[p].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, beside, metadata={"scalars": json.dumps(scalars)})
+    with open(beside, "rb+") as f:
+        os.fsync(f.fileno())
+    beside.replace(path)
+
+
+def load_state(path, params, ema, optimizer, settings):
+    """-> the scalars of the checkpoint; UserError where it was made with other settings or is damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            scalars, keys = json.loads(f.metadata()["scalars"]), set(f.keys())
+            changed = [f"--{k.replace('_', '-')} was {scalars['settings'].get(k)!r}, is now {v!r}" for k, v in settings.items()
+                       if scalars["settings"].get(k) != v]
+            if changed:
+                raise UserError(f"{path.parent.parent} was begun with other settings: {'; '.join(changed)}. Give them again, or another --out")
+            for name, p in params.items():
+                p.data.copy_(f.get_tensor(f"param/{name}"))
+                ema[name].copy_(f.get_tensor(f"ema/{name}"))
+                optimizer.state[p] = {k: f.get_tensor(f"adam/{k}/{name}").to(p.device if k != "step" else "cpu") for k in ("step", "exp_avg", "exp_avg_sq")
+                                      if f"adam/{k}/{name}" in keys}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
+    return scalars
+
+
+def save_model(model, folder, frozen_too):
+    """The model in the Hugging Face layout. Parts that do not train are written once."""
+    model.unet.save_pretrained(folder / "unet")
+    if frozen_too:
+        model.vae.save_pretrained(folder / "vae")
+        model.text_encoder.save_pretrained(folder / "text_encoder")
+        model.tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(model.scheduler, indent=2))
+        (folder / "model_index.json").write_text(json.dumps(model.index, indent=2))
+
+
+def per_sample_loss(denoiser, encode, model, batch, device):
+    """A collated batch -> its losses (B,)."""
+    x0, source = encode(batch, device)
+    rows = torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
+    return denoiser(x0, source, model.tokenizer(batch["prompt"]).to(device), batch["t"].to(device), batch["noise"].to(device), rows)
+
+
+@torch.no_grad()
+def held_out_loss(denoiser, encode, model, examples, batch_size, device):
+    """Mean loss per task on fixed examples, timesteps and noise."""
+    losses = {}
+    for i in range(0, len(examples), batch_size):
+        batch = collate(examples[i:i + batch_size])
+        for task, loss in zip(batch["task"], per_sample_loss(denoiser, encode, model, batch, device).tolist()):
+            losses.setdefault(task, []).append(loss)
+    return {task: float(np.mean(values)) for task, values in losses.items()}
+
+
+def sample_grid(model, datasets, columns, seed, path):
+    """Held-out examples, a row of sources, of samples and of targets per task."""
+    rows, steps = [], 20
+    for task, dataset in datasets.items():
+        chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
+        sources = [data.to_pil(e["source"]) for e in chosen] if "source" in chosen[0] else None
+        samples = generate(model, task, [e["prompt"] for e in chosen], sources, steps=steps, seed=seed)
+        rows += (sources or []) + samples + [data.to_pil(e["target"]) for e in chosen]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(rows, columns).save(path)
+
+
+def main():
+    args = get_args()
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(args.device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device = torch.device("cuda", local_rank) if device.type == "cuda" else device
+    print0 = tqdm.write if rank == 0 else lambda *_: None
+
+    # What is asked
+    tasks = list(TASKS) if args.task == "all" else args.task.split(",")
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise UserError(f"unknown task {', '.join(unknown)}; the tasks are {', '.join(TASKS)}, or all")
+    args.out = args.out or f"runs/{'tiny' if args.model == 'scratch' else args.task.replace(',', '-')}"
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    per_rank = args.batch_size // world
+    micro = args.device_batch_size or per_rank
+    if args.batch_size % (len(tasks)) or args.batch_size % world or per_rank % micro:
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(tasks)} tasks, of {world} processes and of --device-batch-size")
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    # Model
+    model, scratch = build_model(args, tasks)
+    model.to(device)
+    model.unet.gradient_checkpointing = args.gradient_checkpointing
+    miniature = model.unet.config["sample_size"] <= 16
+    args.lr = args.lr or (1e-3 if miniature else 1e-4)
+    args.steps = args.steps or (5000 if scratch else 400)
+    args.sample_every = args.sample_every or max(1, args.steps // 2)
+    denoiser = Denoiser(model.unet, model.text_encoder, model.diffusion.to(device), train_text=scratch)
+    params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in params.items()}
+    optimizer = torch.optim.AdamW(parameter_groups(denoiser, args.weight_decay), lr=args.lr)
+    encode = Encoder(model.vae.requires_grad_(False))
+    print0(f"{sum(p.numel() for p in params.values()):,} of {sum(p.numel() for p in denoiser.parameters()):,} parameters train, on {world} x {device}")
+
+    # Data
+    def dataset(task, split):
+        return data.Folder(args.data, task, split, model.native_size) if args.data else data.builtin(task, split)
+
+    latent_shape = (model.unet.config["out_channels"], *[model.unet.config["sample_size"]] * 2)
+    examples = Examples({task: dataset(task, "train") for task in tasks}, args.batch_size, args.seed, model.diffusion.T, latent_shape)
+    held_out = {task: dataset(task, "heldout") for task in tasks}
+    fixed = list(examples.held_out(held_out, args.eval_size))
+
+    # Resume
+    out, start, before = Path(args.out), 0, None
+    state = out / "state" / "state.safetensors"
+    settings = {k: getattr(args, k) for k in ("task", "model", "data", "batch_size", "lr", "lr_schedule", "steps", "seed", "num_experts",
+                                              "expert_init", "expert_width", "top_k", "weight_decay", "ema")}
+    if state.exists():
+        scalars = load_state(state, params, ema, optimizer, settings)
+        start, before = scalars["step"], scalars["before"]
+        print0(f"resuming {out} at step {start}")
+    if start >= args.steps:
+        print0(f"{out} is finished ({args.steps} steps). Draw with it: python sample.py --task {tasks[0]} --model {out}; "
+               "train longer: another --out with more --steps")
+        return
+    before = before or held_out_loss(denoiser, encode, model, fixed, args.batch_size, device)
+
+    # The loop
+    run = nn.parallel.DistributedDataParallel(denoiser, device_ids=[local_rank] if device.type == "cuda" else None) if world > 1 else denoiser
+    run = torch.compile(run) if args.compile else run
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    first = rank * per_rank
+    batches = [range(step * args.batch_size + first + m, step * args.batch_size + first + m + micro)
+               for step in range(start, args.steps) for m in range(0, per_rank, micro)]
+    loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
+                                              persistent_workers=args.workers > 0))
+    sums, clock = torch.zeros(len(tasks) * BINS, 2, device=device), time.time()
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for m in range(0, per_rank, micro):
+            batch = next(loader)
+            last = m + micro == per_rank
+            with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
+                losses = per_sample_loss(run, encode, model, batch, device)
+                # Eq. 2: the sum over tasks of each task's mean. Counts are the global batch's; DDP averages over ranks.
+                (losses.sum() * len(tasks) / args.batch_size * world).backward()
+            cell = torch.tensor([tasks.index(task) for task in batch["task"]]) * BINS + batch["t"] * BINS // model.diffusion.T
+            sums.index_add_(0, cell.to(device), torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        if not torch.isfinite(norm):
+            raise UserError(f"the loss or its gradient is not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            if world > 1:
+                dist.all_reduce(sums)
+            total, count = sums.view(len(tasks), BINS, 2).cpu().unbind(-1)
+            mean = {task: (total[i].sum() / count[i].sum()).item() for i, task in enumerate(tasks)}
+            bins = {task: [round(v, 5) if n else None for v, n in zip((total[i] / count[i]).tolist(), count[i].tolist())] for i, task in enumerate(tasks)}
+            speed = count.sum().item() / (time.time() - clock)
+            bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
+            if rank == 0:
+                out.mkdir(parents=True, exist_ok=True)
+                with open(out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=learning_rate(step, args), grad_norm=norm.item(),
+                                            images_per_s=round(speed, 2))) + "
+")
+            sums.zero_()
+            clock = time.time()
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+            save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))
+            with averaged(params, ema):
+                save_model(model, out, frozen_too=scratch or not (out / "model_index.json").exists())
+            (out / "arguments.json").write_text(json.dumps(vars(args), indent=2))
+        if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
+            with averaged(params, ema):
+                sample_grid(model.eval(), held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
+            clock = time.time()
+
+    with averaged(params, ema):
+        after = held_out_loss(denoiser, encode, model, fixed, args.batch_size, device)
+    print0("held-out loss      before    after")
+    for task in tasks:
+        print0(f"{task:<16}{before[task]:>9.4f}{after[task]:>9.4f}")
+    print0(f"saved in {out} (samples in {out / 'samples'}). Next: python sample.py --task {tasks[-1] if len(tasks) == 1 else 'edit'} --model {out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command(main)

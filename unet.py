@@ -1,0 +1,462 @@
+"""Stable Diffusion's U-Net in plain PyTorch, under diffusers' names: UNet2DConditionModel without what Stable Diffusion never uses.
+
+Rombach et al. 2022, arXiv 2112.10752. Parameters and config keys are diffusers', so a checkpoint loads as it is and what is saved loads there.
+
+A method attaches by swapping sub-modules. Everything that a block may depend on besides its input travels in `Cond`, per sample, to
+the call sites conv_in, resnet, transformer_block, norm and ff; the plain modules ignore what they do not need.
+
+The last section reads and writes folders in the Hugging Face layout, for vae.py and clip.py too.
+
+Letters: B batch, C channels, H W latent, L = H W, S text length, D text width, E width of the time embedding.
+"""
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
+DEFAULTS = dict(
+    sample_size=None, in_channels=4, out_channels=4, flip_sin_to_cos=True, freq_shift=0, layers_per_block=2, norm_num_groups=32, norm_eps=1e-5,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(320, 640, 1280, 1280), transformer_layers_per_block=1, cross_attention_dim=1280, attention_head_dim=8,
+    use_linear_projection=False, addition_embed_type=None, addition_time_embed_dim=None, projection_class_embeddings_input_dim=None)
+
+# Keys of diffusers that have one meaning here; another value is refused by name.
+FIXED = dict(
+    act_fn="silu", center_input_sample=False, downsample_padding=1, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
+    only_cross_attention=False, dropout=0.0, dual_cross_attention=False, class_embed_type=None, num_class_embeds=None, encoder_hid_dim=None,
+    encoder_hid_dim_type=None, num_attention_heads=None, upcast_attention=False, resnet_time_scale_shift="default", resnet_skip_time_act=False,
+    resnet_out_scale_factor=1.0, time_embedding_type="positional", time_embedding_dim=None, time_embedding_act_fn=None, timestep_post_act=None,
+    time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3, attention_type="default", class_embeddings_concat=False,
+    mid_block_only_cross_attention=None, cross_attention_norm=None, reverse_transformer_layers_per_block=None, addition_embed_type_num_heads=64)
+NO_EFFECT = {"upcast_attention"}  # a precision choice: attention here is PyTorch's fused one, which accumulates in fp32
+
+#     SD 1.5                                     channels -> height (of 64)
+#     conv_in                                    4 -> 320     64
+#     down_blocks.0   2 x [resnet, attention]    320          64, downsampler -> 32
+#     down_blocks.1   2 x [resnet, attention]    640          32, downsampler -> 16
+#     down_blocks.2   2 x [resnet, attention]    1280         16, downsampler -> 8
+#     down_blocks.3   2 x [resnet]               1280         8
+#     mid_block       resnet, attention, resnet  1280         8
+#     up_blocks.0     3 x [resnet]               1280         8, upsampler -> 16
+#     up_blocks.1     3 x [resnet, attention]    1280         16, upsampler -> 32
+#     up_blocks.2     3 x [resnet, attention]    640          32, upsampler -> 64
+#     up_blocks.3     3 x [resnet, attention]    320          64
+#     conv_norm_out, conv_out                    320 -> 4     64
+CONFIGS = {
+    "tiny": dict(sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+                 down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
+    "sd15": dict(sample_size=64, cross_attention_dim=768),
+}
+
+
+class UserError(Exception):
+    """A user's mistake, told in one line. Commands print it and exit with 2."""
+
+
+class Cond(NamedTuple):
+    """What a block may depend on besides its input."""
+    temb: torch.Tensor               # (B, E) embedding of t and of `added`
+    context: torch.Tensor            # (B, S, D) text states
+    t: torch.Tensor                  # (B,) timestep
+    task: torch.Tensor | None        # (B,) index of the task
+    task_emb: torch.Tensor | None    # (B, width) its embedding, where a method gave the U-Net a table
+    added: dict | None               # SDXL: text_embeds (B, 1280), time_ids (B, 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that a method may replace take `cond`
+
+class Conv2d(nn.Conv2d):
+    def forward(self, x, cond):
+        return super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x, cond):
+        return super().forward(x)
+
+
+class ResnetBlock2D(nn.Module):
+    def __init__(self, cin, cout, c):
+        super().__init__()
+        groups, eps = c["norm_num_groups"], c["norm_eps"]
+        self.norm1 = nn.GroupNorm(groups, cin, eps)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * c["block_out_channels"][0], cout)
+        self.norm2 = nn.GroupNorm(groups, cout, eps)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
+
+    def forward(self, x, cond):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(cond.temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention: self-attention without `context`, cross-attention to it with one."""
+
+    def __init__(self, channels, context_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+
+        def split(y):                                                           # (B, L, C) -> (B, heads, L, C/heads)
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        return self.to_out[0](y.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels, inner):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Dropout(0.0), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x, cond):
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    def __init__(self, channels, context_dim, heads):
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = Attention(channels, context_dim, heads)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x, cond):                                                 # (B, L, C)
+        x = x + self.attn1(self.norm1(x, cond))
+        x = x + self.attn2(self.norm2(x, cond), cond.context)
+        return x + self.ff(self.norm3(x, cond), cond)
+
+
+class Transformer2DModel(nn.Module):
+    def __init__(self, channels, depth, heads, c):
+        super().__init__()
+        self.linear = c["use_linear_projection"]
+        self.norm = nn.GroupNorm(c["norm_num_groups"], channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, c["cross_attention_dim"], heads) for _ in range(depth)])
+        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, cond):                                                 # (B, C, H, W)
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
+        h = h.permute(0, 2, 3, 1).flatten(1, 2)                                 # (B, L, C)
+        h = self.proj_in(h) if self.linear else h
+        for transformer_block in self.transformer_blocks:
+            h = transformer_block(h, cond)
+        h = self.proj_out(h) if self.linear else h
+        h = h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)                    # (B, C, H, W)
+        return x + (h if self.linear else self.proj_out(h))
+
+
+class Downsample2D(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample2D(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size):
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The U: one class per direction; a level has attention or not
+
+class DownBlock(nn.Module):
+    def __init__(self, cin, cout, depth, heads, last, c):
+        super().__init__()
+        layers = c["layers_per_block"]
+        if depth:
+            self.attentions = nn.ModuleList([Transformer2DModel(cout, depth, heads, c) for _ in range(layers)])
+        self.resnets = nn.ModuleList([ResnetBlock2D(cin if i == 0 else cout, cout, c) for i in range(layers)])
+        self.downsamplers = None if last else nn.ModuleList([Downsample2D(cout)])
+
+    def forward(self, x, cond, run):
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = run(resnet, x, cond)
+            if hasattr(self, "attentions"):
+                x = run(self.attentions[i], x, cond)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels, depth, heads, c):
+        super().__init__()
+        self.attentions = nn.ModuleList([Transformer2DModel(channels, depth, heads, c)])
+        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, c) for _ in range(2)])
+
+    def forward(self, x, cond, run):
+        x = run(self.resnets[0], x, cond)
+        return run(self.resnets[1], run(self.attentions[0], x, cond), cond)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, cin, cout, below, depth, heads, last, c):
+        super().__init__()
+        layers = c["layers_per_block"] + 1
+        if depth:
+            self.attentions = nn.ModuleList([Transformer2DModel(cout, depth, heads, c) for _ in range(layers)])
+        # Each residual block takes the skip tensor of its mirror image, the last one that of the level above.
+        self.resnets = nn.ModuleList([ResnetBlock2D((cin if i == 0 else cout) + (below if i == layers - 1 else cout), cout, c) for i in range(layers)])
+        self.upsamplers = None if last else nn.ModuleList([Upsample2D(cout)])
+
+    def forward(self, x, cond, skips, run):
+        for i, resnet in enumerate(self.resnets):
+            x = run(resnet, torch.cat([x, skips.pop()], dim=1), cond)
+            if hasattr(self, "attentions"):
+                x = run(self.attentions[i], x, cond)
+        if self.upsamplers is not None:
+            x = self.upsamplers[0](x, skips[-1].shape[-2:])  # the skip's size, so that odd sizes work
+        return x
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, cin, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(cin, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sinusoidal(t, width, flip_sin_to_cos=True, freq_shift=0):
+    """Transformer position encoding of t (N,) -> (N, width), in fp32."""
+    half = width // 2
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
+    return torch.cat([angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()], dim=-1)
+
+
+class UNet(nn.Module):
+    """diffusers' UNet2DConditionModel for Stable Diffusion 1.x, 2.x and XL. config: differences from DEFAULTS, in diffusers' keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        for key, value in config.items():
+            if key in FIXED and key not in NO_EFFECT and value != FIXED[key] or key not in FIXED and key not in DEFAULTS and not key.startswith("_"):
+                raise UserError(f"U-Net config: {key} = {value!r} is not implemented")
+        self.config = c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+        widths, n = list(c["block_out_channels"]), len(c["block_out_channels"])
+        known = {"DownBlock2D", "CrossAttnDownBlock2D"}, {"UpBlock2D", "CrossAttnUpBlock2D"}
+        for key, names in zip(("down_block_types", "up_block_types"), known):
+            if len(c[key]) != n or not set(c[key]) <= names:
+                raise UserError(f"U-Net config: {key} = {c[key]} is not implemented; {n} of {', '.join(sorted(names))}")
+        if c["addition_embed_type"] not in (None, "text_time") or not isinstance(c["layers_per_block"], int):
+            raise UserError(f"U-Net config: addition_embed_type = {c['addition_embed_type']!r}, layers_per_block = {c['layers_per_block']!r} "
+                            "is not implemented; None or 'text_time', a number")
+
+        def per_level(value):
+            return list(value) if isinstance(value, (list, tuple)) else [value] * n
+
+        depths, heads = per_level(c["transformer_layers_per_block"]), per_level(c["attention_head_dim"])  # it counts heads, whatever its name
+        down = [depths[i] if "CrossAttn" in c["down_block_types"][i] else 0 for i in range(n)]
+        up = [depths[-1 - i] if "CrossAttn" in c["up_block_types"][i] else 0 for i in range(n)]
+        E = 4 * widths[0]
+        self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], E)
+        self.add_embedding = TimestepEmbedding(c["projection_class_embeddings_input_dim"], E) if c["addition_embed_type"] else None
+        self.task_embedding = None  # a method may set a table (T, width): Cond.task_emb
+        self.down_blocks = nn.ModuleList([
+            DownBlock(widths[max(i - 1, 0)], widths[i], down[i], heads[i], i == n - 1, c) for i in range(n)])
+        self.mid_block = MidBlock(widths[-1], depths[-1], heads[-1], c)
+        rev = widths[::-1]
+        self.up_blocks = nn.ModuleList([
+            UpBlock(rev[max(i - 1, 0)], rev[i], rev[min(i + 1, n - 1)], up[i], heads[-1 - i], i == n - 1, c) for i in range(n)])
+        self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], widths[0], c["norm_eps"])
+        self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def condition(self, x, t, context, task, added):
+        """-> Cond. The embeddings of numbers are computed in fp32, then cast to the network's type."""
+        c, dtype = self.config, self.conv_out.weight.dtype
+        t = t.expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
+        temb = self.time_embedding(sinusoidal(t, c["block_out_channels"][0], c["flip_sin_to_cos"], c["freq_shift"]).to(dtype))
+        if self.add_embedding is not None:
+            ids = sinusoidal(added["time_ids"].flatten(), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"])
+            temb = temb + self.add_embedding(torch.cat([added["text_embeds"], ids.view(len(x), -1).to(added["text_embeds"].dtype)], dim=-1).to(dtype))
+        if self.task_embedding is None:
+            return Cond(temb, context, t, task, None, added)
+        if task is None:
+            raise ValueError("this U-Net knows several tasks: pass task (B,), the row of each sample's task")
+        return Cond(temb, context, t, task, self.task_embedding(task), added)
+
+    def forward(self, x, t, context, task=None, added=None, return_features=False):
+        """x (B, Cin, H, W) noisy latents, with what is concatenated to them; t (B,) or a number; context (B, S, D) text states;
+        task (B,) rows; added: SDXL's dict. -> (B, Cout, H, W); with return_features also {"mid", "up"}: outputs of mid block and last up block."""
+        cond = self.condition(x, t, context, task, added)
+
+        def run(module, *inputs):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                return checkpoint(module, *inputs, use_reentrant=False)
+            return module(*inputs)
+
+        x = self.conv_in(x, cond)
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, cond, run)
+            skips += more
+        mid = x = self.mid_block(x, cond, run)
+        for block in self.up_blocks:
+            x = block(x, cond, skips, run)
+        out = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return (out, {"mid": mid, "up": x}) if return_features else out
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, subfolder="unet"):
+        folder = fetch(path_or_hub_id, subfolder)
+        with torch.device("meta"):
+            unet = cls(read_json(folder / "config.json"))
+        load_weights(unet, folder)
+        return unet
+
+    def save_pretrained(self, folder, dtype=None):
+        """Writes the unet/ folder itself. dtype: of the file's tensors, default the parameters' own."""
+        save_weights(self, folder, {"_class_name": "UNet2DConditionModel", **self.config}, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders in the Hugging Face layout, and mistakes of the user's
+
+WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
+
+
+def fetch(path_or_hub_id, subfolder):
+    """A local folder, or a hub id (downloaded, only the files needed; the hub's cache serves offline) -> the folder's `subfolder`."""
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if not (path / subfolder).is_dir():
+            raise UserError(f"{path} has no folder {subfolder}/: it is not a model in the Hugging Face layout")
+        return path / subfolder
+    if path.exists() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
+        raise UserError(f"no model folder at {path_or_hub_id} (a hub id has the form owner/name)")
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    inside = f"{subfolder}/" if subfolder else ""
+    patterns = [f"{inside}*.json", f"{inside}*.txt", f"{inside}*.safetensors"] if subfolder else ["model_index.json"]
+    ignored = [f"{inside}*.fp16.*", f"{inside}*.non_ema.*"]
+    try:
+        try:
+            names = [n for n in list_repo_files(str(path_or_hub_id)) if n.startswith(inside) and n.endswith(".safetensors")]
+            ignored = ignored[1:] if names and all(".fp16." in n for n in names) else ignored
+        except (OSError, HfHubHTTPError, OfflineModeIsEnabled):  # offline: what the cache holds
+            ignored = ignored[1:]
+        root = Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns, ignore_patterns=ignored))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(f"cannot get {path_or_hub_id} from the hub: {str(error).strip().splitlines()[0]}") from None
+    if not (root / subfolder).is_dir():
+        raise UserError(f"{path_or_hub_id} on the hub has no folder {subfolder}/")
+    return root / subfolder
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'not JSON'})") from None
+
+
+def load_weights(module, folder, rename=lambda key: key):
+    """Strictly fill a module that is on the meta device from the folder's safetensors, single or sharded; fp32, one copy in memory."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    folder, state = Path(folder), {}
+    names = [name + variant for variant in ("", ".fp16") for name in WEIGHTS]
+    indexes = [folder / f"{stem}.safetensors.index{variant}.json" for variant in ("", ".fp16") for stem in WEIGHTS]
+    files = [f for f in (folder / f"{name}.safetensors" for name in names) if f.is_file()][:1]
+    if not files and (index := next((f for f in indexes if f.is_file()), None)):
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    if not files:
+        raise UserError(f"no weights in {folder}: looked for {', '.join(f'{n}.safetensors' for n in WEIGHTS)} and their sharded forms")
+    for file in files:
+        try:
+            for key, value in load_file(file).items():
+                state[rename(key)] = value.float() if value.is_floating_point() else value
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); download or save it again") from None
+    wanted = module.state_dict()
+    for problem, keys in (("lacks", sorted(wanted.keys() - state.keys())), ("has an unknown", sorted(state.keys() - wanted.keys())),
+                          ("has another shape of", sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape))):
+        if keys:
+            raise UserError(f"{folder} {problem} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "") + f": not a {type(module).__name__} of this config")
+    module.load_state_dict(state, assign=True)
+
+
+def save_weights(module, folder, config, name="diffusion_pytorch_model.safetensors", dtype=None):
+    """config.json and the weights, each written beside its place, fsynced and renamed."""
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in module.state_dict().items()}
+    for file, write in ((name, lambda path: save_file(state, path, metadata={"format": "pt"})),
+                        ("config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))):
+        beside = folder / f"{file}.part"
+        write(beside)
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
+        beside.replace(folder / file)
+
+
+def command(main):
+    """Run a command: a user's mistake ends in one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "out of memory; try a smaller --device-batch-size, --gradient-checkpointing, or smaller pictures"
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        message = "out of memory; try a smaller --device-batch-size, --gradient-checkpointing, or smaller pictures"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
