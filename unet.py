@@ -414,10 +414,10 @@ def load_weights(module, folder, rename=lambda key: key):
         raise UserError(f"no weights in {folder}: looked for {', '.join(f'{n}.safetensors' for n in WEIGHTS)} and their sharded forms")
     for file in files:
         try:
-            for key, value in load_file(file).items():
-                state[rename(key)] = value.float() if value.is_floating_point() else value
+            state |= {rename(key): value.float() if value.is_floating_point() else value for key, value in load_file(file).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); download or save it again") from None
+    state.pop(None, None)  # what `rename` drops
     wanted = module.state_dict()
     for problem, keys in (("lacks", sorted(wanted.keys() - state.keys())), ("has an unknown", sorted(state.keys() - wanted.keys())),
                           ("has another shape of", sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape))):

@@ -1,0 +1,281 @@
+"""CLIP's text side: the byte-pair tokenizer and the text encoder (Radford et al. 2021, arXiv 2103.00020), under transformers' names.
+
+Stable Diffusion 1.x conditions on the last hidden states, all 77 positions, without an attention mask.
+
+Letters: B batch, S = 77 positions, D width.
+"""
+import functools
+import json
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from unet import UserError, fetch, load_weights, read_json, save_weights
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+WHITE_SPACE = set("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {chr(c) for c in range(0x2000, 0x200B)}
+
+
+@functools.lru_cache
+def byte_symbols():
+    """byte -> a printable character, so that any text is a string of the 256 base symbols (GPT-2's table)."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [b for b in range(256) if b not in kept]
+    return {b: chr(b) for b in kept} | {b: chr(256 + i) for i, b in enumerate(moved)}
+
+
+def split_words(text):
+    """Normalised text -> words: contractions, runs of letters, single digits, runs of anything else but white space."""
+    def kind(c):
+        return "space" if c in WHITE_SPACE else {"L": "letter", "N": "digit"}.get(unicodedata.category(c)[0], "other")
+
+    text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
+    words, i = [], 0
+    while i < len(text):
+        end, of = i + 1, kind(text[i])
+        contraction = next((c for c in CONTRACTIONS if text.startswith(c, i)), None)
+        if contraction:
+            end = i + len(contraction)
+        elif of in ("letter", "other"):
+            while end < len(text) and kind(text[end]) == of:
+                end += 1
+        if of != "space":
+            words.append(text[i:end])
+        i = end
+    return words
+
+
+def merge_pair(symbols, pair):
+    """Join every occurrence of the pair of neighbours, from left to right."""
+    out, i = [], 0
+    while i < len(symbols):
+        if symbols[i:i + 2] == pair:
+            out.append(symbols[i] + symbols[i + 1])
+            i += 2
+        else:
+            out.append(symbols[i])
+            i += 1
+    return tuple(out)
+
+
+def to_symbols(word):
+    symbols = [byte_symbols()[b] for b in word.encode()]
+    return (*symbols[:-1], symbols[-1] + "</w>")
+
+
+class Tokenizer:
+    """vocab: symbol -> id; merges: pairs in order of priority. Padding is the model's own: the end token, or "!" for SDXL's second."""
+    length = 77
+
+    def __init__(self, vocab, merges, pad_token=EOS):
+        for token in (BOS, EOS, pad_token):
+            if token not in vocab:
+                raise UserError(f"the tokenizer's vocabulary has no {token}")
+        self.vocab, self.ranks, self.pad_token = vocab, {tuple(m): i for i, m in enumerate(merges)}, pad_token
+        self.ids = functools.lru_cache(maxsize=65536)(self._ids)
+
+    def _ids(self, word):
+        if word in (BOS, EOS):
+            return (self.vocab[word],)
+        symbols = to_symbols(word)
+        while len(symbols) > 1:
+            pair = min(zip(symbols, symbols[1:]), key=lambda p: self.ranks.get(p, float("inf")))
+            if pair not in self.ranks:
+                break
+            symbols = merge_pair(symbols, pair)
+        return tuple(self.vocab.get(s, self.vocab[EOS]) for s in symbols)
+
+    def words(self, text):
+        """Words, where the two special tokens stay whole."""
+        out = []
+        for i, part in enumerate(text.split(BOS)):
+            for j, piece in enumerate(part.split(EOS)):
+                out += [BOS] * (i > 0 and j == 0) + [EOS] * (j > 0) + split_words(piece)
+        return out
+
+    def __call__(self, texts):
+        """list of B strings -> (B, 77) long: start, tokens, end, padding; what does not fit is cut off (see `dropped`)."""
+        rows = []
+        for text in texts:
+            ids = [i for word in self.words(text) for i in self.ids(word)][:self.length - 2]
+            ids = [self.vocab[BOS], *ids, self.vocab[EOS]]
+            rows.append(ids + [self.vocab[self.pad_token]] * (self.length - len(ids)))
+        return torch.tensor(rows, dtype=torch.long)
+
+    def dropped(self, text):
+        """The words of a text that do not fit, or fit only in part."""
+        words, used = self.words(text), 0
+        for i, word in enumerate(words):
+            used += len(self.ids(word))
+            if used > self.length - 2:
+                return words[i:]
+        return []
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Byte-pair encoding on a corpus (Sennrich et al. 2016, arXiv 1508.07909); ties are broken by the alphabet."""
+        counts = Counter(word for text in texts for word in split_words(text))
+        split = {word: to_symbols(word) for word in counts}
+        symbols = list(byte_symbols().values())
+        vocab, merges = symbols + [s + "</w>" for s in symbols], []
+        while len(vocab) < vocab_size - 2:
+            pairs = Counter()
+            for word, parts in split.items():
+                for pair in zip(parts, parts[1:]):
+                    pairs[pair] += counts[word]
+            if not pairs:
+                break
+            best = min(pairs, key=lambda p: (-pairs[p], p))
+            merges.append(best)
+            vocab.append("".join(best))
+            split = {word: merge_pair(parts, best) if best[0] in parts else parts for word, parts in split.items()}
+        return cls({s: i for i, s in enumerate([*dict.fromkeys(vocab), BOS, EOS])}, merges)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, subfolder="tokenizer"):
+        folder = fetch(path_or_hub_id, subfolder)
+        try:
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        except OSError:
+            raise UserError(f"no merges.txt in {folder}") from None
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        pad = EOS
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                pad = read_json(folder / name).get("pad_token", pad)
+        return cls(read_json(folder / "vocab.json"), merges, pad["content"] if isinstance(pad, dict) else pad)
+
+    def save_pretrained(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        special = dict(bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=self.pad_token)
+        (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.ranks), encoding="utf-8")
+        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+        (folder / "tokenizer_config.json").write_text(json.dumps(
+            dict(tokenizer_class="CLIPTokenizer", model_max_length=self.length, do_lower_case=True, errors="replace", add_prefix_space=False, **special), indent=2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text encoder
+
+# transformers' defaults (CLIP ViT-L/14's vocabulary at another size)
+DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+                max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, bos_token_id=49406,
+                eos_token_id=49407, pad_token_id=1, architectures=["CLIPTextModel"])
+CONFIGS = {
+    "tiny": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128),
+    "clip_l": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+}
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, c):
+        super().__init__()
+        D, self.heads = c["hidden_size"], c["num_attention_heads"]
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.act = ACTIVATIONS[c["hidden_act"]]
+        self.fc1 = nn.Linear(c["hidden_size"], c["intermediate_size"])
+        self.fc2 = nn.Linear(c["intermediate_size"], c["hidden_size"])
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.self_attn = Attention(c)
+        self.layer_norm2 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.mlp = MLP(c)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c["vocab_size"], c["hidden_size"])
+        self.position_embedding = nn.Embedding(c["max_position_embeddings"], c["hidden_size"])
+
+    def forward(self, ids):
+        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = Embeddings(c)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList([Layer(c) for _ in range(c["num_hidden_layers"])])
+        self.final_layer_norm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+
+
+class CLIPText(nn.Module):
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection where the config's "architectures" names it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+        if c["hidden_act"] not in ACTIVATIONS:
+            raise UserError(f"text encoder config: hidden_act = {c['hidden_act']!r} is not implemented; use {' or '.join(ACTIVATIONS)}")
+        if c["architectures"] not in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
+            raise UserError(f"text encoder config: architectures = {c['architectures']} is not implemented; use CLIPTextModel or CLIPTextModelWithProjection")
+        self.text_model = TextTransformer(c)
+        projects = c["architectures"] == ["CLIPTextModelWithProjection"]
+        self.text_projection = nn.Linear(c["hidden_size"], c["projection_dim"], bias=False) if projects else None
+        for module in self.modules():  # as CLIP starts: narrow normals, biases zero
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, ids):
+        """ids (B, S) -> last (B, S, D) after the final norm, penultimate (B, S, D) without it, pooled (B, D or projection_dim)
+        at the first end token."""
+        x = penultimate = self.text_model.embeddings(ids)
+        for layer in self.text_model.encoder.layers:
+            penultimate, x = x, layer(x)
+        last = self.text_model.final_layer_norm(x)
+        # Old configs give 2 as end token and mean the largest id, which is the end token of CLIP's vocabulary.
+        end = ids.argmax(dim=1) if self.config["eos_token_id"] == 2 else (ids == self.config["eos_token_id"]).int().argmax(dim=1)
+        pooled = last[torch.arange(len(ids), device=ids.device), end]
+        return last, penultimate, pooled if self.text_projection is None else self.text_projection(pooled)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, subfolder="text_encoder"):
+        folder = fetch(path_or_hub_id, subfolder)
+        with torch.device("meta"):
+            text = cls(read_json(folder / "config.json"))
+        load_weights(text, folder, rename=prefixed)
+        return text
+
+    def save_pretrained(self, folder, dtype=None):
+        save_weights(self, folder, {**self.config, "model_type": "clip_text_model"}, "model.safetensors", dtype)
+
+
+def prefixed(key):
+    """transformers 5.6 and later write the keys without "text_model."; older files hold position_ids, which are no weights."""
+    if key.endswith("position_ids"):
+        return None
+    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
