@@ -169,7 +169,7 @@ DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_h
                 max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, bos_token_id=49406,
                 eos_token_id=49407, pad_token_id=1, architectures=["CLIPTextModel"])
 CONFIGS = {
-    "tiny": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128),
+    "tiny": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, projection_dim=128),
     "clip_l": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
 }
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import BasicTransformerBlock, UNet, UserError, command, fetch, load_weights, read_json
+from unet import CONFIGS, BasicTransformerBlock, UNet, UserError, command, fetch, load_weights, read_json
 
 TASKS = ("t2i", "edit", "sr", "inpaint")
 
@@ -40,11 +40,11 @@ class TaskLayerNorm(nn.Module):
 
 
 class TaskConv(nn.Module):
-    """psi_task: the input convolution, one per task. Tasks with fewer channels than the widest have zeros there, and keep them."""
+    """psi_task: the input convolution, one per task. Weights of channels that a task does not have are zero and stay so."""
 
     def __init__(self, conv, in_channels, latent_channels):
         super().__init__()
-        self.stride, self.padding, self.kernel_size = conv.stride, conv.padding, conv.kernel_size
+        self.stride, self.padding, self.kernel_size, self.in_channels = conv.stride, conv.padding, conv.kernel_size, list(in_channels)
         C, base = conv.weight.shape[:2]
         weight = conv.weight.detach().new_zeros(len(in_channels), C, max(in_channels), *conv.kernel_size)
         for row, channels in zip(weight, in_channels):
@@ -57,6 +57,8 @@ class TaskConv(nn.Module):
     def forward(self, x, cond):
         (B, channels, height, width), (T, C, widest) = x.shape, self.weight.shape[:3]
         x = F.pad(x, (0, 0, 0, 0, 0, widest - channels))
+        has = torch.tensor(self.in_channels, device=x.device)[cond.task, None] > torch.arange(widest, device=x.device)  # (B, Cin)
+        x = x * has[:, :, None, None]
         # One convolution per sample is a matrix product of that sample's 3 x 3 patches with its task's row.
         patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, 9 Cin, H W)
         weight = F.embedding(cond.task, self.weight.flatten(1)).view(B, C, -1).to(x.dtype)
@@ -83,10 +85,11 @@ class ExpertFeedForward(nn.Module):
         out.bias = None
         # Uniform weights 1/N count every unit N G times, each with 1/N. Times 1/G, on the activations, the dense network is back.
         self.scale = 1 / expert_width if init == "preserve" else 1.0
-        self.router = nn.Sequential(nn.Linear(task_dim, router_dim), nn.ReLU(), nn.Linear(router_dim, num_experts))
+        device = out.weight.device
+        self.router = nn.Sequential(nn.Linear(task_dim, router_dim, device=device), nn.ReLU(), nn.Linear(router_dim, num_experts, device=device))
         nn.init.zeros_(self.router[2].weight)
         # Experts that hold the same units (N G > 1) would get the same gradient for ever. Copy k starts a little heavier than copy k - 1.
-        self.router[2].bias = nn.Parameter(0.1 * torch.floor(torch.arange(num_experts) * expert_width + 1e-6).to(out.weight.device))
+        self.router[2].bias = nn.Parameter(0.1 * torch.floor(torch.arange(num_experts, device=device) * expert_width + 1e-6))
 
     def weights(self, task_embedding):
         """task_embedding (B, D) -> w (B, E), rows sum to 1. Eq. 1, left."""
@@ -174,6 +177,7 @@ def add_task(unet, task, like):
         for name, value in table.named_parameters():
             setattr(table, name, nn.Parameter(torch.cat([value.detach(), value.detach()[row:row + 1]])))  # rows of others get no gradient
     unet.task_embedding.num_embeddings += 1
+    unet.conv_in.in_channels.append(unet.conv_in.in_channels[row])
     moe["tasks"] = [*moe["tasks"], task]
     moe["in_channels"] = {**moe["in_channels"], task: moe["in_channels"][moe["tasks"][row]]}
     return unet
@@ -216,3 +220,54 @@ def from_pretrained(path_or_hub_id, subfolder="unet"):
         unet = upcycle(UNet(config), **moe)
     load_weights(unet, folder)
     return freeze(unet)
+
+
+def counted(unet, task=None):
+    """-> (parameters, trainable parameters, FLOPs of one forward of one sample at the model's own size, a multiplication and an addition as two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    config, device = unet.config, unet.conv_out.weight.device
+    x = torch.zeros(1, config["moe"]["in_channels"][config["moe"]["tasks"][task]] if task is not None else config["in_channels"],
+                    config["sample_size"], config["sample_size"], device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, torch.zeros(1, device=device), torch.zeros(1, 77, config["cross_attention_dim"], device=device),
+             task=None if task is None else torch.full((1,), task, device=device))
+    return (*(sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) for only in (False, True)), counter.get_total_flops())
+
+
+def main():
+    import argparse
+    parser = argparse.ArgumentParser(description="Parameters, FLOPs and experts before and after upcycling.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="sd15", help="sd15 or tiny (shapes only), or a folder or hub id")
+    parser.add_argument("--num-experts", type=int, default=4, help="N")
+    args = parser.parse_args()
+    if args.model in CONFIGS:
+        with torch.device("meta"):
+            unet = UNet(CONFIGS[args.model])
+    else:
+        config = read_json(fetch(args.model, "unet") / "config.json")
+        unet = from_pretrained(args.model) if "moe" in config else UNet.from_pretrained(args.model)
+
+    def row(name, unet, task=None):
+        total, trained, flops = counted(unet, task)
+        print(f"{name:<22}{total / 1e6:>12.2f}M{trained / 1e6:>12.2f}M{flops / 1e9:>12.2f}G")
+
+    print(f"{args.model:<22}{'parameters':>13}{'trainable':>13}{'FLOPs':>13}   one forward, {unet.config['sample_size']} x {unet.config['sample_size']} latent")
+    if "moe" not in unet.config:
+        row("dense", unet)
+        upcycle(unet, num_experts=args.num_experts)
+    for i, task in enumerate(unet.config["moe"]["tasks"]):
+        row(f"{unet.config['moe']['num_experts']} experts, {task}", unet, i)
+    if unet.conv_out.weight.device.type != "meta":
+        print("\nrouter weights (Eq. 1), a row per feed-forward network, a column per expert")
+        tasks = unet.config["moe"]["tasks"]
+        print(" " * 34 + "".join(f"{task:<{6 * unet.config['moe']['num_experts'] + 2}}" for task in tasks))
+        for name, module in unet.named_modules():
+            if isinstance(module, ExpertFeedForward):
+                weights = module.weights(unet.task_embedding.weight)
+                print(f"{name.replace('.transformer_blocks', '').replace('attentions.', ''):<34}"
+                      + "  ".join("".join(f"{w:6.2f}" for w in row) for row in weights.tolist()))
+
+
+if __name__ == "__main__":
+    command(main)

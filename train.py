@@ -165,9 +165,10 @@ def build_model(args, tasks):
     if args.model == "scratch":
         if tasks != ["t2i"]:
             raise UserError("--model scratch trains the base: use --task t2i, then --task all --model on the result")
-        captions = [e["prompt"] for e in map(data.builtin("t2i", "train").__getitem__, range(len(data.builtin("t2i", "train"))))]
-        tokenizer = clip.Tokenizer.train(captions + [w for words in data.WORDS.values() for w in words], vocab_size=2048)
-        text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab))
+        prompts = [dataset[i]["prompt"] for dataset in (data.builtin("t2i", "train"), data.builtin("edit", "train")) for i in range(0, len(dataset), 2)]
+        tokenizer = clip.Tokenizer.train(prompts, vocab_size=2048)
+        text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[clip.BOS],
+                           eos_token_id=tokenizer.vocab[clip.EOS])
         index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "scheduler": ["diffusers", "DDIMScheduler"],
                  "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
                  "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
@@ -388,8 +389,7 @@ def main():
                 out.mkdir(parents=True, exist_ok=True)
                 with open(out / "log.jsonl", "a") as f:
                     f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=learning_rate(step, args), grad_norm=norm.item(),
-                                            images_per_s=round(speed, 2))) + "
-")
+                                            images_per_s=round(speed, 2))) + "\n")
             sums.zero_()
             clock = time.time()
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
@@ -399,7 +399,7 @@ def main():
             (out / "arguments.json").write_text(json.dumps(vars(args), indent=2))
         if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
             with averaged(params, ema):
-                sample_grid(model.eval(), held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
+                sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
             clock = time.time()
 
     with averaged(params, ema):

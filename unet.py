@@ -1,6 +1,7 @@
 """Stable Diffusion's U-Net in plain PyTorch, under diffusers' names: UNet2DConditionModel without what Stable Diffusion never uses.
 
-Rombach et al. 2022, arXiv 2112.10752. Parameters and config keys are diffusers', so a checkpoint loads as it is and what is saved loads there.
+Rombach et al. 2022, arXiv 2112.10752. Parameters and config keys are diffusers', so a checkpoint loads as it is and what is saved
+loads there.
 
 A method attaches by swapping sub-modules. Everything that a block may depend on besides its input travels in `Cond`, per sample, to
 the call sites conv_in, resnet, transformer_block, norm and ff; the plain modules ignore what they do not need.
@@ -23,21 +24,22 @@ from torch.utils.checkpoint import checkpoint
 
 # diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
 DEFAULTS = dict(
-    sample_size=None, in_channels=4, out_channels=4, flip_sin_to_cos=True, freq_shift=0, layers_per_block=2, norm_num_groups=32, norm_eps=1e-5,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    sample_size=None, in_channels=4, out_channels=4, flip_sin_to_cos=True, freq_shift=0, layers_per_block=2, norm_num_groups=32,
+    norm_eps=1e-5, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     block_out_channels=(320, 640, 1280, 1280), transformer_layers_per_block=1, cross_attention_dim=1280, attention_head_dim=8,
-    use_linear_projection=False, addition_embed_type=None, addition_time_embed_dim=None, projection_class_embeddings_input_dim=None)
+    use_linear_projection=False, addition_embed_type=None, addition_time_embed_dim=None, projection_class_embeddings_input_dim=None,
+    upcast_attention=False)  # the last is kept for others to read: the fused attention used here accumulates in fp32 anyway
 
 # Keys of diffusers that have one meaning here; another value is refused by name.
 FIXED = dict(
     act_fn="silu", center_input_sample=False, downsample_padding=1, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
-    only_cross_attention=False, dropout=0.0, dual_cross_attention=False, class_embed_type=None, num_class_embeds=None, encoder_hid_dim=None,
-    encoder_hid_dim_type=None, num_attention_heads=None, upcast_attention=False, resnet_time_scale_shift="default", resnet_skip_time_act=False,
-    resnet_out_scale_factor=1.0, time_embedding_type="positional", time_embedding_dim=None, time_embedding_act_fn=None, timestep_post_act=None,
-    time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3, attention_type="default", class_embeddings_concat=False,
-    mid_block_only_cross_attention=None, cross_attention_norm=None, reverse_transformer_layers_per_block=None, addition_embed_type_num_heads=64)
-NO_EFFECT = {"upcast_attention"}  # a precision choice: attention here is PyTorch's fused one, which accumulates in fp32
+    only_cross_attention=False, dropout=0.0, dual_cross_attention=False, class_embed_type=None, num_class_embeds=None,
+    encoder_hid_dim=None, encoder_hid_dim_type=None, num_attention_heads=None, resnet_time_scale_shift="default",
+    resnet_skip_time_act=False, resnet_out_scale_factor=1.0, time_embedding_type="positional", time_embedding_dim=None,
+    time_embedding_act_fn=None, timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3,
+    attention_type="default", class_embeddings_concat=False, mid_block_only_cross_attention=None, cross_attention_norm=None,
+    reverse_transformer_layers_per_block=None, addition_embed_type_num_heads=64)
 
 #     SD 1.5                                     channels -> height (of 64)
 #     conv_in                                    4 -> 320     64
@@ -52,7 +54,7 @@ NO_EFFECT = {"upcast_attention"}  # a precision choice: attention here is PyTorc
 #     up_blocks.3     3 x [resnet, attention]    320          64
 #     conv_norm_out, conv_out                    320 -> 4     64
 CONFIGS = {
-    "tiny": dict(sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+    "tiny": dict(sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128, attention_head_dim=2,
                  down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
     "sd15": dict(sample_size=64, cross_attention_dim=768),
@@ -109,6 +111,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels, context_dim, heads):
         super().__init__()
+        if channels % heads:
+            raise UserError(f"U-Net config: attention_head_dim = {heads} (the number of heads) does not divide {channels} channels")
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
@@ -242,7 +246,8 @@ class UpBlock(nn.Module):
         if depth:
             self.attentions = nn.ModuleList([Transformer2DModel(cout, depth, heads, c) for _ in range(layers)])
         # Each residual block takes the skip tensor of its mirror image, the last one that of the level above.
-        self.resnets = nn.ModuleList([ResnetBlock2D((cin if i == 0 else cout) + (below if i == layers - 1 else cout), cout, c) for i in range(layers)])
+        self.resnets = nn.ModuleList([
+            ResnetBlock2D((cin if i == 0 else cout) + (below if i == layers - 1 else cout), cout, c) for i in range(layers)])
         self.upsamplers = None if last else nn.ModuleList([Upsample2D(cout)])
 
     def forward(self, x, cond, skips, run):
@@ -268,8 +273,44 @@ class TimestepEmbedding(nn.Module):
 def sinusoidal(t, width, flip_sin_to_cos=True, freq_shift=0):
     """Transformer position encoding of t (N,) -> (N, width), in fp32."""
     half = width // 2
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
+    rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
+    angles = t[:, None].float() * rates
     return torch.cat([angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()], dim=-1)
+
+
+def per_level(c, key):
+    return list(c[key]) if isinstance(c[key], (list, tuple)) else [c[key]] * len(c["block_out_channels"])
+
+
+def checked(config):
+    """-> the whole config, defaults filled in. What this U-Net does not do is refused by name."""
+    c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+
+    def need(ok, *keys):
+        if not ok:
+            raise UserError("U-Net config: " + ", ".join(f"{k} = {c.get(k, config.get(k))!r}" for k in keys) + " is not implemented")
+
+    def count(value):
+        return type(value) is int and value > 0
+
+    for key, value in config.items():
+        need(key in DEFAULTS or key.startswith("_") or key in FIXED and value == FIXED[key], key)
+    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim"):
+        need(count(c[key]), key)
+    for key in ("flip_sin_to_cos", "use_linear_projection"):
+        need(type(c[key]) is bool, key)
+    widths, groups = c["block_out_channels"], c["norm_num_groups"]
+    need(isinstance(widths, (list, tuple)) and widths and all(count(w) and w % groups == 0 for w in widths), "block_out_channels",
+         "norm_num_groups")
+    for key, side in (("down_block_types", "Down"), ("up_block_types", "Up")):
+        names = f"{side}Block2D", f"CrossAttn{side}Block2D"
+        need(isinstance(c[key], (list, tuple)) and len(c[key]) == len(widths) and all(name in names for name in c[key]), key)
+    for key in ("transformer_layers_per_block", "attention_head_dim"):
+        need(len(per_level(c, key)) == len(widths) and all(map(count, per_level(c, key))), key)
+    extra = "addition_time_embed_dim", "projection_class_embeddings_input_dim"
+    need(c["addition_embed_type"] is None or c["addition_embed_type"] == "text_time" and all(count(c[key]) for key in extra),
+         "addition_embed_type", *extra)
+    return c
 
 
 class UNet(nn.Module):
@@ -277,23 +318,9 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        for key, value in config.items():
-            if key in FIXED and key not in NO_EFFECT and value != FIXED[key] or key not in FIXED and key not in DEFAULTS and not key.startswith("_"):
-                raise UserError(f"U-Net config: {key} = {value!r} is not implemented")
-        self.config = c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+        self.config = c = checked(config)
         widths, n = list(c["block_out_channels"]), len(c["block_out_channels"])
-        known = {"DownBlock2D", "CrossAttnDownBlock2D"}, {"UpBlock2D", "CrossAttnUpBlock2D"}
-        for key, names in zip(("down_block_types", "up_block_types"), known):
-            if len(c[key]) != n or not set(c[key]) <= names:
-                raise UserError(f"U-Net config: {key} = {c[key]} is not implemented; {n} of {', '.join(sorted(names))}")
-        if c["addition_embed_type"] not in (None, "text_time") or not isinstance(c["layers_per_block"], int):
-            raise UserError(f"U-Net config: addition_embed_type = {c['addition_embed_type']!r}, layers_per_block = {c['layers_per_block']!r} "
-                            "is not implemented; None or 'text_time', a number")
-
-        def per_level(value):
-            return list(value) if isinstance(value, (list, tuple)) else [value] * n
-
-        depths, heads = per_level(c["transformer_layers_per_block"]), per_level(c["attention_head_dim"])  # it counts heads, whatever its name
+        depths, heads = per_level(c, "transformer_layers_per_block"), per_level(c, "attention_head_dim")  # heads, whatever its name
         down = [depths[i] if "CrossAttn" in c["down_block_types"][i] else 0 for i in range(n)]
         up = [depths[-1 - i] if "CrossAttn" in c["up_block_types"][i] else 0 for i in range(n)]
         E = 4 * widths[0]
@@ -318,7 +345,7 @@ class UNet(nn.Module):
         temb = self.time_embedding(sinusoidal(t, c["block_out_channels"][0], c["flip_sin_to_cos"], c["freq_shift"]).to(dtype))
         if self.add_embedding is not None:
             ids = sinusoidal(added["time_ids"].flatten(), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"])
-            temb = temb + self.add_embedding(torch.cat([added["text_embeds"], ids.view(len(x), -1).to(added["text_embeds"].dtype)], dim=-1).to(dtype))
+            temb = temb + self.add_embedding(torch.cat([added["text_embeds"].to(dtype), ids.view(len(x), -1).to(dtype)], dim=-1))
         if self.task_embedding is None:
             return Cond(temb, context, t, task, None, added)
         if task is None:
@@ -327,7 +354,8 @@ class UNet(nn.Module):
 
     def forward(self, x, t, context, task=None, added=None, return_features=False):
         """x (B, Cin, H, W) noisy latents, with what is concatenated to them; t (B,) or a number; context (B, S, D) text states;
-        task (B,) rows; added: SDXL's dict. -> (B, Cout, H, W); with return_features also {"mid", "up"}: outputs of mid block and last up block."""
+        task (B,) rows; added: SDXL's dict. -> (B, Cout, H, W); with return_features also {"mid", "up"}, the outputs of the mid block
+        and of the last up block. H and W may be any size."""
         cond = self.condition(x, t, context, task, added)
 
         def run(module, *inputs):
@@ -395,26 +423,32 @@ def fetch(path_or_hub_id, subfolder):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'not JSON'})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be read (no JSON object)")
+    return value
 
 
 def load_weights(module, folder, rename=lambda key: key):
     """Strictly fill a module that is on the meta device from the folder's safetensors, single or sharded; fp32, one copy in memory."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    folder, state = Path(folder), {}
-    names = [name + variant for variant in ("", ".fp16") for name in WEIGHTS]
-    indexes = [folder / f"{stem}.safetensors.index{variant}.json" for variant in ("", ".fp16") for stem in WEIGHTS]
-    files = [f for f in (folder / f"{name}.safetensors" for name in names) if f.is_file()][:1]
-    if not files and (index := next((f for f in indexes if f.is_file()), None)):
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    from safetensors import SafetensorError, safe_open
+    folder, state, files = Path(folder), {}, []
+    for variant in ("", ".fp16"):
+        for stem in WEIGHTS:
+            if not files and (file := folder / f"{stem}{variant}.safetensors").is_file():
+                files = [file]
+            elif not files and (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
+                files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
     if not files:
         raise UserError(f"no weights in {folder}: looked for {', '.join(f'{n}.safetensors' for n in WEIGHTS)} and their sharded forms")
     for file in files:
         try:
-            state |= {rename(key): value.float() if value.is_floating_point() else value for key, value in load_file(file).items()}
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    value = tensors.get_tensor(key)
+                    state[rename(key)] = value.float() if value.is_floating_point() else value
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); download or save it again") from None
     state.pop(None, None)  # what `rename` drops
@@ -422,7 +456,8 @@ def load_weights(module, folder, rename=lambda key: key):
     for problem, keys in (("lacks", sorted(wanted.keys() - state.keys())), ("has an unknown", sorted(state.keys() - wanted.keys())),
                           ("has another shape of", sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape))):
         if keys:
-            raise UserError(f"{folder} {problem} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "") + f": not a {type(module).__name__} of this config")
+            more = f" and {len(keys) - 1} more" if keys[1:] else ""
+            raise UserError(f"{folder} {problem} {keys[0]}{more}: not a {type(module).__name__} of this config")
     module.load_state_dict(state, assign=True)
 
 
