@@ -289,13 +289,11 @@ class Folder(torch.utils.data.Dataset):
                 continue
             try:
                 row = json.loads(line)
-                wanted = ["file_name"] + ["text"] * (task != "sr") + ["source_file_name"] * (task in ("edit", "inpaint"))
-                missing = [key for key in wanted if not isinstance(row[key], str)]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} line {number}: {error if isinstance(error, ValueError) else f'no {error}'}; {task} needs {', '.join(wanted)}"
-                                if not isinstance(error, ValueError) else f"{path} line {number} is not JSON ({error})") from None
-            if missing:
-                raise UserError(f"{path} line {number}: {', '.join(missing)} must be text")
+            except ValueError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error})") from None
+            wanted = ["file_name"] + ["text"] * (task != "sr") + ["source_file_name"] * (task in ("edit", "inpaint"))
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in wanted):
+                raise UserError(f"{path} line {number}: {task} needs {', '.join(wanted)}, as text")
             if row.get("split", "heldout" if held_out(row["file_name"]) else "train") == split:
                 self.items.append(row)
         if not self.items:

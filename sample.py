@@ -28,7 +28,7 @@ EXAMPLES = {  # what a task draws when nothing is given
     "t2i": (None, "red apple, google style"),
     "edit": ("edit.png", "give it dark skin"),
     "sr": ("sr.png", ""),
-    "inpaint": ("inpaint.png", "remove the doughnut on the left"),
+    "inpaint": ("inpaint.png", "remove the thumbs up sign on the left"),
 }
 
 

@@ -1,0 +1,82 @@
+"""Measure: on held-out pictures, is a task's output closer to the target than its input is?
+
+    python evaluate.py --task all --model assets/tiny-mtu --count 100
+
+Per task: PSNR to the target (pictures in [0, 1], mean over examples) of the output, of doing nothing (for sr: bicubic enlargement), and of
+the autoencoder's own reconstruction of the target, the ceiling of any latent model; and the share of examples whose output has
+the smaller squared error than doing nothing. t2i has no single right answer: look at train.py's sample grids.
+"""
+import argparse
+import json
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from data import ASSETS, TASKS
+from sample import generate, load_model, pick_device
+from unet import UserError, command
+
+
+def mse(a, b):
+    """Mean squared error of two pictures (3, H, W) in [-1, 1], on the scale [0, 1]."""
+    return ((a.clamp(-1, 1) - b) / 2).square().mean().item()
+
+
+def psnr(errors):
+    return float(np.mean([-10 * np.log10(max(e, 1e-10)) for e in errors]))
+
+
+@torch.no_grad()
+def measure(model, task, count, seed, batch_size=25, **options):
+    """-> a dict of figures for one image-to-image task over `count` held-out examples spread over the data set."""
+    dataset, rows = data.builtin(task, "heldout"), []
+    chosen = [dataset[i * len(dataset) // count] for i in range(min(count, len(dataset)))]
+    device = next(model.unet.parameters()).device
+    for first in tqdm(range(0, len(chosen), batch_size), desc=task, leave=False):
+        batch = chosen[first:first + batch_size]
+        outputs = generate(model, task, [e["prompt"] for e in batch], [data.to_pil(e["source"]) for e in batch], seed=seed + first, **options)
+        ceiling = model.vae.decode(model.vae.encode(torch.stack([e["target"] for e in batch]).to(device))[0]).cpu()
+        rows += [dict(kind=e.get("kind", ""), output=mse(data.to_tensor(o), e["target"]), nothing=mse(e["source"], e["target"]),
+                      ceiling=mse(c, e["target"])) for e, o, c in zip(batch, outputs, ceiling)]
+
+    def figures(rows):
+        return dict(count=len(rows), output=psnr([r["output"] for r in rows]), nothing=psnr([r["nothing"] for r in rows]),
+                    ceiling=psnr([r["ceiling"] for r in rows]), closer=float(np.mean([r["output"] < r["nothing"] for r in rows])))
+
+    kinds = sorted({r["kind"] for r in rows} - {""})
+    return {"all": figures(rows)} | {kind: figures([r for r in rows if r["kind"] == kind]) for kind in kinds}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure a model on held-out pictures.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--task", default="all", help="all, or one of the image-to-image tasks")
+    parser.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="folder or hub id")
+    parser.add_argument("--count", type=int, default=100, help="held-out examples per task")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
+    parser.add_argument("--guidance", type=float, help="text scale; default as in sample.py")
+    parser.add_argument("--image-guidance", type=float, help="image scale; default as in sample.py")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
+    parser.add_argument("--out", help="JSON file that gets the figures")
+    args = parser.parse_args()
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: at least 1")
+    model = load_model(args.model).to(pick_device(args.device))
+    tasks = [task for task in model.tasks if task in TASKS and TASKS[task].source] if args.task == "all" else [args.task]
+    if not tasks or not all(task in TASKS and TASKS[task].source for task in tasks):
+        raise UserError(f"--task {args.task}: choose all or an image-to-image task; {args.model} knows {', '.join(model.tasks)}")
+    results = {}
+    print(f"{'PSNR in dB':<20}{'count':>6}{'output':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
+    for task in tasks:
+        results[task] = measure(model, task, args.count, args.seed, steps=args.steps, guidance=args.guidance, image_guidance=args.image_guidance)
+        for kind, f in results[task].items():
+            print(f"{task if kind == 'all' else f'  {kind}':<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
+    if args.out:
+        with open(args.out, "w") as f:
+            json.dump(dict(arguments=vars(args), results=results), f, indent=2)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,175 @@
+"""Drawing: the shipped models, diffusers' picture, seeds, sizes, bad input."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import moe
+from conftest import ROOT
+from data import ASSETS
+from sample import EXAMPLES, generate, load_model, open_image
+from unet import UserError
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model(ASSETS / "tiny")
+
+
+@pytest.fixture(scope="module")
+def mtu():
+    return load_model(ASSETS / "tiny-mtu")
+
+
+def example(task):
+    image, prompt = EXAMPLES[task]
+    return [prompt], [open_image(ASSETS / "examples" / image)] if image else None
+
+
+def run(*args, cwd=ROOT):
+    return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True)
+
+
+def test_shipped_base_draws_diffusers_picture(tiny):
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(ASSETS / "tiny", low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    for prompt, guidance in (("red apple, google style", 7.5), ("", 1.0)):
+        theirs = pipe(prompt, num_inference_steps=8, guidance_scale=guidance, generator=torch.Generator().manual_seed(3)).images[0]
+        ours = generate(tiny, "t2i", [prompt], guidance=guidance, steps=8, seed=3)[0]
+        error = np.abs(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)).mean()
+        assert error < 1, f"mean absolute difference {error:.3f} of 255"
+
+
+def test_folded_edit_draws_the_same_and_what_instruct_pix2pix_draws(mtu):
+    diffusers = pytest.importorskip("diffusers")
+    from dataclasses import replace
+    prompts, images = example("edit")
+    folded = replace(mtu, unet=moe.fold(mtu.unet, "edit"))
+    ours = generate(mtu, "edit", prompts, images, steps=6, guidance=3.0, image_guidance=1.5, seed=1)[0]
+    again = generate(folded, "edit", prompts, images, steps=6, guidance=3.0, image_guidance=1.5, seed=1)[0]
+    assert np.abs(np.asarray(ours, dtype=float) - np.asarray(again, dtype=float)).max() <= 2
+
+    unet = diffusers.UNet2DConditionModel(**{k: v for k, v in folded.unet.config.items() if k != "_class_name"})
+    unet.load_state_dict(folded.unet.state_dict())
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(ASSETS / "tiny", unet=unet, low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.alpha_composite(Image.new("RGBA", images[0].size, "white"), images[0]).convert("RGB").resize((64, 64), Image.BICUBIC)
+    theirs = pipe(prompts[0], image=picture, num_inference_steps=6, guidance_scale=3.0, image_guidance_scale=1.5,
+                  generator=torch.Generator().manual_seed(1)).images[0]
+    error = np.abs(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)).mean()
+    assert error < 1, f"mean absolute difference {error:.3f} of 255"
+
+
+@pytest.mark.parametrize("task", EXAMPLES)
+def test_same_seed_same_bytes_and_other_seed_other_picture(mtu, task):
+    prompts, images = example(task)
+    a, b, c = (generate(mtu, task, prompts, images, steps=4, seed=seed)[0] for seed in (0, 0, 1))
+    assert a.tobytes() == b.tobytes() != c.tobytes()
+
+
+def test_a_picture_does_not_depend_on_its_batch(mtu):
+    prompts, images = example("edit")
+    batch = generate(mtu, "edit", prompts * 3, images * 3, steps=4, seed=5)
+    alone = generate(mtu, "edit", prompts, images, steps=4, seed=6)[0]
+    assert np.abs(np.asarray(batch[1], dtype=int) - np.asarray(alone, dtype=int)).max() <= 2
+
+
+def test_guidance_of_one_is_the_conditional_model(mtu):
+    """Three branches at scales 1, 1 (forced by a hair) give what one branch gives."""
+    prompts, images = example("edit")
+    one = generate(mtu, "edit", prompts, images, steps=4, guidance=1.0, image_guidance=1.0)[0]
+    three = generate(mtu, "edit", prompts, images, steps=4, guidance=1.0 + 1e-7, image_guidance=1.0)[0]
+    assert np.abs(np.asarray(one, dtype=int) - np.asarray(three, dtype=int)).max() <= 2
+
+
+def test_strength_keeps_or_changes_the_picture(mtu):
+    image = open_image(ASSETS / "examples" / "edit.png")
+
+    def distance(strength):
+        out = generate(mtu, "t2i", ["red apple, google style"], [image], strength=strength, steps=10)[0]
+        flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB").resize(out.size)
+        return np.abs(np.asarray(out, dtype=float) - np.asarray(flat, dtype=float)).mean()
+
+    assert distance(0.1) < 0.5 * distance(1.0)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (48, 40)])
+def test_sizes(mtu, size):
+    assert generate(mtu, "t2i", ["x"], height=size[0], width=size[1], steps=1)[0].size == size[::-1]
+
+
+def test_a_picture_keeps_its_shape(mtu):
+    assert generate(mtu, "sr", [""], [Image.new("RGBA", (300, 150), "red")], steps=1)[0].size == (64, 32)
+
+
+def test_the_command(tmp_path):
+    out = tmp_path / "a" / "b.png"
+    done = run("sample.py", "--task", "edit", "--steps", 3, "--num-images", 2, "--out", out, "--trajectory")
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout
+    picture = Image.open(out)
+    assert picture.size in ((64, 128), (128, 64)) and json.loads(picture.text["arguments"])["steps"] == 3
+    assert Image.open(tmp_path / "a" / "b-trajectory.png").size == (3 * 64, 2 * 64)
+    assert Image.open(tmp_path / "a" / "b-trajectory.gif").n_frames == 3
+
+
+def test_long_prompts_warn(mtu, capsys):
+    generate(mtu, "t2i", ["apple " * 80 + "zebra"], steps=1)
+    assert "zebra" in capsys.readouterr().err
+
+
+BROKEN = ["nothing.png", "text.png", "cut.png"]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "text.png").write_text("hello")
+    (folder / "cut.png").write_bytes((ASSETS / "examples" / "edit.png").read_bytes()[:100])
+    return folder
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_pictures_are_named(broken, name):
+    with pytest.raises(UserError, match=name):
+        open_image(broken / name)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(task="colorize"), "t2i, edit, sr, inpaint"), (dict(task="edit", images=None), "--image"), (dict(height=60), "multiples of 8"),
+    (dict(height=-8), "multiples of 8"), (dict(steps=0), "steps"), (dict(steps=2000), "steps"), (dict(eta=2.0), "eta"),
+    (dict(strength=0.5, images=None), "picture"), (dict(strength=0.0), "strength"), (dict(strength=1.5), "strength")])
+def test_bad_requests_are_refused(mtu, options, words):
+    arguments = dict(task="t2i", images=[Image.new("RGB", (64, 64))], steps=10) | options
+    with pytest.raises(UserError, match=words):
+        generate(mtu, prompts=["x"], **arguments)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--image", "nothing.png", "--task", "edit"], "nothing.png"), (["--model", "no/such/folder"], "no/such/folder"),
+    (["--task", "colorize"], "colorize"), (["--out", "a.jpg"], "a.jpg"), (["--num-images", "0"], "--num-images"), (["--seed", "-1"], "--seed"),
+    (["--device", "nonsense"], "nonsense")])
+def test_a_mistake_is_one_line_and_exit_2(tmp_path, arguments, words):
+    done = run("sample.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_base_knows_only_text_to_image(tiny):
+    with pytest.raises(UserError, match="t2i"):
+        generate(tiny, "edit", ["x"], [Image.new("RGB", (64, 64))])
+
+
+def test_a_cut_checkpoint_is_named(tmp_path):
+    import shutil
+    shutil.copytree(ASSETS / "tiny", tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors"):
+        load_model(tmp_path / "model")

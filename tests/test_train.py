@@ -1,0 +1,188 @@
+"""The loop: every task in every batch, exact resume, ranks and accumulation, bad input."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import train
+from conftest import ROOT
+from data import ASSETS, TASKS
+from sample import load_model
+
+QUICK = ["--batch-size", "8", "--eval-size", "2", "--sample-every", "1000", "--save-every", "2", "--log-every", "1", "--warmup", "1"]
+
+
+def run(out, *args, ranks=1, check=True):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    done = subprocess.run([sys.executable, *launch, "train.py", *QUICK, "--out", str(out), *map(str, args)], cwd=ROOT, capture_output=True,
+                          text=True, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "all"
+    done = run(out, "--task", "all", "--steps", 4)
+    return out, done
+
+
+def test_all_tasks_train_and_the_end_tells_what_to_do_next(straight):
+    out, done = straight
+    rows = log(out)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(set(r["loss"]) == set(TASKS) for r in rows)
+    assert all(len(bins) == train.BINS for r in rows for bins in r["loss_by_t"].values())
+    assert "held-out loss" in done.stdout and f"sample.py --task edit --model {out}" in done.stdout
+    assert Image.open(out / "samples" / "000004.png").size == (6 * 64, (2 + 3 * 3) * 64)
+    assert load_model(out).tasks == list(TASKS)
+    assert json.loads((out / "arguments.json").read_text())["steps"] == 4
+
+
+def test_only_the_papers_list_has_changed(straight):
+    before, after = load_file(ASSETS / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"), weights(straight[0])
+    same = [k for k in before if k in after and before[k].shape == after[k].shape and torch.equal(before[k].float(), after[k])]
+    changed = [k for k in before if k not in same]
+    assert changed and all(k.startswith("conv_in.") or ".norm3." in k or ".ff." in k for k in changed)
+    assert any("attn1" in k for k in same) and any("resnets" in k for k in same) and "conv_out.weight" in same
+
+
+def test_resuming_is_exact(straight, tmp_path):
+    """4 steps equal 2 steps, an end by force, and 2 more, bit for bit."""
+    class Stop(Exception):
+        pass
+
+    done = subprocess.run([sys.executable, "-c", f"""
+import sys, os
+sys.argv = ['train.py', *{QUICK!r}, '--out', {str(tmp_path / 'a')!r}, '--task', 'all', '--steps', '4']
+import train
+save = train.save_model
+def save_and_die(*args, **kwargs):
+    save(*args, **kwargs)
+    os._exit(9)
+train.save_model = save_and_die
+train.main()
+"""], cwd=ROOT, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert "resuming" in run(tmp_path / "a", "--task", "all", "--steps", 4).stdout
+    a, b = weights(straight[0]), weights(tmp_path / "a")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_finished_run_says_so_and_a_changed_setting_is_refused(straight):
+    out, _ = straight
+    before = (out / "log.jsonl").read_text()
+    assert "is finished" in run(out, "--task", "all", "--steps", 4).stdout
+    done = run(out, "--task", "all", "--steps", 4, "--lr", "0.5", check=False)
+    assert done.returncode == 2 and "--lr" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (out / "log.jsonl").read_text() == before
+
+
+def test_accumulation_and_two_ranks_change_only_rounding(straight, tmp_path):
+    run(tmp_path / "micro", "--task", "all", "--steps", 4, "--device-batch-size", 2)
+    run(tmp_path / "ranks", "--task", "all", "--steps", 4, ranks=2)
+    for name in ("micro", "ranks"):
+        for a, b in zip(log(straight[0]), log(tmp_path / name)):
+            assert all(abs(a["loss"][t] - b["loss"][t]) < 1e-3 * a["loss"][t] for t in TASKS) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-2
+
+
+def test_a_batch_is_a_function_of_seed_step_and_index():
+    def batch(seed, size, workers=0):
+        sets = {task: data.builtin(task, "train") for task in TASKS}
+        examples = train.Examples(sets, size, seed, 1000, (4, 16, 16))
+        loader = torch.utils.data.DataLoader(examples, batch_sampler=[range(size, 2 * size)], collate_fn=train.collate, num_workers=workers)
+        return next(iter(loader))
+
+    a, b, c = batch(0, 8), batch(0, 8, workers=1), batch(1, 8)
+    assert a["task"] == [*TASKS] * 2
+    for key in ("noise", "t", "target", "sample_noise", "keep"):
+        assert torch.equal(a[key], b[key])
+    assert a["prompt"] == b["prompt"] != c["prompt"] and not torch.equal(a["noise"], c["noise"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_conditioning_dropout_has_the_stated_rates(task):
+    examples = train.Examples({task: None}, 8, 0, 1000, (4, 16, 16))
+    seen = [examples.condition(dict(prompt="words", target=None), task, r) for r in np.linspace(0, 1, 2000, endpoint=False)]
+    text, both, image = TASKS[task].drop
+    none = [(e["prompt"] == "", e["keep"] == 0) for e in seen]
+    for case, rate in (((True, False), text), ((True, True), both), ((False, True), image)):
+        assert abs(np.mean([n == case for n in none]) - rate) < 0.002
+
+
+def test_the_loss_is_the_sum_over_tasks_of_each_tasks_mean():
+    """MTU Eq. 2, on a model whose loss is known: a zero prediction leaves the noise's own square."""
+    model = load_model(ASSETS / "tiny")
+    model.unet.forward = lambda x, t, context, task=None: torch.zeros_like(x[:, :4])
+    denoiser = train.Denoiser(model.unet, model.text_encoder, model.diffusion, False)
+    noise = torch.randn(8, 4, 16, 16)
+    losses = denoiser(torch.randn(8, 4, 16, 16), None, model.tokenizer([""] * 8), torch.arange(8), noise, torch.zeros(8, dtype=torch.long))
+    assert torch.allclose(losses, noise.square().mean((1, 2, 3)))
+
+
+def test_encoding_follows_the_tasks_rules():
+    vae = load_model(ASSETS / "tiny").vae
+    pictures = [data.builtin("edit", "heldout")[i]["source"] for i in (0, 5)]
+    batch = dict(target=torch.stack(pictures), source=[None, pictures[0]], sample_noise=torch.randn(2, 4, 16, 16), keep=torch.tensor([1.0, 1.0]))
+    encode = train.Encoder(vae)
+    x0, source = encode(batch, "cpu")
+    again = encode(batch, "cpu")  # from what was kept
+    mean, logvar = vae.encode(torch.stack(pictures))
+    assert torch.allclose(x0, vae.config["scaling_factor"] * (mean + (logvar / 2).exp() * batch["sample_noise"]), atol=1e-5)
+    assert source[0].abs().max() == 0 and torch.allclose(source[1], mean[0], atol=1e-5)
+    assert torch.equal(again[0], x0) and torch.equal(again[1], source)
+    assert encode({**batch, "keep": torch.tensor([1.0, 0.0])}, "cpu")[1].abs().max() == 0
+
+
+def test_no_weight_decay_on_norms_biases_and_rows_of_tasks():
+    import moe
+    unet = moe.upcycle(load_model(ASSETS / "tiny").unet)
+    decayed, kept = ({id(p) for p in group["params"]} for group in train.parameter_groups(unet, 0.1))
+    names = {id(p): n for n, p in unet.named_parameters()}
+    assert all(".ff." in names[i] and names[i].endswith("weight") for i in decayed)
+    assert {n for i, n in names.items() if i in kept} >= {"conv_in.weight", "task_embedding.weight", "mid_block.attentions.0.transformer_blocks.0.norm3.weight"}
+
+
+def test_own_pictures_from_a_folder(tmp_path):
+    rows = []
+    for split in ("train", "heldout"):
+        for i in range(2):
+            for name in (f"{split}{i}.png", f"s{split}{i}.png"):
+                Image.fromarray(np.random.default_rng(i).integers(0, 256, (80, 70, 3), dtype=np.uint8)).save(tmp_path / name)
+            rows.append(dict(file_name=f"{split}{i}.png", source_file_name=f"s{split}{i}.png", text="make it new", split=split))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(tmp_path / "run", "--task", "edit,sr", "--steps", 1, "--data", tmp_path)
+    assert load_model(tmp_path / "run").tasks == ["edit", "sr"]
+
+
+def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
+    run(tmp_path / "base", "--task", "t2i", "--model", "scratch", "--steps", 1)
+    assert load_model(tmp_path / "base").tasks == ["t2i"]
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "base", low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("x", num_inference_steps=1).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--task", "colorize"], "colorize"), (["--model", "nowhere"], "nowhere"), (["--task", "edit", "--model", "scratch"], "scratch"),
+    (["--batch-size", "6"], "--batch-size"), (["--data", "nowhere"], "metadata.jsonl"), (["--num-experts", "7"], "evenly"),
+    (["--model", "assets/tiny-mtu", "--task", "all", "--device", "nonsense"], "nonsense")])
+def test_a_mistake_is_one_line_and_exit_2(tmp_path, arguments, words):
+    done = run(tmp_path / "run", "--steps", 1, *arguments, check=False)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
