@@ -43,7 +43,7 @@ def get_args():
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
     p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
     p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
-    p.add_argument("--steps", type=int, help="default 400 for the miniature upcycled, 5000 from scratch; the paper: 100 epochs")
+    p.add_argument("--steps", type=int, help="default 200 for the miniature upcycled, 5000 from scratch; the paper: 100 epochs")
     p.add_argument("--batch-size", type=int, default=32, help="global, a multiple of the number of tasks (the paper: 128)")
     p.add_argument("--device-batch-size", type=int, help="samples at a time on one device; the rest is accumulated. Default: all")
     p.add_argument("--lr", type=float, help="default 1e-3 for the miniature, else the paper's 1e-4")
@@ -312,7 +312,7 @@ def main():
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     miniature = model.unet.config["sample_size"] <= 16
     args.lr = args.lr or (1e-3 if miniature else 1e-4)
-    args.steps = args.steps or (5000 if scratch else 400)
+    args.steps = args.steps or (5000 if scratch else 200)
     args.sample_every = args.sample_every or max(1, args.steps // 2)
     denoiser = Denoiser(model.unet, model.text_encoder, model.diffusion.to(device), train_text=scratch)
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}

@@ -1,0 +1,83 @@
+"""How fast beside diffusers: ratios of medians of interleaved runs in one process, below 1 is faster.
+
+    python tests/benchmark.py --size sd15 --runs 5
+
+Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
+and the U-Net upcycled to four experts against the dense one, both ours, with the same weights training. Latents are 32 x 32.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import moe  # noqa: E402
+from unet import CONFIGS, UNet  # noqa: E402
+
+
+def ratio(name, ours, theirs, runs):
+    """Interleave, so that a change in the machine's speed meets both; the order alternates."""
+    times = {ours: [], theirs: []}
+    for f in (ours, theirs):
+        f()
+    for i in range(runs):
+        for f in ((ours, theirs), (theirs, ours))[i % 2]:
+            start = time.perf_counter()
+            f()
+            times[f].append(time.perf_counter() - start)
+    a, b = (statistics.median(times[f]) for f in (ours, theirs))
+    pairs = sorted(x / y for x, y in zip(times[ours], times[theirs]))
+    print(f"{name:<44}{a:>9.3f} s{b:>9.3f} s   ratio {a / b:.3f}   pairs {pairs[0]:.3f} .. {pairs[-1]:.3f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("tiny", "sd15"), default="sd15")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=1)
+    args = parser.parse_args()
+    from diffusers import UNet2DConditionModel
+
+    config, B = CONFIGS[args.size], args.batch_size
+    torch.manual_seed(0)
+    ours = UNet(config)
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(**config)
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        b.requires_grad_(a.requires_grad)
+    x, t, text = torch.randn(B, 4, 32, 32), torch.full((B,), 500), torch.randn(B, 77, config["cross_attention_dim"])
+
+    def step(f, module):
+        def run():
+            f().square().mean().backward()
+            module.zero_grad(set_to_none=True)
+        return run
+
+    def forward(f):
+        return torch.no_grad()(f)
+
+    print(f"{args.size}, batch {B}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'':<44}{'ours':>11}{'diffusers':>11}")
+    a, b = lambda: ours(x, t, text), lambda: theirs(x, t, text).sample
+    ratio("forward", forward(a), forward(b), args.runs)
+    ratio("forward and backward", step(a, ours), step(b, theirs), args.runs)
+    del theirs, b
+
+    # the dense U-Net with the same parts trainable is the control; t2i meets four channels in both
+    upcycled = moe.upcycle(UNet(config))
+    ours.requires_grad_(False)
+    for name, p in ours.named_parameters():
+        p.requires_grad_(name.startswith("conv_in.") or ".ff." in name or ".norm3." in name)
+    task = torch.zeros(B, dtype=torch.long)
+    mixed = lambda: upcycled(x, t, text, task=task)  # noqa: E731
+    print(f"{'':<44}{'upcycled':>11}{'dense':>11}")
+    ratio("forward", forward(mixed), forward(a), args.runs)
+    ratio("forward and backward", step(mixed, upcycled), step(a, ours), args.runs)
+
+
+if __name__ == "__main__":
+    main()

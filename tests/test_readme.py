@@ -1,0 +1,73 @@
+"""Every command of the README runs, with fewer steps, in a copy of the project."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+COMMANDS = [part.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
+FEWER = {"train.py": "--steps 1 --eval-size 1 --batch-size 4 --sample-every 100 --warmup 1", "vae.py": "--steps 1 --batch-size 2",
+         "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1", "benchmark.py": "--size tiny --runs 1"}
+
+
+def runnable(command):
+    """Not the environment's commands (they made the one that runs this), the tests themselves, the hub, or eight GPUs."""
+    words = shlex.split(command, comments=True)
+    return bool(words) and words[0] in ("python", "torchrun", "cp") and "pytest" not in words and not any("stable-diffusion-v1-5/" in w for w in words)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The commands run in the README's order in one copy, since later ones use what earlier ones wrote."""
+    folder = tmp_path_factory.mktemp("project")
+    ignored = shutil.ignore_patterns(".git", "runs", "samples", "__pycache__", ".venv", ".pytest_cache")
+    shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
+    return folder
+
+
+def test_the_readme_names_the_main_commands():
+    assert "python train.py --task all" in COMMANDS and "python sample.py --task edit" in COMMANDS
+    assert "pip install -r requirements.txt" in COMMANDS and "python -m pytest -q tests" in COMMANDS
+    assert sum(map(runnable, COMMANDS)) > 10
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(filter(runnable, COMMANDS)))
+def test_command(project, command):
+    words = shlex.split(command, comments=True)
+    fewer = next((FEWER[name] for word in words for name in FEWER if word.endswith(name)), "")
+    given = {word for word in words if word.startswith("--")}
+    extra = shlex.split(fewer)
+    for option, value in zip(extra[::2], extra[1::2]):
+        if option in given:
+            words[words.index(option) + 1] = value
+        else:
+            words += [option, value]
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    done = subprocess.run([w for w in words if w != "--compile"], cwd=project, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_files_can_be_read_in_one_sitting():
+    for path in ROOT.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 500, path.name
+
+
+def test_the_product_needs_only_its_requirements():
+    """diffusers and transformers are for tests; nothing is pickled."""
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"^\s*(import|from) (diffusers|transformers)\b", text, re.M), path.name
+        assert "torch.load(" not in text and "pickle" not in text, path.name
+
+
+def test_assets_stay_small():
+    assert sum(f.stat().st_size for f in (ROOT / "assets").rglob("*") if f.is_file() and "state" not in f.parts) < 45e6
