@@ -158,7 +158,8 @@ class Tokenizer:
         (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.ranks), encoding="utf-8")
         (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
         (folder / "tokenizer_config.json").write_text(json.dumps(
-            dict(tokenizer_class="CLIPTokenizer", model_max_length=self.length, do_lower_case=True, errors="replace", add_prefix_space=False, **special), indent=2))
+            dict(tokenizer_class="CLIPTokenizer", model_max_length=self.length, do_lower_case=True, errors="replace",
+                 add_prefix_space=False, **special), indent=2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +241,8 @@ class CLIPText(nn.Module):
         if c["hidden_act"] not in ACTIVATIONS:
             raise UserError(f"text encoder config: hidden_act = {c['hidden_act']!r} is not implemented; use {' or '.join(ACTIVATIONS)}")
         if c["architectures"] not in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
-            raise UserError(f"text encoder config: architectures = {c['architectures']} is not implemented; use CLIPTextModel or CLIPTextModelWithProjection")
+            raise UserError(f"text encoder config: architectures = {c['architectures']} is not implemented; "
+                            "use CLIPTextModel or CLIPTextModelWithProjection")
         self.text_model = TextTransformer(c)
         projects = c["architectures"] == ["CLIPTextModelWithProjection"]
         self.text_projection = nn.Linear(c["hidden_size"], c["projection_dim"], bias=False) if projects else None

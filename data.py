@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from unet import UserError
@@ -67,7 +66,8 @@ PEOPLE = {"1F468 1F469 1F9D1": "man woman person", "1F466 1F467 1F9D2": "boy gir
 GENDER = {code: word for codes, words in PEOPLE.items() for code, word in zip(codes.split(), words.split())}
 FIGURE = {code: codes.split()[0] for codes in PEOPLE for code in codes.split()}  # one code for all genders of a figure
 WORDS = {
-    "tone": ("make the skin tone {b}", "change the skin to {b}", "give it {b} skin", "turn the skin from {a} to {b}", "use a {b} skin tone"),
+    "tone": ("make the skin tone {b}", "change the skin to {b}", "give it {b} skin", "turn the skin from {a} to {b}",
+             "use a {b} skin tone"),
     "gender": ("make it a {b}", "turn the {a} into a {b}", "show a {b} instead", "change the {a} to a {b}", "replace the {a} with a {b}"),
     "colour": ("make it {b}", "change the colour to {b}", "turn it {b}", "paint it {b}", "change it from {a} to {b}"),
 }
@@ -282,7 +282,8 @@ class Folder(torch.utils.data.Dataset):
         self.task, self.size, self.root = task, size, Path(root) / task if (Path(root) / task).is_dir() else Path(root)
         path = self.root / "metadata.jsonl"
         if not path.is_file():
-            raise UserError(f"no {path}: --data wants a folder with pictures and a metadata.jsonl (or one such folder per task, named {task})")
+            raise UserError(f"no {path}: --data wants a folder with pictures and a metadata.jsonl, or one such folder per task, "
+                            f"named {task}")
         self.items = []
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if not line.strip():

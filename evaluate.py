@@ -36,7 +36,8 @@ def measure(model, task, count, seed, batch_size=25, **options):
     device = next(model.unet.parameters()).device
     for first in tqdm(range(0, len(chosen), batch_size), desc=task, leave=False):
         batch = chosen[first:first + batch_size]
-        outputs = generate(model, task, [e["prompt"] for e in batch], [data.to_pil(e["source"]) for e in batch], seed=seed + first, **options)
+        prompts, sources = [e["prompt"] for e in batch], [data.to_pil(e["source"]) for e in batch]
+        outputs = generate(model, task, prompts, sources, seed=seed + first, **options)
         ceiling = model.vae.decode(model.vae.encode(torch.stack([e["target"] for e in batch]).to(device))[0]).cpu()
         rows += [dict(kind=e.get("kind", ""), output=mse(data.to_tensor(o), e["target"]), nothing=mse(e["source"], e["target"]),
                       ceiling=mse(c, e["target"])) for e, o, c in zip(batch, outputs, ceiling)]
@@ -50,7 +51,8 @@ def measure(model, task, count, seed, batch_size=25, **options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure a model on held-out pictures.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Measure a model on held-out pictures.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--task", default="all", help="all, or one of the image-to-image tasks")
     parser.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="folder or hub id")
     parser.add_argument("--count", type=int, default=100, help="held-out examples per task")
@@ -70,9 +72,11 @@ def main():
     results = {}
     print(f"{'PSNR in dB':<20}{'count':>6}{'output':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
     for task in tasks:
-        results[task] = measure(model, task, args.count, args.seed, steps=args.steps, guidance=args.guidance, image_guidance=args.image_guidance)
+        results[task] = measure(model, task, args.count, args.seed, steps=args.steps, guidance=args.guidance,
+                                image_guidance=args.image_guidance)
         for kind, f in results[task].items():
-            print(f"{task if kind == 'all' else f'  {kind}':<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
+            name = task if kind == "all" else f"  {kind}"
+            print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
     if args.out:
         with open(args.out, "w") as f:
             json.dump(dict(arguments=vars(args), results=results), f, indent=2)

@@ -13,7 +13,6 @@ activations multiplied by w_i, one elementwise product more than the pretrained 
 
 Letters: B batch, L positions, C channels, E experts, T tasks, H inner width of one expert, D width of the task embedding.
 """
-import copy
 import math
 
 import torch
@@ -36,7 +35,8 @@ class TaskLayerNorm(nn.Module):
 
     def forward(self, x, cond):
         x = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        return torch.addcmul(F.embedding(cond.task, self.bias)[:, None].to(x.dtype), x, F.embedding(cond.task, self.weight)[:, None].to(x.dtype))
+        weight, bias = (F.embedding(cond.task, rows)[:, None].to(x.dtype) for rows in (self.weight, self.bias))  # (B, 1, C)
+        return torch.addcmul(bias, x, weight)
 
 
 class TaskConv(nn.Module):
@@ -55,7 +55,7 @@ class TaskConv(nn.Module):
         self.bias = nn.Parameter(conv.bias.detach().expand(len(in_channels), -1).clone())  # (T, C)
 
     def forward(self, x, cond):
-        (B, channels, height, width), (T, C, widest) = x.shape, self.weight.shape[:3]
+        (B, channels, height, width), (C, widest) = x.shape, self.weight.shape[1:3]
         x = F.pad(x, (0, 0, 0, 0, 0, widest - channels))
         has = torch.tensor(self.in_channels, device=x.device)[cond.task, None] > torch.arange(widest, device=x.device)  # (B, Cin)
         x = x * has[:, :, None, None]
@@ -86,7 +86,8 @@ class ExpertFeedForward(nn.Module):
         # Uniform weights 1/N count every unit N G times, each with 1/N. Times 1/G, on the activations, the dense network is back.
         self.scale = 1 / expert_width if init == "preserve" else 1.0
         device = out.weight.device
-        self.router = nn.Sequential(nn.Linear(task_dim, router_dim, device=device), nn.ReLU(), nn.Linear(router_dim, num_experts, device=device))
+        self.router = nn.Sequential(nn.Linear(task_dim, router_dim, device=device), nn.ReLU(),
+                                    nn.Linear(router_dim, num_experts, device=device))
         nn.init.zeros_(self.router[2].weight)
         # Experts that hold the same units (N G > 1) would get the same gradient for ever. Copy k starts a little heavier than copy k - 1.
         self.router[2].bias = nn.Parameter(0.1 * torch.floor(torch.arange(num_experts, device=device) * expert_width + 1e-6))
@@ -132,8 +133,8 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
         inner = block.ff.net[2].in_features
         copies = width * num_experts
         if not math.isclose(inner * width, round(inner * width)) or (init == "preserve" and not math.isclose(copies, round(copies))):
-            raise UserError(f"{num_experts} experts of width {width:g} x {inner} do not cut the FFN evenly; choose num_experts that divides "
-                            f"{inner}, and for init=preserve num_experts x expert_width a whole number")
+            raise UserError(f"{num_experts} experts of width {width:g} x {inner} do not cut the FFN evenly; choose num_experts that "
+                            f"divides {inner}, and for init=preserve num_experts x expert_width a whole number")
         block.norm3 = TaskLayerNorm(block.norm3, len(tasks))
         block.ff = ExpertFeedForward(block.ff, num_experts, init, width, top_k, task_dim, router_dim)
     unet.conv_in = TaskConv(unet.conv_in, list(channels.values()), latent)
@@ -189,7 +190,8 @@ def fold(unet, task):
     rows. Saves as a diffusers unet/ folder. Experts with N G != 1 change the FFNs' width and do not fold."""
     moe, row = unet.config["moe"], task_index(unet, task)
     if not math.isclose(moe["num_experts"] * (moe["expert_width"] or 1 / moe["num_experts"]), 1):
-        raise UserError(f"{moe['num_experts']} experts of width {moe['expert_width']:g} make FFNs wider than an ordinary U-Net's: they do not fold")
+        raise UserError(f"{moe['num_experts']} experts of width {moe['expert_width']:g} make FFNs of another width than an ordinary "
+                        "U-Net's: they do not fold")
     channels = moe["in_channels"][moe["tasks"][row]]
     state = dict(unet.state_dict())
     embedding = state.pop("task_embedding.weight")[row:row + 1]
@@ -223,7 +225,7 @@ def from_pretrained(path_or_hub_id, subfolder="unet"):
 
 
 def counted(unet, task=None):
-    """-> (parameters, trainable parameters, FLOPs of one forward of one sample at the model's own size, a multiplication and an addition as two)."""
+    """-> parameters, trainable parameters, FLOPs of one forward of one sample at the model's own size (a multiply-add is two)."""
     from torch.utils.flop_counter import FlopCounterMode
     config, device = unet.config, unet.conv_out.weight.device
     x = torch.zeros(1, config["moe"]["in_channels"][config["moe"]["tasks"][task]] if task is not None else config["in_channels"],
@@ -231,7 +233,8 @@ def counted(unet, task=None):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(x, torch.zeros(1, device=device), torch.zeros(1, 77, config["cross_attention_dim"], device=device),
              task=None if task is None else torch.full((1,), task, device=device))
-    return (*(sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) for only in (False, True)), counter.get_total_flops())
+    total, trained = (sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) for only in (False, True))
+    return total, trained, counter.get_total_flops()
 
 
 def main():
@@ -252,7 +255,8 @@ def main():
         total, trained, flops = counted(unet, task)
         print(f"{name:<22}{total / 1e6:>12.2f}M{trained / 1e6:>12.2f}M{flops / 1e9:>12.2f}G")
 
-    print(f"{args.model:<22}{'parameters':>13}{'trainable':>13}{'FLOPs':>13}   one forward, {unet.config['sample_size']} x {unet.config['sample_size']} latent")
+    size = unet.config["sample_size"]
+    print(f"{args.model:<22}{'parameters':>13}{'trainable':>13}{'FLOPs':>13}   one forward, {size} x {size} latent")
     if "moe" not in unet.config:
         row("dense", unet)
         upcycle(unet, num_experts=args.num_experts)

@@ -109,13 +109,14 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     height, width = _size(model, images, height, width)
     for prompt in prompts:
         if dropped := model.tokenizer.dropped(prompt):
-            print(f"warning: the prompt is longer than 77 tokens; not seen: {' '.join(dropped) if isinstance(dropped, list) else dropped}", file=sys.stderr)
+            print(f"warning: the prompt is longer than 77 tokens; not seen: {' '.join(dropped)}", file=sys.stderr)
 
     def encode_text(texts):
         return model.text_encoder(model.tokenizer(texts).to(device))[0]             # (B, S, D)
 
     scale = model.vae.config["scaling_factor"]
-    shape, generators = (B, model.unet.config["out_channels"], height // model.vae.factor, width // model.vae.factor), seeded(range(seed, seed + B))
+    shape = (B, model.unet.config["out_channels"], height // model.vae.factor, width // model.vae.factor)
+    generators = seeded(range(seed, seed + B))
     x, start, diffusion = randn(shape, generators, device), 0, model.diffusion.to(device)
     if images:
         pictures = torch.stack([to_tensor(on_white(im.convert("RGBA")).resize((width, height), Image.BICUBIC)) for im in images]).to(device)
@@ -187,7 +188,8 @@ def save_png(picture, path, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw with a model folder or hub id.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draw with a model folder or hub id.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--task", default="t2i", help=f"one of {', '.join(TASKS)}, or a task that the model was given later")
     parser.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="folder in the Hugging Face layout, or hub id")
     parser.add_argument("--prompt", help="text; default: the task's example")
@@ -202,7 +204,7 @@ def main():
     parser.add_argument("--width", type=int, help="multiple of 8; default the model's")
     parser.add_argument("--num-images", type=int, default=1, help="more than one makes a grid; seeds count up")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trajectory", action="store_true", help="save the denoising too: a strip (x_t above, predicted x_0 below) and a GIF")
+    parser.add_argument("--trajectory", action="store_true", help="save the denoising: a strip (x_t above, predicted x_0 below) and a GIF")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--out", help="the picture; default samples/TASK.png")
     args = parser.parse_args()

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -26,7 +27,6 @@ import clip
 import data
 import moe
 from data import ASSETS, SOURCE, TARGET, TASKS, latents
-from diffusion import Diffusion
 from sample import Model, generate, grid, load_model, pick_device
 from unet import CONFIGS, UNet, UserError, command
 from vae import VAE
@@ -165,7 +165,8 @@ def build_model(args, tasks):
     if args.model == "scratch":
         if tasks != ["t2i"]:
             raise UserError("--model scratch trains the base: use --task t2i, then --task all --model on the result")
-        prompts = [dataset[i]["prompt"] for dataset in (data.builtin("t2i", "train"), data.builtin("edit", "train")) for i in range(0, len(dataset), 2)]
+        datasets = data.builtin("t2i", "train"), data.builtin("edit", "train")
+        prompts = [dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 2)]
         tokenizer = clip.Tokenizer.train(prompts, vocab_size=2048)
         text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[clip.BOS],
                            eos_token_id=tokenizer.vocab[clip.EOS])
@@ -231,12 +232,12 @@ def load_state(path, params, ema, optimizer, settings):
             changed = [f"--{k.replace('_', '-')} was {scalars['settings'].get(k)!r}, is now {v!r}" for k, v in settings.items()
                        if scalars["settings"].get(k) != v]
             if changed:
-                raise UserError(f"{path.parent.parent} was begun with other settings: {'; '.join(changed)}. Give them again, or another --out")
+                raise UserError(f"{path.parent.parent} was begun with other settings: {'; '.join(changed)}. Give those, or another --out")
             for name, p in params.items():
                 p.data.copy_(f.get_tensor(f"param/{name}"))
                 ema[name].copy_(f.get_tensor(f"ema/{name}"))
-                optimizer.state[p] = {k: f.get_tensor(f"adam/{k}/{name}").to(p.device if k != "step" else "cpu") for k in ("step", "exp_avg", "exp_avg_sq")
-                                      if f"adam/{k}/{name}" in keys}
+                optimizer.state[p] = {k: f.get_tensor(f"adam/{k}/{name}").to("cpu" if k == "step" else p.device)
+                                      for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in keys}
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
     return scalars
@@ -302,7 +303,8 @@ def main():
     per_rank = args.batch_size // world
     micro = args.device_batch_size or per_rank
     if args.batch_size % (len(tasks)) or args.batch_size % world or per_rank % micro:
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(tasks)} tasks, of {world} processes and of --device-batch-size")
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(tasks)} tasks, of {world} processes and of "
+                        "--device-batch-size")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -319,7 +321,8 @@ def main():
     ema = {name: p.detach().clone() for name, p in params.items()}
     optimizer = torch.optim.AdamW(parameter_groups(denoiser, args.weight_decay), lr=args.lr)
     encode = Encoder(model.vae.requires_grad_(False))
-    print0(f"{sum(p.numel() for p in params.values()):,} of {sum(p.numel() for p in denoiser.parameters()):,} parameters train, on {world} x {device}")
+    total, trained = (sum(p.numel() for p in group) for group in (denoiser.parameters(), params.values()))
+    print0(f"{trained:,} of {total:,} parameters train, on {world} x {device}")
 
     # Data
     def dataset(task, split):
@@ -346,7 +349,11 @@ def main():
     before = before or held_out_loss(denoiser, encode, model, fixed, args.batch_size, device)
 
     # The loop
-    run = nn.parallel.DistributedDataParallel(denoiser, device_ids=[local_rank] if device.type == "cuda" else None) if world > 1 else denoiser
+    run = denoiser
+    if world > 1:
+        run = nn.parallel.DistributedDataParallel(denoiser, device_ids=[local_rank] if device.type == "cuda" else None)
+    if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile on CPU needs a C++ compiler (g++), and there is none here; leave --compile out")
     run = torch.compile(run) if args.compile else run
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     first = rank * per_rank
@@ -370,7 +377,8 @@ def main():
             sums.index_add_(0, cell.to(device), torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         if not torch.isfinite(norm):
-            raise UserError(f"the loss or its gradient is not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
+            raise UserError(f"the loss or its gradient is not finite at step {step}; the last checkpoint in {out} is kept. "
+                            "Try a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(args.ema, (1 + step) / (10 + step))
@@ -382,7 +390,8 @@ def main():
                 dist.all_reduce(sums)
             total, count = sums.view(len(tasks), BINS, 2).cpu().unbind(-1)
             mean = {task: (total[i].sum() / count[i].sum()).item() for i, task in enumerate(tasks)}
-            bins = {task: [round(v, 5) if n else None for v, n in zip((total[i] / count[i]).tolist(), count[i].tolist())] for i, task in enumerate(tasks)}
+            bins = {task: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())]
+                    for i, task in enumerate(tasks)}
             speed = count.sum().item() / (time.time() - clock)
             bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
             if rank == 0:
@@ -407,7 +416,8 @@ def main():
     print0("held-out loss      before    after")
     for task in tasks:
         print0(f"{task:<16}{before[task]:>9.4f}{after[task]:>9.4f}")
-    print0(f"saved in {out} (samples in {out / 'samples'}). Next: python sample.py --task {tasks[-1] if len(tasks) == 1 else 'edit'} --model {out}")
+    print0(f"saved in {out} (samples in {out / 'samples'}). "
+           f"Next: python sample.py --task {'edit' if 'edit' in tasks else tasks[0]} --model {out}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -15,7 +15,8 @@ from unet import UserError, command, fetch, load_weights, read_json, save_weight
 
 DEFAULTS = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1, norm_num_groups=32,
                 act_fn="silu", sample_size=32, scaling_factor=0.18215, force_upcast=True, mid_block_add_attention=True,
-                down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), use_quant_conv=True, use_post_quant_conv=True)
+                down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+                use_quant_conv=True, use_post_quant_conv=True)
 FIXED = dict(act_fn="silu", mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True)
 IGNORED = {"latents_mean", "latents_std", "shift_factor"}  # None in every Stable Diffusion; refused otherwise
 
@@ -222,7 +223,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = VAE(CONFIGS["tiny"]).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    sources = [(data.builtin("t2i", "train"), "target"), (data.builtin("inpaint", "train"), "source"), (data.builtin("sr", "train"), "source")]
+    sources = [(data.builtin(task, "train"), key) for task, key in (("t2i", "target"), ("inpaint", "source"), ("sr", "source"))]
     autocast = torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
     def batch(step):

@@ -65,7 +65,7 @@ def main():
     a, b = lambda: ours(x, t, text), lambda: theirs(x, t, text).sample
     ratio("forward", forward(a), forward(b), args.runs)
     ratio("forward and backward", step(a, ours), step(b, theirs), args.runs)
-    del theirs, b
+    theirs = b = None
 
     # the dense U-Net with the same parts trainable is the control; t2i meets four channels in both
     upcycled = moe.upcycle(UNet(config))
