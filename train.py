@@ -61,7 +61,7 @@ def get_args():
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    p.add_argument("--sample-every", type=int, help="steps between sample grids; default: half way and at the end")
+    p.add_argument("--sample-every", type=int, help="steps between sample grids, 0 for none; default: half way and at the end")
     p.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
     p.add_argument("--eval-size", type=int, default=64, help="held-out examples per task for the loss before and after")
     p.add_argument("--seed", type=int, default=0)
@@ -315,7 +315,7 @@ def main():
     miniature = model.unet.config["sample_size"] <= 16
     args.lr = args.lr or (1e-3 if miniature else 1e-4)
     args.steps = args.steps or (5000 if scratch else 200)
-    args.sample_every = args.sample_every or max(1, args.steps // 2)
+    args.sample_every = max(1, args.steps // 2) if args.sample_every is None else args.sample_every
     denoiser = Denoiser(model.unet, model.text_encoder, model.diffusion.to(device), train_text=scratch)
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
@@ -406,7 +406,7 @@ def main():
             with averaged(params, ema):
                 save_model(model, out, frozen_too=scratch or not (out / "model_index.json").exists())
             (out / "arguments.json").write_text(json.dumps(vars(args), indent=2))
-        if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
+        if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
             with averaged(params, ema):
                 sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
             clock = time.time()

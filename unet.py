@@ -471,6 +471,7 @@ def save_weights(module, folder, config, name="diffusion_pytorch_model.safetenso
                         ("config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))):
         beside = folder / f"{file}.part"
         write(beside)
+        beside.chmod(0o644)
         with open(beside, "rb+") as f:
             os.fsync(f.fileno())
         beside.replace(folder / file)

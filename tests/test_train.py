@@ -15,7 +15,7 @@ from conftest import ROOT
 from data import ASSETS, TASKS
 from sample import load_model
 
-QUICK = ["--batch-size", "8", "--eval-size", "2", "--sample-every", "1000", "--save-every", "2", "--log-every", "1", "--warmup", "1"]
+QUICK = ["--batch-size", "8", "--eval-size", "2", "--sample-every", "0", "--save-every", "2", "--log-every", "1", "--warmup", "1"]
 
 
 def run(out, *args, ranks=1, check=True):
@@ -38,7 +38,7 @@ def weights(out):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "all"
-    done = run(out, "--task", "all", "--steps", 4)
+    done = run(out, "--task", "all", "--steps", 4, "--sample-every", 4)
     return out, done
 
 
