@@ -189,10 +189,11 @@ def build_model(args, tasks):
 def parameter_groups(module, weight_decay):
     """Norms, biases and rows per task get no weight decay: rows of absent tasks would drift."""
     rows = {id(p) for m in module.modules() if isinstance(m, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding)) for p in m.parameters()}
-    trained = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() > 1 and id(p) not in rows]
-    kept = [p for p in trained if p.dim() <= 1 or id(p) in rows]
-    return [dict(params=decayed, weight_decay=weight_decay), dict(params=kept, weight_decay=0.0)]
+    groups = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            groups[p.dim() == 1 or not name.endswith("weight") or id(p) in rows]["params"].append(p)
+    return groups
 
 
 def learning_rate(step, args):
