@@ -6,6 +6,8 @@ Letters: B batch, S = 77 positions, D width.
 """
 import functools
 import json
+import os
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -77,10 +79,11 @@ class Tokenizer:
             if token not in vocab:
                 raise UserError(f"the tokenizer's vocabulary has no {token}")
         self.vocab, self.ranks, self.pad_token = vocab, {tuple(m): i for i, m in enumerate(merges)}, pad_token
+        self.special = dict.fromkeys((BOS, EOS, pad_token))
         self.ids = functools.lru_cache(maxsize=65536)(self._ids)
 
     def _ids(self, word):
-        if word in (BOS, EOS):
+        if word in self.special:
             return (self.vocab[word],)
         symbols = to_symbols(word)
         while len(symbols) > 1:
@@ -91,12 +94,9 @@ class Tokenizer:
         return tuple(self.vocab.get(s, self.vocab[EOS]) for s in symbols)
 
     def words(self, text):
-        """Words, where the two special tokens stay whole."""
-        out = []
-        for i, part in enumerate(text.split(BOS)):
-            for j, piece in enumerate(part.split(EOS)):
-                out += [BOS] * (i > 0 and j == 0) + [EOS] * (j > 0) + split_words(piece)
-        return out
+        """Words, where special tokens stay whole; the padding is one, so that SDXL's second tokenizer reads any "!" as padding."""
+        parts = re.split(f"({'|'.join(map(re.escape, self.special))})", text)
+        return [word for part in parts for word in ([part] if part in self.special else split_words(part))]
 
     def __call__(self, texts):
         """list of B strings -> (B, 77) long: start, tokens, end, padding; what does not fit is cut off (see `dropped`)."""
@@ -154,12 +154,17 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         special = dict(bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=self.pad_token)
-        (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.ranks), encoding="utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
-        (folder / "tokenizer_config.json").write_text(json.dumps(
-            dict(tokenizer_class="CLIPTokenizer", model_max_length=self.length, do_lower_case=True, errors="replace",
-                 add_prefix_space=False, **special), indent=2))
+        config = dict(tokenizer_class="CLIPTokenizer", model_max_length=self.length, do_lower_case=True, errors="replace",
+                      add_prefix_space=False, **special)
+        for name, text in (("vocab.json", json.dumps(self.vocab, ensure_ascii=False)),
+                           ("merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.ranks)),
+                           ("special_tokens_map.json", json.dumps(special, indent=2)),
+                           ("tokenizer_config.json", json.dumps(config, indent=2))):
+            with open(folder / f"{name}.part", "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            (folder / f"{name}.part").replace(folder / name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +248,9 @@ class CLIPText(nn.Module):
         if c["architectures"] not in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
             raise UserError(f"text encoder config: architectures = {c['architectures']} is not implemented; "
                             "use CLIPTextModel or CLIPTextModelWithProjection")
+        if c["hidden_size"] % c["num_attention_heads"]:
+            raise UserError(f"text encoder config: num_attention_heads = {c['num_attention_heads']} does not divide "
+                            f"hidden_size = {c['hidden_size']}")
         self.text_model = TextTransformer(c)
         projects = c["architectures"] == ["CLIPTextModelWithProjection"]
         self.text_projection = nn.Linear(c["hidden_size"], c["projection_dim"], bias=False) if projects else None

@@ -107,6 +107,13 @@ class Diffusion:
         prediction = model(self.add_noise(x0, noise, t), t)
         return (self.target(x0, noise, t) - prediction.float()).square().flatten(1).mean(1)
 
+    def weight(self, t, kind="none"):
+        """What multiplies the loss of samples at t (B,) -> (B,). "none": 1, as the papers train. "v": the loss of predicted noise becomes
+        that of v, which counts noisy steps, where the picture's layout and colours are decided, 1 / alpha_bar times as much."""
+        if kind == "v" and self.config["prediction_type"] == "epsilon":
+            return 1 / self.alpha_bar.to(t.device)[t]  # v - v_theta = (eps - eps_theta) / alpha, by the equations of to_x0_eps
+        return torch.ones(len(t), device=t.device)
+
     def to_x0_eps(self, prediction, x_t, t):
         """The prediction (noise or v, (B,C,H,W)) at x_t, t (B,) -> x0, eps, both (B,C,H,W).
 

@@ -219,7 +219,10 @@ def from_pretrained(path_or_hub_id, subfolder="unet"):
     config = read_json(folder / "config.json")
     moe = config.pop("moe")
     with torch.device("meta"):
-        unet = upcycle(UNet(config), **moe)
+        try:
+            unet = upcycle(UNet(config), **moe)
+        except TypeError as error:
+            raise UserError(f'{folder / "config.json"}: its "moe" is not one that `upcycle` wrote ({error})') from None
     load_weights(unet, folder)
     return freeze(unet)
 

@@ -8,6 +8,7 @@
 """
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,8 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     """Draw one picture per prompt with DDIM -> list of PIL images. Picture i has seed `seed + i`, whatever the batch around it.
 
     images: PIL pictures, one per prompt: the source of an image-to-image task, or with strength in (0, 1] the start (SDEdit).
-    guidance, image_guidance: text and image scale; default the paper's for the task (data.TASKS), 1 and 1 is none.
+    guidance, image_guidance: text and image scale, 1 and 1 is none; default what model_index.json says under "guidance", else the
+        paper's for the task (data.TASKS).
     height, width: multiples of 8; default the model's size, for given pictures with their shape.
     callback(i, t, x_t, x0): each step's latents, scaled.
     """
@@ -104,8 +106,10 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError(f"task {task} needs a picture: --image FILE")
     if strength is not None and not images:
         raise UserError("strength needs a picture to start from: --image FILE")
-    guidance = rule.guidance if guidance is None else guidance
-    image_guidance = rule.image_guidance if image_guidance is None else image_guidance
+    own = model.index.get("guidance", {}).get(task, (rule.guidance, rule.image_guidance))
+    guidance, image_guidance = own[0] if guidance is None else guidance, own[1] if image_guidance is None else image_guidance
+    if not (math.isfinite(guidance) and math.isfinite(image_guidance)):
+        raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be finite")
     height, width = _size(model, images, height, width)
     for prompt in prompts:
         if dropped := model.tokenizer.dropped(prompt):
@@ -195,8 +199,8 @@ def main():
     parser.add_argument("--prompt", help="text; default: the task's example")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     parser.add_argument("--image", help="source picture; default: the task's example")
-    parser.add_argument("--guidance", type=float, help="text scale; default the paper's: 7.5 for t2i and edit, 4 for inpaint, none for sr")
-    parser.add_argument("--image-guidance", type=float, help="image scale; default the paper's: 1.6 for edit, 1.5 for inpaint")
+    parser.add_argument("--guidance", type=float, help="text scale; default the model's own, or the paper's: 7.5 for t2i and edit, 4 for inpaint")
+    parser.add_argument("--image-guidance", type=float, help="image scale; default the model's own, or the paper's: 1.6 for edit, 1.5 for inpaint")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps (the paper's: 20)")
     parser.add_argument("--eta", type=float, default=0.0, help="0 deterministic DDIM, 1 as noisy as DDPM")
     parser.add_argument("--strength", type=float, help="start from --image instead of from noise, with this share of the steps (SDEdit)")

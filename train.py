@@ -51,6 +51,7 @@ def get_args():
     p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW, on weight matrices only (the paper: 0.01 for SDXL)")
     p.add_argument("--ema", type=float, default=0.9999, help="largest decay of the weight average; (1 + step) / (10 + step) before")
+    p.add_argument("--loss-weight", choices=("none", "v"), default="none", help="per timestep (the paper: none); v counts noisy steps more")
     p.add_argument("--num-experts", type=int, default=4, help="N, experts per FFN (the paper: 4 for SD 1.5, 1 for SDXL)")
     p.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve", help="preserve equals the dense network at step 0")
     p.add_argument("--expert-width", type=float, help="the paper's G, as a share of the FFN's width; default 1/N")
@@ -299,6 +300,13 @@ def main():
     tasks = list(TASKS) if args.task == "all" else args.task.split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UserError(f"unknown task {', '.join(unknown)}; the tasks are {', '.join(TASKS)}, or all")
+    if len(set(tasks)) < len(tasks):
+        raise UserError(f"--task {args.task} names a task twice")
+    for name in ("steps", "batch_size", "device_batch_size", "save_every", "log_every", "eval_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+    if not 0 <= args.ema < 1 or (args.lr is not None and not 0 < args.lr < float("inf")):
+        raise UserError(f"--ema {args.ema} must be in [0, 1), --lr {args.lr} above 0")
     args.out = args.out or f"runs/{'tiny' if args.model == 'scratch' else args.task.replace(',', '-')}"
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     per_rank = args.batch_size // world
@@ -337,7 +345,7 @@ def main():
     # Resume
     out, start, before = Path(args.out), 0, None
     state = out / "state" / "state.safetensors"
-    settings = {k: getattr(args, k) for k in ("task", "model", "data", "batch_size", "lr", "lr_schedule", "steps", "seed", "num_experts",
+    settings = {k: getattr(args, k) for k in ("task", "model", "data", "batch_size", "lr", "lr_schedule", "steps", "seed", "loss_weight", "num_experts",
                                               "expert_init", "expert_width", "top_k", "weight_decay", "ema")}
     if state.exists():
         scalars = load_state(state, params, ema, optimizer, settings)
@@ -373,7 +381,8 @@ def main():
             with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
                 losses = per_sample_loss(run, encode, model, batch, device)
                 # Eq. 2: the sum over tasks of each task's mean. Counts are the global batch's; DDP averages over ranks.
-                (losses.sum() * len(tasks) / args.batch_size * world).backward()
+                weights = denoiser.diffusion.weight(batch["t"].to(device), args.loss_weight)
+                ((losses * weights).sum() * len(tasks) / args.batch_size * world).backward()
             cell = torch.tensor([tasks.index(task) for task in batch["task"]]) * BINS + batch["t"] * BINS // model.diffusion.T
             sums.index_add_(0, cell.to(device), torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)

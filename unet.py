@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 # diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
@@ -433,7 +435,6 @@ def read_json(path):
 
 def load_weights(module, folder, rename=lambda key: key):
     """Strictly fill a module that is on the meta device from the folder's safetensors, single or sharded; fp32, one copy in memory."""
-    from safetensors import SafetensorError, safe_open
     folder, state, files = Path(folder), {}, []
     for variant in ("", ".fp16"):
         for stem in WEIGHTS:
@@ -463,7 +464,6 @@ def load_weights(module, folder, rename=lambda key: key):
 
 def save_weights(module, folder, config, name="diffusion_pytorch_model.safetensors", dtype=None):
     """config.json and the weights, each written beside its place, fsynced and renamed."""
-    from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in module.state_dict().items()}
@@ -489,6 +489,10 @@ def command(main):
         if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         message = "out of memory; try a smaller --device-batch-size, --gradient-checkpointing, or smaller pictures"
+    except OSError as error:  # a full disk, a read-only folder, a file where a folder should be
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except SafetensorError as error:
+        message = f"weights cannot be written or read: {error}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

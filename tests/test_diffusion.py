@@ -280,3 +280,15 @@ def test_bad_numbers_are_refused_by_name():
     for strength in (0.0, -0.5, 0.01, 1.5):
         with pytest.raises(UserError, match="strength"):
             partway(d, x, x, 50, strength)
+
+
+def test_weight_v_turns_the_loss_of_noise_into_the_loss_of_v():
+    """The same network's error, measured in eps and in v (both from diffusers' conversions of x0)."""
+    eps, v = (Diffusion.from_config(dict(SD, prediction_type=kind)) for kind in ("epsilon", "v_prediction"))
+    x0, noise, t = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([0, 300, 700, 999])
+    x_t, guess = eps.add_noise(x0, noise, t), noise + 0.1 * torch.randn_like(noise)
+    as_x0, _ = eps.to_x0_eps(guess, x_t, t)
+    as_v = v.target(as_x0, guess, t)
+    loss_eps, loss_v = eps.loss(lambda x, t: guess, x0, t, noise), v.loss(lambda x, t: as_v, x0, t, noise)
+    assert torch.allclose(loss_eps * eps.weight(t, "v"), loss_v, rtol=1e-3)
+    assert torch.equal(eps.weight(t), torch.ones(4)) and torch.equal(v.weight(t, "v"), torch.ones(4))

@@ -143,7 +143,7 @@ def test_broken_pictures_are_named(broken, name):
 @pytest.mark.parametrize("options, words", [
     (dict(task="colorize"), "t2i, edit, sr, inpaint"), (dict(task="edit", images=None), "--image"), (dict(height=60), "multiples of 8"),
     (dict(height=-8), "multiples of 8"), (dict(steps=0), "steps"), (dict(steps=2000), "steps"), (dict(eta=2.0), "eta"),
-    (dict(strength=0.5, images=None), "picture"), (dict(strength=0.0), "strength"), (dict(strength=1.5), "strength")])
+    (dict(guidance=float("nan")), "finite"), (dict(strength=0.5, images=None), "picture"), (dict(strength=0.0), "strength"), (dict(strength=1.5), "strength")])
 def test_bad_requests_are_refused(mtu, options, words):
     arguments = dict(task="t2i", images=[Image.new("RGB", (64, 64))], steps=10) | options
     with pytest.raises(UserError, match=words):

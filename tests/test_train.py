@@ -181,7 +181,7 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--task", "colorize"], "colorize"), (["--model", "nowhere"], "nowhere"), (["--task", "edit", "--model", "scratch"], "scratch"),
     (["--batch-size", "6"], "--batch-size"), (["--data", "nowhere"], "metadata.jsonl"), (["--num-experts", "7"], "evenly"),
-    (["--model", "assets/tiny-mtu", "--task", "all", "--device", "nonsense"], "nonsense")])
+    (["--device", "nonsense"], "nonsense"), (["--task", "edit,edit"], "twice"), (["--eval-size", "0"], "--eval-size")])
 def test_a_mistake_is_one_line_and_exit_2(tmp_path, arguments, words):
     done = run(tmp_path / "run", "--steps", 1, *arguments, check=False)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
