@@ -481,18 +481,15 @@ def command(main):
     """Run a command: a user's mistake ends in one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, SafetensorError) as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = "out of memory; try a smaller --device-batch-size, --gradient-checkpointing, or smaller pictures"
     except RuntimeError as error:
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+        signs = "not enough memory", "can't allocate memory"
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in signs):
             raise
         message = "out of memory; try a smaller --device-batch-size, --gradient-checkpointing, or smaller pictures"
     except OSError as error:  # a full disk, a read-only folder, a file where a folder should be
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except SafetensorError as error:
-        message = f"weights cannot be written or read: {error}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
