@@ -226,7 +226,7 @@ def main():
     images = [open_image(image)] * args.num_images if image else None
     model = load_model(args.model).to(pick_device(args.device))
 
-    frames, bar = [], tqdm(total=args.steps, desc=args.task, leave=False)
+    frames, bar = [], tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
 
     def step(i, t, x, x0):
         bar.update()

@@ -425,7 +425,7 @@ def fetch(path_or_hub_id, subfolder):
 
 def read_json(path):
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'not JSON'})") from None
     if not isinstance(value, dict):
