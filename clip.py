@@ -6,7 +6,6 @@ Letters: B batch, S = 77 positions, D width.
 """
 import functools
 import json
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -16,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import UserError, fetch, load_weights, read_json, save_weights
+from unet import UserError, blaming, fetch, load_weights, read_json, save_weights, write_file
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
@@ -66,7 +65,7 @@ def merge_pair(symbols, pair):
 
 
 def to_symbols(word):
-    symbols = [byte_symbols()[b] for b in word.encode()]
+    symbols = [byte_symbols()[b] for b in word.encode(errors="replace")]
     return (*symbols[:-1], symbols[-1] + "</w>")
 
 
@@ -139,20 +138,19 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="tokenizer"):
         folder = fetch(path_or_hub_id, subfolder)
-        try:
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        except OSError:
-            raise UserError(f"no merges.txt in {folder}") from None
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        pad = EOS
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                pad = read_json(folder / name).get("pad_token", pad)
-        return cls(read_json(folder / "vocab.json"), merges, pad["content"] if isinstance(pad, dict) else pad)
+        with blaming(folder):
+            try:
+                lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            except OSError:
+                raise UserError(f"no merges.txt in {folder}") from None
+            merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+            pad = EOS
+            for name in ("special_tokens_map.json", "tokenizer_config.json"):
+                if (folder / name).is_file():
+                    pad = read_json(folder / name).get("pad_token", pad)
+            return cls(read_json(folder / "vocab.json"), merges, pad["content"] if isinstance(pad, dict) else pad)
 
     def save_pretrained(self, folder):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         special = dict(bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=self.pad_token)
         config = dict(tokenizer_class="CLIPTokenizer", model_max_length=self.length, do_lower_case=True, errors="replace",
                       add_prefix_space=False, **special)
@@ -160,11 +158,7 @@ class Tokenizer:
                            ("merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.ranks)),
                            ("special_tokens_map.json", json.dumps(special, indent=2)),
                            ("tokenizer_config.json", json.dumps(config, indent=2))):
-            with open(folder / f"{name}.part", "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            (folder / f"{name}.part").replace(folder / name)
+            write_file(Path(folder) / name, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ class CLIPText(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="text_encoder"):
         folder = fetch(path_or_hub_id, subfolder)
-        with torch.device("meta"):
+        with torch.device("meta"), blaming(folder / "config.json"):
             text = cls(read_json(folder / "config.json"))
         load_weights(text, folder, rename=prefixed)
         return text

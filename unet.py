@@ -1,15 +1,13 @@
 """Stable Diffusion's U-Net in plain PyTorch, under diffusers' names: UNet2DConditionModel without what Stable Diffusion never uses.
 
-Rombach et al. 2022, arXiv 2112.10752. Parameters and config keys are diffusers', so a checkpoint loads as it is and what is saved
-loads there.
+Rombach et al. 2022, arXiv 2112.10752. Parameters and config keys are diffusers': a checkpoint of either loads in the other as it is.
 
-A method attaches by swapping sub-modules. Everything that a block may depend on besides its input travels in `Cond`, per sample, to
-the call sites conv_in, resnet, transformer_block, norm and ff; the plain modules ignore what they do not need.
-
-The last section reads and writes folders in the Hugging Face layout, for vae.py and clip.py too.
+A method attaches by swapping sub-modules. What a block may depend on besides its input travels in `Cond`, per sample, to the call sites
+conv_in, resnet, transformer_block, norm and ff. The last section reads and writes Hugging Face folders, for vae.py and clip.py too.
 
 Letters: B batch, C channels, H W latent, L = H W, S text length, D text width, E width of the time embedding.
 """
+import contextlib
 import json
 import math
 import os
@@ -31,20 +29,16 @@ DEFAULTS = dict(
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     block_out_channels=(320, 640, 1280, 1280), transformer_layers_per_block=1, cross_attention_dim=1280, attention_head_dim=8,
     use_linear_projection=False, addition_embed_type=None, addition_time_embed_dim=None, projection_class_embeddings_input_dim=None,
-    upcast_attention=False)  # the last is kept for others to read: the fused attention used here accumulates in fp32 anyway
+    upcast_attention=False)  # the last is kept for others to read: attention's softmax runs in fp32 here anyway
 
-# Keys of diffusers that have one meaning here; another value is refused by name.
+# Keys of diffusers that have one meaning here; another value is refused by name, and so is any other key that is not null.
 FIXED = dict(
     act_fn="silu", center_input_sample=False, downsample_padding=1, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
-    only_cross_attention=False, dropout=0.0, dual_cross_attention=False, class_embed_type=None, num_class_embeds=None,
-    encoder_hid_dim=None, encoder_hid_dim_type=None, num_attention_heads=None, resnet_time_scale_shift="default",
-    resnet_skip_time_act=False, resnet_out_scale_factor=1.0, time_embedding_type="positional", time_embedding_dim=None,
-    time_embedding_act_fn=None, timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3,
-    attention_type="default", class_embeddings_concat=False, mid_block_only_cross_attention=None, cross_attention_norm=None,
-    reverse_transformer_layers_per_block=None, addition_embed_type_num_heads=64)
+    only_cross_attention=False, dropout=0.0, dual_cross_attention=False, resnet_time_scale_shift="default", resnet_skip_time_act=False,
+    resnet_out_scale_factor=1.0, time_embedding_type="positional", conv_in_kernel=3, conv_out_kernel=3, attention_type="default",
+    class_embeddings_concat=False, addition_embed_type_num_heads=64)
 
 #     SD 1.5                                     channels -> height (of 64)
-#     conv_in                                    4 -> 320     64
 #     down_blocks.0   2 x [resnet, attention]    320          64, downsampler -> 32
 #     down_blocks.1   2 x [resnet, attention]    640          32, downsampler -> 16
 #     down_blocks.2   2 x [resnet, attention]    1280         16, downsampler -> 8
@@ -54,7 +48,6 @@ FIXED = dict(
 #     up_blocks.1     3 x [resnet, attention]    1280         16, upsampler -> 32
 #     up_blocks.2     3 x [resnet, attention]    640          32, upsampler -> 64
 #     up_blocks.3     3 x [resnet, attention]    320          64
-#     conv_norm_out, conv_out                    320 -> 4     64
 CONFIGS = {
     "tiny": dict(sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128, attention_head_dim=2,
                  down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -101,11 +94,16 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
-    def forward(self, x, cond):
+    def update(self, x, cond):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(cond.temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(F.silu(self.norm2(h)))
+
+    def skip(self, x):
+        return x if self.conv_shortcut is None else self.conv_shortcut(x)
+
+    def forward(self, x, cond):
+        return self.skip(x) + self.update(x, cond)
 
 
 class Attention(nn.Module):
@@ -123,11 +121,13 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None):
         context = x if context is None else context
-
-        def split(y):                                                           # (B, L, C) -> (B, heads, L, C/heads)
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        q, k, v = (project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, L, C) -> (B, heads, L, C/heads)
+                   for project, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
+        # On CPU the fused kernel's backward in bf16 is slower than plain products, as long as these fit.
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= 2 ** 20:
+            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2))
 
 
@@ -178,22 +178,13 @@ class Transformer2DModel(nn.Module):
     def forward(self, x, cond):                                                 # (B, C, H, W)
         h = self.norm(x)
         h = h if self.linear else self.proj_in(h)
-        h = h.permute(0, 2, 3, 1).flatten(1, 2)                                 # (B, L, C)
+        h = h.permute(0, 2, 3, 1).flatten(1, 2).contiguous()                    # (B, L, C)
         h = self.proj_in(h) if self.linear else h
         for transformer_block in self.transformer_blocks:
             h = transformer_block(h, cond)
         h = self.proj_out(h) if self.linear else h
         h = h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)                    # (B, C, H, W)
         return x + (h if self.linear else self.proj_out(h))
-
-
-class Downsample2D(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.conv(x)
 
 
 class Upsample2D(nn.Module):
@@ -215,7 +206,7 @@ class DownBlock(nn.Module):
         if depth:
             self.attentions = nn.ModuleList([Transformer2DModel(cout, depth, heads, c) for _ in range(layers)])
         self.resnets = nn.ModuleList([ResnetBlock2D(cin if i == 0 else cout, cout, c) for i in range(layers)])
-        self.downsamplers = None if last else nn.ModuleList([Downsample2D(cout)])
+        self.downsamplers = None if last else nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(cout, cout, 3, stride=2, padding=1)})])
 
     def forward(self, x, cond, run):
         skips = []
@@ -225,7 +216,7 @@ class DownBlock(nn.Module):
                 x = run(self.attentions[i], x, cond)
             skips.append(x)
         if self.downsamplers is not None:
-            x = self.downsamplers[0](x)
+            x = self.downsamplers[0]["conv"](x)
             skips.append(x)
         return x, skips
 
@@ -237,8 +228,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, c) for _ in range(2)])
 
     def forward(self, x, cond, run):
-        x = run(self.resnets[0], x, cond)
-        return run(self.resnets[1], run(self.attentions[0], x, cond), cond)
+        return run(self.resnets[1], run(self.attentions[0], run(self.resnets[0], x, cond), cond), cond)
 
 
 class UpBlock(nn.Module):
@@ -296,11 +286,12 @@ def checked(config):
         return type(value) is int and value > 0
 
     for key, value in config.items():
-        need(key in DEFAULTS or key.startswith("_") or key in FIXED and value == FIXED[key], key)
+        need(key in DEFAULTS or key.startswith("_") or value is None or key in FIXED and value == FIXED[key], key)
     for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim"):
         need(count(c[key]), key)
-    for key in ("flip_sin_to_cos", "use_linear_projection"):
-        need(type(c[key]) is bool, key)
+    for key, kinds in (("flip_sin_to_cos", [bool]), ("use_linear_projection", [bool]), ("norm_eps", [float, int]), ("freq_shift", [float, int])):
+        need(type(c[key]) in kinds, key)
+    need(c["sample_size"] is None or count(c["sample_size"]), "sample_size")
     widths, groups = c["block_out_channels"], c["norm_num_groups"]
     need(isinstance(widths, (list, tuple)) and widths and all(count(w) and w % groups == 0 for w in widths), "block_out_channels",
          "norm_num_groups")
@@ -348,11 +339,9 @@ class UNet(nn.Module):
         if self.add_embedding is not None:
             ids = sinusoidal(added["time_ids"].flatten(), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"])
             temb = temb + self.add_embedding(torch.cat([added["text_embeds"].to(dtype), ids.view(len(x), -1).to(dtype)], dim=-1))
-        if self.task_embedding is None:
-            return Cond(temb, context, t, task, None, added)
-        if task is None:
+        if self.task_embedding is not None and task is None:
             raise ValueError("this U-Net knows several tasks: pass task (B,), the row of each sample's task")
-        return Cond(temb, context, t, task, self.task_embedding(task), added)
+        return Cond(temb, context, t, task, None if self.task_embedding is None else self.task_embedding(task), added)
 
     def forward(self, x, t, context, task=None, added=None, return_features=False):
         """x (B, Cin, H, W) noisy latents, with what is concatenated to them; t (B,) or a number; context (B, S, D) text states;
@@ -377,10 +366,14 @@ class UNet(nn.Module):
         return (out, {"mid": mid, "up": x}) if return_features else out
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="unet"):
+    def from_pretrained(cls, path_or_hub_id, subfolder="unet", config=None):
+        """config: in place of the folder's own."""
         folder = fetch(path_or_hub_id, subfolder)
+        config = config or read_json(folder / "config.json")
+        if (name := config.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
+            raise UserError(f"{folder} holds a {name}: sample.load_model opens it")
         with torch.device("meta"):
-            unet = cls(read_json(folder / "config.json"))
+            unet = cls(config)
         load_weights(unet, folder)
         return unet
 
@@ -397,40 +390,40 @@ WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' f
 
 def fetch(path_or_hub_id, subfolder):
     """A local folder, or a hub id (downloaded, only the files needed; the hub's cache serves offline) -> the folder's `subfolder`."""
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        if not (path / subfolder).is_dir():
-            raise UserError(f"{path} has no folder {subfolder}/: it is not a model in the Hugging Face layout")
-        return path / subfolder
-    if path.exists() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
-        raise UserError(f"no model folder at {path_or_hub_id} (a hub id has the form owner/name)")
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    inside = f"{subfolder}/" if subfolder else ""
-    patterns = [f"{inside}*.json", f"{inside}*.txt", f"{inside}*.safetensors"] if subfolder else ["model_index.json"]
-    ignored = [f"{inside}*.fp16.*", f"{inside}*.non_ema.*"]
-    try:
+    root, name = Path(path_or_hub_id), str(path_or_hub_id)
+    if not root.is_dir():
+        if root.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise UserError(f"no model folder at {name} (a hub id has the form owner/name)")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+        inside = f"{subfolder}/" if subfolder else ""
+        wanted = [f"{inside}*{end}" for end in (".json", ".txt", ".safetensors")] if subfolder else ["model_index.json"]
         try:
-            names = [n for n in list_repo_files(str(path_or_hub_id)) if n.startswith(inside) and n.endswith(".safetensors")]
-            ignored = ignored[1:] if names and all(".fp16." in n for n in names) else ignored
-        except (OSError, HfHubHTTPError, OfflineModeIsEnabled):  # offline: what the cache holds
-            ignored = ignored[1:]
-        root = Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns, ignore_patterns=ignored))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(f"cannot get {path_or_hub_id} from the hub: {str(error).strip().splitlines()[0]}") from None
+            for ignored in (["non_ema", "fp16"], ["non_ema"]):  # the second time, half precision: it may be all there is
+                root = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=[f"{inside}*.{i}.*" for i in ignored]))
+                if not subfolder or any((root / subfolder).glob("*.safetensors")):
+                    break
+        except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            raise UserError(f"no folder {name} here, nor can it be had from the hub: {str(error).strip().splitlines()[0]}") from None
     if not (root / subfolder).is_dir():
-        raise UserError(f"{path_or_hub_id} on the hub has no folder {subfolder}/")
+        raise UserError(f"{name} has no folder {subfolder}/: it is not a model in the Hugging Face layout")
     return root / subfolder
+
+
+@contextlib.contextmanager
+def blaming(path):
+    """What goes wrong inside is that file's fault: a user's file may hold anything."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path} does not hold what it should: {type(error).__name__} {error}") from None
 
 
 def read_json(path):
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'not JSON'})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read (no JSON object)")
-    return value
+        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'no JSON object'})") from None
 
 
 def load_weights(module, folder, rename=lambda key: key):
@@ -441,9 +434,10 @@ def load_weights(module, folder, rename=lambda key: key):
             if not files and (file := folder / f"{stem}{variant}.safetensors").is_file():
                 files = [file]
             elif not files and (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
-                files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+                with blaming(index):
+                    files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
     if not files:
-        raise UserError(f"no weights in {folder}: looked for {', '.join(f'{n}.safetensors' for n in WEIGHTS)} and their sharded forms")
+        raise UserError(f"no weights in {folder}: looked for {' and '.join(f'{n}.safetensors' for n in WEIGHTS)}, whole or sharded")
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -455,26 +449,33 @@ def load_weights(module, folder, rename=lambda key: key):
     state.pop(None, None)  # what `rename` drops
     wanted = module.state_dict()
     for problem, keys in (("lacks", sorted(wanted.keys() - state.keys())), ("has an unknown", sorted(state.keys() - wanted.keys())),
-                          ("has another shape of", sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape))):
+                          ("has another shape or type of", sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape
+                                                                  or wanted[k].is_floating_point() != state[k].is_floating_point()))):
         if keys:
-            more = f" and {len(keys) - 1} more" if keys[1:] else ""
-            raise UserError(f"{folder} {problem} {keys[0]}{more}: not a {type(module).__name__} of this config")
+            raise UserError(f"{folder} {problem} {keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}: not a {type(module).__name__} of this config")
     module.load_state_dict(state, assign=True)
 
 
+def write_file(path, write):
+    """write(path), but beside its place, fsynced and renamed: a crash leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    beside.chmod(0o644)
+    with open(beside, "rb+") as f:
+        os.fsync(f.fileno())
+    beside.replace(path)
+
+
+def write_json(path, value):
+    write_file(path, lambda beside: beside.write_text(json.dumps(value, indent=2) + "\n"))
+
+
 def save_weights(module, folder, config, name="diffusion_pytorch_model.safetensors", dtype=None):
-    """config.json and the weights, each written beside its place, fsynced and renamed."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in module.state_dict().items()}
-    for file, write in ((name, lambda path: save_file(state, path, metadata={"format": "pt"})),
-                        ("config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))):
-        beside = folder / f"{file}.part"
-        write(beside)
-        beside.chmod(0o644)
-        with open(beside, "rb+") as f:
-            os.fsync(f.fileno())
-        beside.replace(folder / file)
+    write_file(Path(folder) / name, lambda beside: save_file(state, beside, metadata={"format": "pt"}))
+    write_json(Path(folder) / "config.json", config)
 
 
 def command(main):
@@ -483,11 +484,11 @@ def command(main):
         main()
     except (UserError, SafetensorError) as error:
         message = str(error)
-    except RuntimeError as error:
-        signs = "not enough memory", "can't allocate memory"
-        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in signs):
+    except (RuntimeError, MemoryError) as error:
+        signs = "not enough memory", "can't allocate memory", "size calculation overflowed"
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(words in str(error) for words in signs):
             raise
-        message = "out of memory; try a smaller --device-batch-size, --gradient-checkpointing, or smaller pictures"
+        message = "out of memory; take fewer or smaller pictures, and for training a smaller --device-batch-size or --gradient-checkpointing"
     except OSError as error:  # a full disk, a read-only folder, a file where a folder should be
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:

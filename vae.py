@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import UserError, command, fetch, load_weights, read_json, save_weights
+from unet import UserError, blaming, command, fetch, load_weights, read_json, save_weights
 
 DEFAULTS = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1, norm_num_groups=32,
                 act_fn="silu", sample_size=32, scaling_factor=0.18215, force_upcast=True, mid_block_add_attention=True,
@@ -159,7 +159,9 @@ class VAE(nn.Module):
             if key not in DEFAULTS or value != FIXED.get(key, value):
                 raise UserError(f"vae config: {key} = {value!r} is not implemented")
         self.config = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
-        latent = self.config["latent_channels"]
+        latent, scale = self.config["latent_channels"], self.config["scaling_factor"]
+        if not 0 < scale < float("inf"):
+            raise UserError(f"vae config: scaling_factor = {scale!r} is not above 0")
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
@@ -175,6 +177,15 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
+    def mode(self, images):
+        """images (B, 3, H, W) -> the most likely latents (B, 4, H/f, W/f), unscaled."""
+        return self.encode(images)[0]
+
+    def sample_latents(self, images, generator=None):
+        """images (B, 3, H, W) -> a draw from q(z | image), (B, 4, H/f, W/f), unscaled. The generator is one of the CPU's."""
+        mean, logvar = self.encode(images)
+        return mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator).to(mean)
+
     def decode(self, latents):
         """latents (B, 4, h, w), unscaled -> images (B, 3, f h, f w), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents))
@@ -182,7 +193,7 @@ class VAE(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="vae"):
         folder = fetch(path_or_hub_id, subfolder)
-        with torch.device("meta"):
+        with torch.device("meta"), blaming(folder / "config.json"):
             vae = cls(read_json(folder / "config.json"))
         load_weights(vae, folder, rename=older_attention_names)
         return vae
@@ -207,6 +218,7 @@ def main():
     from tqdm import tqdm
 
     import data
+    from sample import pick_device
 
     parser = argparse.ArgumentParser(description="Train the miniature autoencoder on the built-in pictures.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -214,16 +226,22 @@ def main():
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak; 100 steps of warm-up, cosine to zero")
-    parser.add_argument("--kl", type=float, default=1e-6, help="weight of KL(q(z | image) || N(0, I)), as in latent diffusion")
+    parser.add_argument("--kl", type=float, default=1e-6, help="weight of KL(q(z | image) || N(0, I)), a sum, beside the squared error's mean")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.lr < float("inf") or not 0 <= args.kl < float("inf"):
+        raise UserError("--steps and --batch-size are at least 1, --seed and --kl at least 0, --lr above 0")
+    if (Path(args.out) / "vae").exists():
+        raise UserError(f"{Path(args.out) / 'vae'} exists; choose another --out")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(args.device).type
     vae = VAE(CONFIGS["tiny"]).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    sources = [(data.builtin(task, "train"), key) for task, key in (("t2i", "target"), ("inpaint", "source"), ("sr", "source"))]
+    sources = [(data.builtin(task, "train"), key) for task, key in (("sr", "target"), ("inpaint", "source"), ("sr", "source"))]
     autocast = torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
     def batch(step):
@@ -257,9 +275,13 @@ def main():
             vae.save_pretrained(Path(args.out) / "vae")
             tqdm.write(f"step {step + 1}: held-out PSNR {psnr(vae, 200, device):.2f} dB on 200 pictures, {time.time() - start:.0f} s")
 
-    with torch.no_grad():  # latents of unit variance, as Stable Diffusion's scaling factor makes them (arXiv 2112.10752, D.1)
-        mean, logvar = vae.encode(torch.cat([batch(args.steps + i) for i in range(512 // args.batch_size)]))
-        vae.config["scaling_factor"] = round(1 / (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).std().item(), 5)
+    # The posterior's noise has done its work, latents that decode alike when near. Without it they are easier to predict: q becomes its mean.
+    with torch.no_grad():
+        vae.quant_conv.weight[vae.config["latent_channels"]:] = 0
+        vae.quant_conv.bias[vae.config["latent_channels"]:] = -12
+        # latents of unit variance, as Stable Diffusion's scaling factor makes them (arXiv 2112.10752, D.1)
+        mean = vae.mode(torch.cat([batch(args.steps + i) for i in range(max(1, 512 // args.batch_size))]))
+        vae.config["scaling_factor"] = round(1 / mean.std().item(), 5)
     vae.save_pretrained(Path(args.out) / "vae")
     print(f"held-out PSNR {psnr(vae, None, device):.2f} dB, scaling factor {vae.config['scaling_factor']}, {time.time() - start:.0f} s, "
           f"saved in {Path(args.out) / 'vae'}")
@@ -269,7 +291,7 @@ def main():
 def psnr(vae, count, device):
     """Mean over held-out pictures of 10 log10(1 / MSE), pictures in [0, 1], reconstruction from the mode."""
     import data
-    dataset, values = data.builtin("t2i", "heldout"), []
+    dataset, values = data.builtin("sr", "heldout"), []
     count = min(count or len(dataset), len(dataset))
     for i in range(0, count, 32):
         images = torch.stack([dataset[j * len(dataset) // count]["target"] for j in range(i, min(i + 32, count))]).to(device)

@@ -334,29 +334,26 @@ def test_loading_is_strict(tmp_path, change, match):
 
 
 def test_the_hub_is_asked_for_needed_files_only(tmp_path, monkeypatch):
-    """Once for a repository that has full precision, once for one that has half precision only, once without a network."""
+    """A repository with full precision, one with half precision only, and a tokenizer, which has no weights."""
     import huggingface_hub
-    (tmp_path / "unet").mkdir()
     full, half = "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"
     everything = [full, half, "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/diffusion_pytorch_model.bin", "unet/config.json",
-                  "vae/diffusion_pytorch_model.safetensors", "v1-5-pruned.safetensors"]
+                  "vae/diffusion_pytorch_model.safetensors", "v1-5-pruned.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"]
 
-    def taken(listed):
-        asked = {}
+    def taken(subfolder, there, cache):
+        def snapshot_download(repo, **how):
+            for name in huggingface_hub.utils.filter_repo_objects(there, **how):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                (cache / name).touch()
+            return str(cache)
 
-        def list_repo_files(repo):
-            if listed is None:
-                raise OSError("no network")
-            return listed
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        assert fetch("owner/name", subfolder) == cache / subfolder
+        return {str(file.relative_to(cache)) for file in cache.rglob("*") if file.is_file()}
 
-        monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **how: asked.update(how) or str(tmp_path))
-        assert fetch("owner/name", "unet") == tmp_path / "unet"
-        return set(huggingface_hub.utils.filter_repo_objects(listed or everything, **asked))
-
-    assert taken(everything) == {full, "unet/config.json"}
-    assert taken([f for f in everything if f != full and "non_ema" not in f]) == {half, "unet/config.json"}
-    assert taken(None) >= {full, "unet/config.json"}
+    assert taken("unet", everything, tmp_path / "a") == {full, "unet/config.json"}
+    assert taken("unet", [f for f in everything if f != full], tmp_path / "b") == {half, "unet/config.json"}
+    assert taken("tokenizer", everything, tmp_path / "c") == {"tokenizer/vocab.json", "tokenizer/merges.txt"}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network\nat all")))
     with pytest.raises(UserError, match="owner/name.*no network$"):
         fetch("owner/name", "unet")
