@@ -1,6 +1,6 @@
 """Tasks and pictures: what each task's input is, the built-in emoji data, and a plain folder reader.
 
-    TASKS      one row a task (MTU, arXiv 2503.11905, section 6.1): channels, scaling, null values, dropout, guidance
+    TASKS      one row a task (MTU, arXiv 2503.11905, section 6.1): the source's scaling, the prompt, dropout, guidance
     builtin    (task, split) -> a dataset over 1,911 emoji in two drawing styles; whole concepts are held out
     Folder     images + metadata.jsonl, for your own pictures
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from unet import UserError
 
@@ -127,6 +127,22 @@ def on_white(picture):
     return white.convert("RGB")
 
 
+def open_image(path):
+    """A picture from disk, upright, RGBA; UserError names the file that is missing or is no picture."""
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bits a pixel; convert() would cut them off at 255
+                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+            if picture.mode == "F":
+                raise ValueError("floating-point pixels have no fixed white")
+            return picture.convert("RGBA")
+    except FileNotFoundError:
+        raise UserError(f"no picture at {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that can be read ({error})") from None
+
+
 def to_tensor(picture):
     """PIL RGB picture -> (3, H, W) float in [-1, 1]."""
     return torch.from_numpy(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
@@ -161,6 +177,10 @@ class Builtin(torch.utils.data.Dataset):
 
     def _t2i(self, item, rng):
         e, style = item
+        if rng.random() < 0.2:  # two things on one canvas, so that the base learns words of place
+            things, (ends, boxes) = (e, self._other(e, rng)), _places(rng)
+            words = [f"{thing.name} {'on' if end in ('left', 'right') else 'at'} the {end}" for thing, end in zip(things, ends)]
+            return dict(prompt=f"{' and '.join(words)}, {style} style", target=to_tensor(_canvas(style, zip(things, boxes))))
         tone = _tone(e, rng)
         return dict(prompt=caption(e, tone, style), target=to_tensor(on_white(Sheet.picture(style, e.cells[tone]))))
 
@@ -203,30 +223,36 @@ class Builtin(torch.utils.data.Dataset):
 
     def _inpaint(self, item, rng):
         e, style = item
+        (ends, boxes), other, gone = _places(rng), self._other(e, rng), int(rng.integers(2))  # e, at that end, goes
+        both = [(e, boxes[gone]), (other, boxes[1 - gone])]
+        prompt, kind = f"remove the {e.name}", "named"
+        if rng.random() < 0.5:
+            prompt, kind = prompt + f" {'on' if ends[gone] in ('left', 'right') else 'at'} the {ends[gone]}", "placed"
+        return dict(prompt=prompt, source=to_tensor(_canvas(style, both)), target=to_tensor(_canvas(style, both[1:])), kind=kind)
+
+    def _other(self, e, rng):
         other = e
         while other.concept == e.concept:
             other = self.rows[rng.integers(len(self.rows))]
-        beside, place = ("left", "right") if rng.random() < 0.5 else ("top", "bottom"), []
-        for end in (0, 1):
-            size = int(rng.integers(30, 41))
-            along, across = int(rng.integers(0, 4)), int(rng.integers(0, 64 - size + 1))
-            along = along if end == 0 else 64 - size - along
-            place.append((size, (along, across) if beside[0] == "left" else (across, along)))
-        keep = int(rng.integers(2))  # which end stays
-        with_both, with_one = (Image.new("RGBA", (64, 64), "white") for _ in range(2))
-        objects = [(other, keep), (e, 1 - keep)]  # e goes
-        for index in rng.permutation(2):
-            thing, end = objects[index]
-            size, corner = place[end]
-            picture = Sheet.picture(style, thing.cells[None]).resize((size, size), Image.LANCZOS)
-            with_both.alpha_composite(picture, corner)
-            if thing is other:
-                with_one.alpha_composite(picture, corner)
-        prompt, kind = f"remove the {e.name}", "named"
-        if rng.random() < 0.5:
-            side = beside[1 - keep]
-            prompt, kind = prompt + (f" on the {side}" if beside[0] == "left" else f" at the {side}"), "placed"
-        return dict(prompt=prompt, source=to_tensor(with_both.convert("RGB")), target=to_tensor(with_one.convert("RGB")), kind=kind)
+        return other
+
+
+def _places(rng):
+    """Two boxes that do not cover each other: names of the two ends, ((size, (x, y)), (size, (x, y)))."""
+    ends, boxes = ("left", "right") if rng.random() < 0.5 else ("top", "bottom"), []
+    for end in (0, 1):
+        size = int(rng.integers(28, 33))
+        along, across = int(rng.integers(0, 33 - size)), int(rng.integers(0, 65 - size))
+        along = along if end == 0 else 64 - size - along
+        boxes.append((size, (along, across) if ends[0] == "left" else (across, along)))
+    return ends, boxes
+
+
+def _canvas(style, things):
+    canvas = Image.new("RGBA", (64, 64), "white")
+    for e, (size, corner) in things:
+        canvas.alpha_composite(Sheet.picture(style, e.cells[None]).resize((size, size), Image.LANCZOS), corner)
+    return canvas.convert("RGB")
 
 
 def _tone(e, rng):
@@ -275,7 +301,7 @@ class Folder(torch.utils.data.Dataset):
         {"file_name": "target.jpg", "text": "a caption or an instruction", "source_file_name": "source.jpg"}
 
     text is absent for sr; source_file_name is for edit and inpaint (sr makes its own). Pictures are cropped to a centred square and
-    resized to size x size pixels. "split": "heldout" in a line decides the split; without any, one file name in ten is held out.
+    resized to size x size pixels. Lines with "split": "heldout" are held out; where no line has a split, one file name in ten is.
     """
 
     def __init__(self, root, task, split, size):
@@ -284,21 +310,32 @@ class Folder(torch.utils.data.Dataset):
         if not path.is_file():
             raise UserError(f"no {path}: --data wants a folder with pictures and a metadata.jsonl, or one such folder per task, "
                             f"named {task}")
-        self.items = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        rows = []
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
+                str(row).encode()  # half a surrogate pair is no text
             except ValueError as error:
                 raise UserError(f"{path} line {number} is not JSON ({error})") from None
             wanted = ["file_name"] + ["text"] * (task != "sr") + ["source_file_name"] * (task in ("edit", "inpaint"))
             if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in wanted):
                 raise UserError(f"{path} line {number}: {task} needs {', '.join(wanted)}, as text")
-            if row.get("split", "heldout" if held_out(row["file_name"]) else "train") == split:
-                self.items.append(row)
+            if row.get("split", "train") not in ("train", "heldout"):
+                raise UserError(f'{path} line {number}: "split" is "train" or "heldout"')
+            if missing := [row[key] for key in wanted if key != "text" and not (self.root / row[key]).is_file()]:
+                raise UserError(f"{path} line {number}: no picture at {self.root / missing[0]}")
+            rows.append(row)
+        by_name = not any("split" in row for row in rows)
+        self.items = [row for row in rows
+                      if (held_out(row["file_name"]) if by_name else row.get("split") == "heldout") == (split == "heldout")]
         if not self.items:
-            raise UserError(f"{path} has no {split} pictures for {task}")
+            raise UserError(f'{path} has no {split} pictures for {task}; mark some lines with "split": "{split}"')
 
     def __len__(self):
         return len(self.items)
@@ -307,11 +344,7 @@ class Folder(torch.utils.data.Dataset):
         return self.get(i, np.random.default_rng((len(self), i)))
 
     def _picture(self, name):
-        try:
-            with Image.open(self.root / name) as picture:
-                picture = on_white(picture.convert("RGBA"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{self.root / name} cannot be read as a picture ({error})") from None
+        picture = on_white(open_image(self.root / name))
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         return picture.crop((left, top, left + side, top + side)).resize((self.size, self.size), Image.LANCZOS)

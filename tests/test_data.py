@@ -122,8 +122,31 @@ def test_folder_without_splits_divides_itself(tmp_path):
     assert not names[0] & names[1] and len(names[0] | names[1]) == 60 and 0 < len(names[1]) < 20
 
 
+def test_folder_with_some_splits_holds_out_only_those(tmp_path):
+    folder(tmp_path, [dict(file_name=f"{i}.png", text="x", **(dict(split="heldout") if i < 2 else {})) for i in range(60)])
+    assert [row["file_name"] for row in data.Folder(tmp_path, "t2i", "heldout", 32).items] == ["0.png", "1.png"]
+    assert len(data.Folder(tmp_path, "t2i", "train", 32)) == 58
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    picture, exif = Image.new("RGB", (20, 10), "red"), Image.Exif()
+    exif[0x0112] = 6  # a phone held upright
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    assert data.open_image(tmp_path / "a.jpg").size == (10, 20)
+
+
+def test_some_captions_place_two_things():
+    dataset = data.builtin("t2i", "train")
+    scenes = [e for e in (dataset[i] for i in range(300)) if " left and " in e["prompt"] or " top and " in e["prompt"]]
+    assert 30 < len(scenes) < 90
+    for e in scenes:  # one half each: nothing but white in the other's
+        half = e["target"][:, :, :32] if " left and " in e["prompt"] else e["target"][:, :32]
+        other = e["target"][:, :, 32:] if " left and " in e["prompt"] else e["target"][:, 32:]
+        assert half.min() < 0.9 and other.min() < 0.9
+
+
 @pytest.mark.parametrize("content, words", [
-    (None, "metadata.jsonl"), ("", "no train pictures"), ("{", "line 1"), ('{"file_name": "a.png"}', "text"), ('[1]', "line 1"),
+    ('{"file_name": "a.png", "text": "x", "split": "val"}', "split"), (None, "metadata.jsonl"), ("", "no train pictures"), ("{", "line 1"), ('{"file_name": "a.png"}', "text"), ('[1]', "line 1"),
     ('{"file_name": "a.png", "text": 3}', "text")])
 def test_folder_refuses_by_name(tmp_path, content, words):
     if content is not None:
