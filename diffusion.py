@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from unet import UserError
+from unet import UserError, blaming
 
 # diffusers' DDIMScheduler; Stable Diffusion's own file overrides nearly all of it, so build from the model's config
 DEFAULTS = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
@@ -51,7 +51,7 @@ class Diffusion:
         Euler files are sampled by `ddim` on the same betas, and skip_prk_steps has no meaning there.
         Absent keys take the defaults of the class that the file names. What is not implemented raises UserError, by name.
         """
-        name = scheduler_config.get("_class_name", "DDIMScheduler")
+        name = str(scheduler_config.get("_class_name", "DDIMScheduler"))
         if name not in CLASSES:
             raise UserError(f"scheduler {name} is not implemented; use one of {', '.join(CLASSES)}")
         config = {**DEFAULTS, **CLASSES[name]}
@@ -65,7 +65,10 @@ class Diffusion:
                                 f"use {' or '.join(map(repr, CHOICES[key]))}")
             if key in DEFAULTS:
                 config[key] = value
-        betas = _betas(config)
+        with blaming("scheduler config"):
+            betas = _betas(config)
+            if not (len(betas) > 1 and ((0 < betas) & (betas < 1)).all() and 0 <= config["steps_offset"] < len(betas)):
+                raise UserError("scheduler config: the betas must lie between 0 and 1, and 0 <= steps_offset < num_train_timesteps")
         if config["num_train_timesteps"] != len(betas):
             raise UserError(f"scheduler config: trained_betas has {len(betas)} values, "
                             f"num_train_timesteps is {config['num_train_timesteps']}")
@@ -100,19 +103,29 @@ class Diffusion:
         return signal * noise - sigma * x0  # Salimans and Ho, section 4: v = alpha eps - sigma x
 
     def loss(self, model, x0, t, noise):
-        """One sample's term of MTU Eq. 2 (DDPM Eq. 14): || eps - f(z_t, t) ||^2, a mean over C, H, W in fp32 -> (B,).
+        """One sample's term of MTU Eq. 2 (DDPM Eq. 14): || target - f(z_t, t) ||^2, a mean over C, H, W in fp32 -> (B,).
 
-        `model(x_t, t)` closes over its conditions. MTU prints the norm without the square; the square is meant, as in DDPM.
+        The target is eps, as in the paper, or v. `model(x_t, t)` closes over its conditions. MTU prints the norm without the square; the
+        square is meant, as in DDPM.
         """
         prediction = model(self.add_noise(x0, noise, t), t)
         return (self.target(x0, noise, t) - prediction.float()).square().flatten(1).mean(1)
 
     def weight(self, t, kind="none"):
-        """What multiplies the loss of samples at t (B,) -> (B,). "none": 1, as the papers train. "v": the loss of predicted noise becomes
-        that of v, which counts noisy steps, where the picture's layout and colours are decided, 1 / alpha_bar times as much."""
-        if kind == "v" and self.config["prediction_type"] == "epsilon":
-            return 1 / self.alpha_bar.to(t.device)[t]  # v - v_theta = (eps - eps_theta) / alpha, by the equations of to_x0_eps
-        return torch.ones(len(t), device=t.device)
+        """What multiplies the loss of samples at t (B,) -> (B,), snr = alpha_bar / (1 - alpha_bar). On the loss of predicted noise:
+
+        none      1
+        v         1 / alpha_bar, which makes it the loss of v: noisy steps, where layout and colours are decided, count more
+        min-snr   min(5, snr) / snr        Hang et al., arXiv 2303.09556
+        p2        1 / (1 + snr)            Choi et al., arXiv 2204.00227, k = 1, gamma = 1
+        On the loss of predicted v, which is the noise's over alpha_bar: none and v are 1, the others times alpha_bar.
+        """
+        a, noise = self.alpha_bar.to(t.device)[t], self.config["prediction_type"] == "epsilon"
+        if kind == "none" or kind == "v" and not noise:
+            return torch.ones_like(a)
+        snr = a / (1 - a)
+        w = {"v": 1 / a, "min-snr": (5 / snr).clamp(max=1), "p2": 1 / (1 + snr)}[kind]  # 0 / 0 nowhere, also at alpha_bar = 0
+        return w if noise else w * a
 
     def to_x0_eps(self, prediction, x_t, t):
         """The prediction (noise or v, (B,C,H,W)) at x_t, t (B,) -> x0, eps, both (B,C,H,W).
@@ -144,6 +157,22 @@ class Diffusion:
         if out[0] >= self.T:
             raise UserError(f"steps = {steps} with steps_offset = {offset} asks for timestep {out[0]} of 0..{self.T - 1}; take fewer steps")
         return out
+
+
+class UncertaintyWeight(torch.nn.Module):
+    """ANT-UW (Go et al., arXiv 2306.00354): a learned weight for each of K clusters of timesteps, by homoscedastic uncertainty.
+
+        L = sum_k (exp(-s_k) L_k + s_k) / 2,   L_k = mean loss of cluster k, over K,   s_k starts at 0
+    """
+
+    def __init__(self, num_timesteps, clusters=8):
+        super().__init__()
+        self.T, self.s = num_timesteps, torch.nn.Parameter(torch.zeros(clusters))
+
+    def forward(self, losses, t):
+        """losses, t (B,) -> (B,), whose mean is L where the clusters have the same number of samples, and on average elsewhere."""
+        s = torch.nn.functional.embedding(t * len(self.s) // self.T, self.s[:, None])[:, 0]
+        return (torch.exp(-s) * losses + len(self.s) * s) / 2
 
 
 def _betas(config):
@@ -192,11 +221,13 @@ def partway(diffusion, x0, noise, steps, strength):
 
     strength in (0, 1] is the share of the steps that is run: near 0 keeps the picture, 1 runs them all.
     """
-    run = min(int(steps * strength), steps)
-    if not 0 < strength <= 1 or run < 1:
-        raise UserError(f"strength = {strength} with {steps} steps leaves {max(run, 0)} to run; choose strength from {1 / steps:.3g} to 1")
+    visited = diffusion.timesteps(steps)
+    run = int(steps * strength) if 0 < strength <= 1 else 0
+    if run < 1:
+        raise UserError(f"strength = {strength} leaves none of {steps} steps to run; choose strength from "
+                        f"{math.ceil(1000 / steps) / 1000:g} to 1")
     start = steps - run
-    t = torch.full((len(x0),), diffusion.timesteps(steps)[start], dtype=torch.long, device=x0.device)
+    t = torch.full((len(x0),), visited[start], dtype=torch.long, device=x0.device)
     return diffusion.add_noise(x0, noise, t), start
 
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from diffusion import Diffusion, ddim, guide, partway, randn, seeded
+from diffusion import Diffusion, UncertaintyWeight, ddim, guide, partway, randn, seeded
 from unet import UserError
 
 SD = dict(_class_name="PNDMScheduler", _diffusers_version="0.6.0", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -292,3 +292,36 @@ def test_weight_v_turns_the_loss_of_noise_into_the_loss_of_v():
     loss_eps, loss_v = eps.loss(lambda x, t: guess, x0, t, noise), v.loss(lambda x, t: as_v, x0, t, noise)
     assert torch.allclose(loss_eps * eps.weight(t, "v"), loss_v, rtol=1e-3)
     assert torch.equal(eps.weight(t), torch.ones(4)) and torch.equal(v.weight(t, "v"), torch.ones(4))
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_loss_weights_are_the_papers(zero_snr):
+    """Against the formulas in terms of snr, as diffusers' compute_snr gives it; nothing is NaN where the last step has none."""
+    training_utils, scheduling = pytest.importorskip("diffusers.training_utils"), pytest.importorskip("diffusers")
+    config = dict(LATENTS, rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction")
+    ours, t = Diffusion.from_config(config), torch.tensor([0, 100, 500, 900, 999])
+    scheduler = scheduling.DDIMScheduler(**config)
+    snr = training_utils.compute_snr(scheduler, t)
+    least = torch.minimum(snr, torch.full_like(snr, 5.0))
+    assert torch.allclose(ours.weight(t, "min-snr"), least / (snr + 1), rtol=1e-3, atol=1e-6)
+    assert torch.allclose(ours.weight(t, "p2"), snr / (snr + 1) ** 2, rtol=1e-3, atol=1e-6)
+    if not zero_snr:
+        eps = Diffusion.from_config(dict(config, prediction_type="epsilon", rescale_betas_zero_snr=False))
+        assert torch.allclose(eps.weight(t, "min-snr"), least / snr, rtol=1e-3)
+        assert torch.allclose(eps.weight(t, "p2"), 1 / (1 + snr), rtol=1e-3)
+
+
+def test_uncertainty_weights_equal_the_papers_sum_and_learn_to_balance():
+    weight, t = UncertaintyWeight(1000), torch.arange(0, 1000, 25)          # five samples in each of eight clusters
+    losses = torch.rand(40) + torch.arange(40)
+    with torch.no_grad():
+        weight.s.copy_(torch.randn(8))
+    means = losses.view(8, 5).mean(1) / 8
+    assert torch.allclose(weight(losses, t).mean(), (0.5 * (torch.exp(-weight.s) * means + weight.s)).sum())
+    optimizer = torch.optim.Adam(weight.parameters(), lr=0.1)
+    for _ in range(500):
+        optimizer.zero_grad()
+        weight(losses, t).mean().backward()
+        optimizer.step()
+    assert torch.allclose(torch.exp(weight.s), means, rtol=0.05)            # where the derivative vanishes
+    assert weight(losses[:3], t[:3]).shape == (3,)
