@@ -19,9 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import CONFIGS, BasicTransformerBlock, UNet, UserError, command, fetch, load_weights, read_json
+from unet import CONFIGS, BasicTransformerBlock, UNet, UserError, blaming, command, fetch, load_weights, read_json
 
-TASKS = ("t2i", "edit", "sr", "inpaint")
+TASKS = ("t2i", "edit", "sr", "inpaint")  # data.TASKS' names; a method does not import the data
 
 
 class TaskLayerNorm(nn.Module):
@@ -40,27 +40,28 @@ class TaskLayerNorm(nn.Module):
 
 
 class TaskConv(nn.Module):
-    """psi_task: the input convolution, one per task. Weights of channels that a task does not have are zero and stay so."""
+    """psi_task: the 3 x 3 input convolution, one per task. Weights of channels that a task does not have are zero and stay so."""
 
     def __init__(self, conv, in_channels, latent_channels):
         super().__init__()
-        self.stride, self.padding, self.kernel_size, self.in_channels = conv.stride, conv.padding, conv.kernel_size, list(in_channels)
         C, base = conv.weight.shape[:2]
-        weight = conv.weight.detach().new_zeros(len(in_channels), C, max(in_channels), *conv.kernel_size)
+        weight = conv.weight.detach().new_zeros(len(in_channels), C, max(in_channels), 3, 3)
         for row, channels in zip(weight, in_channels):
             # A base as wide as the task (InstructPix2Pix, say) keeps its weights; otherwise all but the noisy latent's start at zero.
             shared = base if channels == base else latent_channels
             row[:, :shared] = conv.weight.detach()[:, :shared]
         self.weight = nn.Parameter(weight)                                                # (T, C, Cin, 3, 3)
         self.bias = nn.Parameter(conv.bias.detach().expand(len(in_channels), -1).clone())  # (T, C)
+        self.in_channels = list(in_channels)
 
     def forward(self, x, cond):
         (B, channels, height, width), (C, widest) = x.shape, self.weight.shape[1:3]
         x = F.pad(x, (0, 0, 0, 0, 0, widest - channels))
-        has = torch.tensor(self.in_channels, device=x.device)[cond.task, None] > torch.arange(widest, device=x.device)  # (B, Cin)
-        x = x * has[:, :, None, None]
+        channel = torch.arange(widest, device=x.device)
+        has = torch.stack([channel < n for n in self.in_channels]).to(x.dtype)            # (T, Cin)
+        x = x * F.embedding(cond.task, has)[:, :, None, None]
         # One convolution per sample is a matrix product of that sample's 3 x 3 patches with its task's row.
-        patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, 9 Cin, H W)
+        patches = F.unfold(x, 3, padding=1)                                               # (B, 9 Cin, H W)
         weight = F.embedding(cond.task, self.weight.flatten(1)).view(B, C, -1).to(x.dtype)
         out = torch.baddbmm(F.embedding(cond.task, self.bias)[..., None].to(x.dtype), weight, patches)
         return out.view(B, C, height, width)
@@ -79,7 +80,12 @@ class ExpertFeedForward(nn.Module):
             units = torch.arange(num_experts * H) % inner  # expert i takes H units from i H on, around the end
             project.weight = nn.Parameter(project.weight.detach()[torch.cat([units, inner + units])])  # the same units of value and gate
             project.bias = nn.Parameter(project.bias.detach()[torch.cat([units, inner + units])])
-            out.weight = nn.Parameter(out.weight.detach()[:, units])
+            # Equal copies of a unit would get equal gradients for ever: their output weights part at random, around the same mean.
+            weight = out.weight.detach()[:, units]
+            part = 0.1 * weight * torch.randn_like(weight)
+            total = torch.zeros_like(out.weight).index_add(1, units.to(weight.device), part)
+            copies = torch.zeros(inner).index_add(0, units, torch.ones(len(units))).to(weight.device)
+            out.weight = nn.Parameter(weight + part - (total / copies)[:, units])
             project.out_features, out.in_features = 2 * len(units), len(units)
         self.out_bias = nn.Parameter(out.bias.detach().expand(num_experts, -1).clone())  # (E, C): a copy each, since sum_i w_i = 1
         out.bias = None
@@ -88,9 +94,9 @@ class ExpertFeedForward(nn.Module):
         device = out.weight.device
         self.router = nn.Sequential(nn.Linear(task_dim, router_dim, device=device), nn.ReLU(),
                                     nn.Linear(router_dim, num_experts, device=device))
-        nn.init.zeros_(self.router[2].weight)
-        # Experts that hold the same units (N G > 1) would get the same gradient for ever. Copy k starts a little heavier than copy k - 1.
-        self.router[2].bias = nn.Parameter(0.1 * torch.floor(torch.arange(num_experts, device=device) * expert_width + 1e-6))
+        if top_k in (None, num_experts):  # uniform at first; but tied weights would send every task to the same k experts
+            nn.init.zeros_(self.router[2].weight)
+            nn.init.zeros_(self.router[2].bias)
 
     def weights(self, task_embedding):
         """task_embedding (B, D) -> w (B, E), rows sum to 1. Eq. 1, left."""
@@ -112,7 +118,8 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
     """Upcycle a pretrained U-Net in place and return it. Only the paper's list trains afterwards: experts, routers, task
     embedding, task norms and task convolutions.
 
-    init: "preserve" equals the dense network at step 0; "literal" is the paper's plain copy, whose FFN outputs start at 1/N.
+    init: "preserve" equals the dense network at step 0, where no top_k drops experts; "literal" is the paper's plain copy, whose FFN
+    outputs start at 1/N.
     expert_width: the paper's G = d_expert / d_FFN, default 1/N. top_k: keep the k largest weights, renormalised (an ablation).
     in_channels: per task; default 4 for "t2i" (the latent's), twice that or the base's for image-to-image tasks.
     task_dim, router_dim: widths of the task embedding and of the routers' hidden layer; default the text width, 768 for SD 1.5,
@@ -121,20 +128,24 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
     config, latent = unet.config, unet.config["out_channels"]
     if "moe" in config:
         raise UserError(f"this U-Net is upcycled already, to {', '.join(config['moe']['tasks'])}; add_task adds another")
-    if num_experts < 1 or init not in ("preserve", "literal") or not 1 <= (top_k or 1) <= num_experts or len(set(tasks)) < len(tasks):
-        raise UserError(f"cannot upcycle with num_experts={num_experts}, init={init!r}, top_k={top_k}, tasks={tuple(tasks)}: "
-                        "at least one expert, init preserve or literal, top_k within 1..num_experts, task names unique")
-    width = 1 / num_experts if expert_width is None else expert_width
+    width = 1 / max(num_experts, 1) if expert_width is None else expert_width
+    k = num_experts if top_k is None else top_k
+    if (num_experts < 1 or not 0 < width < math.inf or init not in ("preserve", "literal") or not 1 <= k <= num_experts
+            or not tasks or isinstance(tasks, str) or len(set(tasks)) < len(tasks)):
+        raise UserError(f"cannot upcycle with num_experts={num_experts}, expert_width={expert_width}, init={init!r}, top_k={top_k}, "
+                        f"tasks={tasks!r}: at least one expert, its width above 0, init preserve or literal, top_k within 1..num_experts, "
+                        "a list of unique task names")
     task_dim, router_dim = task_dim or config["cross_attention_dim"], router_dim or config["cross_attention_dim"]
     channels = {task: (in_channels or {}).get(task, latent if task == "t2i" else max(2 * latent, config["in_channels"])) for task in tasks}
     if min(channels.values()) < latent:
         raise UserError(f"in_channels={channels}: a task has at least the {latent} channels of the noisy latent")
-    for block in (m for m in unet.modules() if isinstance(m, BasicTransformerBlock)):
-        inner = block.ff.net[2].in_features
+    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
+    for inner in {block.ff.net[2].in_features for block in blocks}:
         copies = width * num_experts
         if not math.isclose(inner * width, round(inner * width)) or (init == "preserve" and not math.isclose(copies, round(copies))):
             raise UserError(f"{num_experts} experts of width {width:g} x {inner} do not cut the FFN evenly; choose num_experts that "
                             f"divides {inner}, and for init=preserve num_experts x expert_width a whole number")
+    for block in blocks:
         block.norm3 = TaskLayerNorm(block.norm3, len(tasks))
         block.ff = ExpertFeedForward(block.ff, num_experts, init, width, top_k, task_dim, router_dim)
     unet.conv_in = TaskConv(unet.conv_in, list(channels.values()), latent)
@@ -158,6 +169,8 @@ def freeze(unet):
 
 def task_index(unet, task):
     """The row of a task, given by name or index."""
+    if "moe" not in unet.config:
+        raise UserError(f"this U-Net is not upcycled and has no row for a task {task!r}")
     tasks = unet.config["moe"]["tasks"]
     if task in tasks:
         return tasks.index(task)
@@ -167,16 +180,15 @@ def task_index(unet, task):
 
 
 def add_task(unet, task, like):
-    """Add a task that starts as a copy of `like`. Only its own rows train afterwards, so the other tasks stay as they are."""
-    moe = unet.config["moe"]
+    """Add a task that starts as a copy of `like`. Only the tables with a row per task train afterwards, and only rows of tasks in the
+    batch get a gradient: train it alone, and the other tasks stay as they are. `freeze` makes the paper's whole list train again."""
+    row, moe = task_index(unet, like), unet.config["moe"]
     if task in moe["tasks"]:
         raise UserError(f"this model has a task {task!r} already")
-    row = task_index(unet, like)
     unet.requires_grad_(False)
-    tables = [m for m in unet.modules() if isinstance(m, (TaskLayerNorm, TaskConv))] + [unet.task_embedding]
-    for table in tables:
+    for table in [m for m in unet.modules() if isinstance(m, (TaskLayerNorm, TaskConv))] + [unet.task_embedding]:
         for name, value in table.named_parameters():
-            setattr(table, name, nn.Parameter(torch.cat([value.detach(), value.detach()[row:row + 1]])))  # rows of others get no gradient
+            setattr(table, name, nn.Parameter(torch.cat([value.detach(), value.detach()[row:row + 1]])))
     unet.task_embedding.num_embeddings += 1
     unet.conv_in.in_channels.append(unet.conv_in.in_channels[row])
     moe["tasks"] = [*moe["tasks"], task]
@@ -186,8 +198,8 @@ def add_task(unet, task, like):
 
 @torch.no_grad()
 def fold(unet, task):
-    """The mixture for one task as an ordinary U-Net: w goes into the FFNs' output layers, norms and convolution lose their other
-    rows. Saves as a diffusers unet/ folder. Experts with N G != 1 change the FFNs' width and do not fold."""
+    """The mixture for one task as an ordinary U-Net (routed, if this one is): w goes into the FFNs' output layers, norms and convolution
+    lose their other rows. Saves as a diffusers unet/ folder. Experts with N G != 1 change the FFNs' width and do not fold."""
     moe, row = unet.config["moe"], task_index(unet, task)
     if not math.isclose(moe["num_experts"] * (moe["expert_width"] or 1 / moe["num_experts"]), 1):
         raise UserError(f"{moe['num_experts']} experts of width {moe['expert_width']:g} make FFNs of another width than an ordinary "
@@ -206,23 +218,23 @@ def fold(unet, task):
             state[f"{name}.net.2.bias"] = w @ state.pop(f"{name}.out_bias")
             for key in [key for key in state if key.startswith(f"{name}.router.")]:
                 del state[key]
-    config = {k: v for k, v in unet.config.items() if k not in ("moe", "_class_name")}
+    config = {k: v for k, v in unet.config.items() if k not in ("moe", "routing", "_class_name")}
     with torch.device("meta"):
         folded = UNet({**config, "in_channels": channels})
     folded.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    if "routing" in unet.config:
+        from routing import add_routing
+        add_routing(folded, **unet.config["routing"])
     return folded.train(unet.training)
 
 
-def from_pretrained(path_or_hub_id, subfolder="unet"):
-    """A U-Net that `upcycle` made and `save_pretrained` saved."""
+def from_pretrained(path_or_hub_id, subfolder="unet", config=None):
+    """A U-Net that `upcycle` made and `save_pretrained` saved. config: in place of the folder's own."""
     folder = fetch(path_or_hub_id, subfolder)
-    config = read_json(folder / "config.json")
+    config = dict(config or read_json(folder / "config.json"))
     moe = config.pop("moe")
-    with torch.device("meta"):
-        try:
-            unet = upcycle(UNet(config), **moe)
-        except TypeError as error:
-            raise UserError(f'{folder / "config.json"}: its "moe" is not one that `upcycle` wrote ({error})') from None
+    with torch.device("meta"), blaming(folder / "config.json"):
+        unet = upcycle(UNet(config), **moe)
     load_weights(unet, folder)
     return freeze(unet)
 

@@ -45,13 +45,35 @@ def test_preserve_equals_dense_at_step_0(num_experts, width):
     assert difference(unet(x[:, :4], t, text, task=torch.zeros(4, dtype=torch.long)), expected) < 1e-5
 
 
-def test_copies_of_an_expert_differ_but_preserve():
+@pytest.mark.parametrize("experts, width", [(4, 0.5), (1, 2.0), (8, 0.375), (2, 1.0)])
+def test_copies_of_a_unit_preserve_and_learn_apart(experts, width):
     unet, (x, t, text) = base(), inputs()
     expected = unet(x[:, :4], t, text)
-    moe.upcycle(unet, num_experts=4, expert_width=0.5)
+    moe.upcycle(unet, num_experts=experts, expert_width=width)
     assert difference(unet(x, t, text, task=torch.arange(4)), expected) < 1e-5
-    w = unet.mid_block.attentions[0].transformer_blocks[0].ff.weights(unet.task_embedding.weight)[0]
-    assert w[0] == w[1] != w[2] == w[3]
+    ff = unet.mid_block.attentions[0].transformer_blocks[0].ff
+    project, inner = ff.net[0].proj, 256
+    start = project.weight[0].clone()
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (unet(x, t, text, task=torch.arange(4)) - x[:, 4:]).square().mean().backward()
+        optimizer.step()
+    first, second = project.weight[0], project.weight[inner]  # copies of unit 0
+    assert (first - second).norm() > 0.05 * (first - start).norm() > 0
+
+
+def test_top_k_lets_tasks_choose_different_experts():
+    torch.manual_seed(0)
+    unet = moe.upcycle(base(), num_experts=8, top_k=2)
+    chosen = {tuple(m.weights(unet.task_embedding.weight)[i].nonzero().flatten().tolist())
+              for m in unet.modules() if isinstance(m, moe.ExpertFeedForward) for i in range(4)}
+    assert len(chosen) > 4
+
+
+def test_task_names_are_those_of_the_data():
+    import data
+    assert moe.TASKS == tuple(data.TASKS)
 
 
 def test_literal_copies_the_weights_and_scales_the_output():
@@ -182,7 +204,7 @@ def test_round_trip(tmp_path, options):
     assert again.config["moe"] == unet.config["moe"]
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [n for n, p in unet.named_parameters() if p.requires_grad]
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] != "UNet2DConditionModel"
-    with pytest.raises(UserError, match="moe"):
+    with pytest.raises(UserError, match="UpcycledUNet"):
         UNet.from_pretrained(tmp_path, "")
 
 
