@@ -7,7 +7,7 @@ the autoencoder's own reconstruction of the target, the ceiling of any latent mo
 the smaller squared error than doing nothing. t2i has no single right answer: look at train.py's sample grids.
 """
 import argparse
-import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 import data
 from data import ASSETS, TASKS
 from sample import generate, load_model, pick_device
-from unet import UserError, command
+from unet import UserError, command, write_json
 
 
 def mse(a, b):
@@ -32,7 +32,8 @@ def psnr(errors):
 def measure(model, task, count, seed, batch_size=25, **options):
     """-> a dict of figures for one image-to-image task over `count` held-out examples spread over the data set."""
     dataset, rows = data.builtin(task, "heldout"), []
-    chosen = [dataset[i * len(dataset) // count] for i in range(min(count, len(dataset)))]
+    count = min(count, len(dataset))
+    chosen = [dataset[i * len(dataset) // count] for i in range(count)]
     device = next(model.unet.parameters()).device
     for first in tqdm(range(0, len(chosen), batch_size), desc=task, leave=False):
         batch = chosen[first:first + batch_size]
@@ -63,9 +64,13 @@ def main():
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--out", help="JSON file that gets the figures")
     args = parser.parse_args()
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: at least 1")
+    if args.count < 1 or not 0 <= args.seed < 2 ** 62:
+        raise UserError(f"--count {args.count} must be at least 1, --seed {args.seed} from 0 to 2^62")
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a folder; it names a JSON file")
     model = load_model(args.model).to(pick_device(args.device))
+    if model.native_size != 64:
+        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures; the built-in ones are 64 x 64")
     tasks = [task for task in model.tasks if task in TASKS and TASKS[task].source] if args.task == "all" else [args.task]
     if not tasks or not all(task in TASKS and TASKS[task].source for task in tasks):
         raise UserError(f"--task {args.task}: choose all or an image-to-image task; {args.model} knows {', '.join(model.tasks)}")
@@ -78,8 +83,7 @@ def main():
             name = task if kind == "all" else f"  {kind}"
             print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
     if args.out:
-        with open(args.out, "w") as f:
-            json.dump(dict(arguments=vars(args), results=results), f, indent=2)
+        write_json(args.out, dict(arguments=vars(args), results=results))
 
 
 if __name__ == "__main__":

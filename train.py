@@ -27,13 +27,19 @@ import clip
 import data
 import moe
 from data import ASSETS, SOURCE, TARGET, TASKS, latents
+from diffusion import UncertaintyWeight
+from routing import MODES, add_routing
 from sample import Model, generate, grid, load_model, pick_device
-from unet import CONFIGS, UNet, UserError, command
+from unet import CONFIGS, UNet, UserError, command, write_file, write_json
 from vae import VAE
 
 BINS = 4                       # the loss is logged in this many equal ranges of timesteps
+# From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv 2305.08891; the pictures are mostly white, which
+# noise of mean zero is not), and v-prediction, which that needs.
 SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-                 clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading", prediction_type="epsilon")
+                 clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing", prediction_type="v_prediction",
+                 rescale_betas_zero_snr=True)
+GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.2], "inpaint": [2.0, 1.2]}  # text and image scale that suit the miniature
 
 
 def get_args():
@@ -51,11 +57,14 @@ def get_args():
     p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW, on weight matrices only (the paper: 0.01 for SDXL)")
     p.add_argument("--ema", type=float, default=0.9999, help="largest decay of the weight average; (1 + step) / (10 + step) before")
-    p.add_argument("--loss-weight", choices=("none", "v"), default="none", help="per timestep (the paper: none); v counts noisy steps more")
+    p.add_argument("--loss-weight", choices=("none", "v", "min-snr", "p2", "uw"), default="none", help="of timesteps (MTU: none); v counts noisy steps more; uw learns them")
     p.add_argument("--num-experts", type=int, default=4, help="N, experts per FFN (the paper: 4 for SD 1.5, 1 for SDXL)")
     p.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve", help="preserve equals the dense network at step 0")
     p.add_argument("--expert-width", type=float, help="the paper's G, as a share of the FFN's width; default 1/N")
     p.add_argument("--top-k", type=int, help="keep the k largest router weights; default all")
+    p.add_argument("--routing", choices=MODES, help="dtr: each timestep sees its window of channels; random: the control. Default: none")
+    p.add_argument("--alpha", type=float, default=4.0, help="of --routing: the window moves with t to this power (the paper: 4)")
+    p.add_argument("--beta", type=float, default=0.8, help="of --routing: share of channels that a timestep sees (the paper: 0.8)")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
@@ -112,21 +121,23 @@ def collate(examples):
 
 
 class Denoiser(nn.Module):
-    """All that trains, as one module for DDP and torch.compile: the per-sample loss of a batch."""
+    """All that trains, as one module for DDP and torch.compile: the per-sample losses of a batch."""
 
-    def __init__(self, unet, text_encoder, diffusion, train_text):
+    def __init__(self, unet, text_encoder, diffusion, train_text=False, loss_weight="none"):
         super().__init__()
-        self.unet, self.text_encoder, self.diffusion, self.train_text = unet, text_encoder, diffusion, train_text
+        self.unet, self.text_encoder, self.diffusion, self.train_text, self.loss_weight = unet, text_encoder, diffusion, train_text, loss_weight
+        self.uncertainty = UncertaintyWeight(diffusion.T).to(diffusion.alpha_bar.device) if loss_weight == "uw" else None
 
     def forward(self, x0, source, ids, t, noise, task):
-        """x0, noise (B, 4, h, w), source likewise or None, ids (B, 77), t, task (B,) -> (B,)"""
+        """x0, noise (B, 4, h, w), source likewise or None, ids (B, 77), t, task (B,) -> losses, weighted losses, both (B,)"""
         with contextlib.nullcontext() if self.train_text else torch.no_grad():
             context = self.text_encoder(ids)[0]
 
         def model(x_t, t):  # concatenated along channels: MTU Eq. 2's Psi_C([z_t, E(c_I)])
             return self.unet(x_t if source is None else torch.cat([x_t, source], dim=1), t, context, task=task)
 
-        return self.diffusion.loss(model, x0, t, noise)
+        losses = self.diffusion.loss(model, x0, t, noise)
+        return losses, losses * self.diffusion.weight(t, self.loss_weight) if self.uncertainty is None else self.uncertainty(losses, t)
 
 
 class Encoder:
@@ -136,17 +147,19 @@ class Encoder:
         self.vae, self.kept, self.limit = vae, {}, limit
 
     @torch.no_grad()
-    def moments(self, pictures, device):
+    def moments(self, pictures, device, together=4):
+        """Always `together` at a time, so that a picture's latent does not depend on what else is kept: fp32 sums differ with the shape."""
         keys = [hash(p.numpy().tobytes()) for p in pictures]
         new = {key: p for key, p in zip(keys, pictures) if key not in self.kept}
-        if new:
-            mean, logvar = self.vae.encode(torch.stack(list(new.values())).to(device))
-            encoded = dict(zip(new, torch.stack([mean, logvar], dim=1).float()))        # (2, 4, h, w) each
-            out = torch.stack([encoded[k] if k in encoded else self.kept[k].to(device) for k in keys])
-            if len(self.kept) * out[0].nbytes < self.limit:
-                self.kept.update((k, v.cpu()) for k, v in encoded.items())
-        else:
-            out = torch.stack([self.kept[k] for k in keys]).to(device)
+        encoded = {}
+        for i in range(0, len(new), together):
+            some = list(new.items())[i:i + together]
+            some += some[-1:] * (together - len(some))
+            mean, logvar = self.vae.encode(torch.stack([p for _, p in some]).to(device))
+            encoded.update(zip([key for key, _ in some], torch.stack([mean, logvar], dim=1).float().cpu()))  # (2, 4, h, w) each
+        out = torch.stack([encoded[k] if k in encoded else self.kept[k] for k in keys]).to(device)
+        if len(self.kept) * out[0].nbytes < self.limit:
+            self.kept.update(encoded)
         return out[:, 0], out[:, 1]
 
     def __call__(self, batch, device):
@@ -166,8 +179,8 @@ def build_model(args, tasks):
     if args.model == "scratch":
         if tasks != ["t2i"]:
             raise UserError("--model scratch trains the base: use --task t2i, then --task all --model on the result")
-        datasets = data.builtin("t2i", "train"), data.builtin("edit", "train")
-        prompts = [dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 2)]
+        datasets = [data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")]
+        prompts = [dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 3)]
         tokenizer = clip.Tokenizer.train(prompts, vocab_size=2048)
         text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[clip.BOS],
                            eos_token_id=tokenizer.vocab[clip.EOS])
@@ -177,29 +190,34 @@ def build_model(args, tasks):
                  "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
         return Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), clip.CLIPText(text_config), tokenizer, SCHEDULER, index), True
     model = load_model(args.model)
-    if "moe" in model.unet.config:
-        if unknown := [task for task in tasks if task not in model.tasks]:
-            raise UserError(f"{args.model} is upcycled to {', '.join(model.tasks)}, not to {', '.join(unknown)}")
-    elif tasks != ["t2i"]:
+    model.index.pop("base", None)  # a run folder is whole
+    if "moe" not in model.unet.config and tasks != ["t2i"]:
         moe.upcycle(model.unet, tasks, args.num_experts, args.expert_init, args.expert_width, args.top_k)
         model.index = {"_class_name": "UpcycledPipeline"}
+        if model.native_size <= 64:
+            model.index["guidance"] = GUIDANCE
+    if unknown := [task for task in tasks if task not in model.tasks]:
+        raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows {', '.join(model.tasks)}")
     model.text_encoder.requires_grad_(False)
     return model, False
 
 
-def parameter_groups(module, weight_decay):
-    """Norms, biases and rows per task get no weight decay: rows of absent tasks would drift."""
+def parameter_groups(module, weight_decay, lr):
+    """Norms, biases and rows per task get no weight decay: rows of absent tasks would drift. Learned loss weights have ANT-UW's own lr."""
     rows = {id(p) for m in module.modules() if isinstance(m, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding)) for p in m.parameters()}
-    groups = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
+    groups = [dict(params=[], weight_decay=weight_decay, peak_lr=lr), dict(params=[], weight_decay=0.0, peak_lr=lr),
+              dict(params=[], weight_decay=0.0, peak_lr=0.025)]
     for name, p in module.named_parameters():
         if p.requires_grad:
-            groups[p.dim() == 1 or not name.endswith("weight") or id(p) in rows]["params"].append(p)
+            plain = p.dim() == 1 or not name.endswith("weight") or id(p) in rows
+            groups[2 if name.startswith("uncertainty.") else plain]["params"].append(p)
     return groups
 
 
-def learning_rate(step, args):
+def lr_factor(step, args):
+    """What multiplies the learning rate: linear warm-up, then constant or a cosine to zero."""
     warm = min(1.0, (step + 1) / max(args.warmup, 1))
-    return args.lr * warm * (0.5 * (1 + np.cos(np.pi * step / args.steps)) if args.lr_schedule == "cosine" else 1.0)
+    return warm * (0.5 * (1 + np.cos(np.pi * step / args.steps)) if args.lr_schedule == "cosine" else 1.0)
 
 
 @contextlib.contextmanager
@@ -214,16 +232,12 @@ def averaged(params, ema):
 
 
 def save_state(path, params, ema, optimizer, scalars):
-    """One safetensors file, written beside its place, fsynced and renamed: weights, average, Adam's moments; scalars as JSON."""
+    """One safetensors file: weights, average, Adam's moments; scalars as JSON."""
     tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"ema/{n}": e for n, e in ema.items()}
     for name, p in params.items():
         tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state[p].items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, beside, metadata={"scalars": json.dumps(scalars)})
-    with open(beside, "rb+") as f:
-        os.fsync(f.fileno())
-    beside.replace(path)
+    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    write_file(path, lambda beside: save_file(tensors, beside, metadata={"scalars": json.dumps(scalars)}))
 
 
 def load_state(path, params, ema, optimizer, settings):
@@ -236,29 +250,42 @@ def load_state(path, params, ema, optimizer, settings):
             if changed:
                 raise UserError(f"{path.parent.parent} was begun with other settings: {'; '.join(changed)}. Give those, or another --out")
             for name, p in params.items():
-                p.data.copy_(f.get_tensor(f"param/{name}"))
-                ema[name].copy_(f.get_tensor(f"ema/{name}"))
+                p.data.copy_(f.get_tensor(f"param/{name}").view_as(p))
+                ema[name].copy_(f.get_tensor(f"ema/{name}").view_as(p))
                 optimizer.state[p] = {k: f.get_tensor(f"adam/{k}/{name}").to("cpu" if k == "step" else p.device)
                                       for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in keys}
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
     return scalars
 
 
+def forget_after(log, step):
+    """Lines of log.jsonl that steps after the checkpoint wrote: they come again."""
+    if log.exists():
+        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        lines = [line for line in whole if json.loads(line)["step"] <= step]
+        write_file(log, lambda beside: beside.write_text("".join(lines)))
+
+
 def save_model(model, folder, frozen_too):
-    """The model in the Hugging Face layout. Parts that do not train are written once."""
+    """The model in the Hugging Face layout. Parts that do not train are written once per start."""
     model.unet.save_pretrained(folder / "unet")
     if frozen_too:
         model.vae.save_pretrained(folder / "vae")
         model.text_encoder.save_pretrained(folder / "text_encoder")
         model.tokenizer.save_pretrained(folder / "tokenizer")
-        (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(model.scheduler, indent=2))
-        (folder / "model_index.json").write_text(json.dumps(model.index, indent=2))
+        write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
+        write_json(folder / "model_index.json", model.index)
+
+
+def total_loss(losses, num_tasks, batch_size):
+    """MTU Eq. 2, the sum over tasks of each task's mean loss, from per-sample losses (B,) of the batch or of a part of it; the batch has
+    batch_size / num_tasks samples of every task."""
+    return losses.sum() * num_tasks / batch_size
 
 
 def per_sample_loss(denoiser, encode, model, batch, device):
-    """A collated batch -> its losses (B,)."""
+    """A collated batch -> its losses and weighted losses (B,)."""
     x0, source = encode(batch, device)
     rows = torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
     return denoiser(x0, source, model.tokenizer(batch["prompt"]).to(device), batch["t"].to(device), batch["noise"].to(device), rows)
@@ -270,7 +297,7 @@ def held_out_loss(denoiser, encode, model, examples, batch_size, device):
     losses = {}
     for i in range(0, len(examples), batch_size):
         batch = collate(examples[i:i + batch_size])
-        for task, loss in zip(batch["task"], per_sample_loss(denoiser, encode, model, batch, device).tolist()):
+        for task, loss in zip(batch["task"], per_sample_loss(denoiser, encode, model, batch, device)[0].tolist()):
             losses.setdefault(task, []).append(loss)
     return {task: float(np.mean(values)) for task, values in losses.items()}
 
@@ -290,10 +317,11 @@ def sample_grid(model, datasets, columns, seed, path):
 def main():
     args = get_args()
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
     device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        device = torch.device("cuda", local_rank) if device.type == "cuda" else device
     print0 = tqdm.write if rank == 0 else lambda *_: None
 
     # What is asked
@@ -305,12 +333,14 @@ def main():
     for name in ("steps", "batch_size", "device_batch_size", "save_every", "log_every", "eval_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
-    if not 0 <= args.ema < 1 or (args.lr is not None and not 0 < args.lr < float("inf")):
-        raise UserError(f"--ema {args.ema} must be in [0, 1), --lr {args.lr} above 0")
+    if (not 0 <= args.ema < 1 or (args.lr is not None and not 0 < args.lr < float("inf")) or not 0 <= args.weight_decay < float("inf")
+            or args.warmup < 0 or args.workers < 0 or not 0 <= args.seed < 2 ** 62):
+        raise UserError(f"--ema {args.ema} must be in [0, 1), --lr {args.lr} above 0, --weight-decay {args.weight_decay}, --warmup {args.warmup}, "
+                        f"--workers {args.workers} and --seed {args.seed} at least 0")
     args.out = args.out or f"runs/{'tiny' if args.model == 'scratch' else args.task.replace(',', '-')}"
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     per_rank = args.batch_size // world
-    micro = args.device_batch_size or per_rank
+    micro = min(args.device_batch_size or per_rank, per_rank)
     if args.batch_size % (len(tasks)) or args.batch_size % world or per_rank % micro:
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(tasks)} tasks, of {world} processes and of "
                         "--device-batch-size")
@@ -319,21 +349,29 @@ def main():
 
     # Model
     model, scratch = build_model(args, tasks)
+    if args.routing:
+        add_routing(model.unet, args.alpha, args.beta, args.routing, model.diffusion.T, args.seed)
+        model.index["_class_name"] = model.unet.config["_class_name"].replace("UNet", "Pipeline")
     model.to(device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     miniature = model.unet.config["sample_size"] <= 16
     args.lr = args.lr or (1e-3 if miniature else 1e-4)
     args.steps = args.steps or (5000 if scratch else 200)
     args.sample_every = max(1, args.steps // 2) if args.sample_every is None else args.sample_every
-    denoiser = Denoiser(model.unet, model.text_encoder, model.diffusion.to(device), train_text=scratch)
+    denoiser = Denoiser(model.unet, model.text_encoder, model.diffusion.to(device), scratch, args.loss_weight)
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = torch.optim.AdamW(parameter_groups(denoiser, args.weight_decay), lr=args.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(denoiser, args.weight_decay, args.lr))
     encode = Encoder(model.vae.requires_grad_(False))
     total, trained = (sum(p.numel() for p in group) for group in (denoiser.parameters(), params.values()))
     print0(f"{trained:,} of {total:,} parameters train, on {world} x {device}")
 
     # Data
+    if args.loss_weight == "v" and model.scheduler.get("prediction_type") == "v_prediction":
+        raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} predicts v already")
+    if not args.data and model.native_size != 64:
+        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
+
     def dataset(task, split):
         return data.Folder(args.data, task, split, model.native_size) if args.data else data.builtin(task, split)
 
@@ -345,16 +383,29 @@ def main():
     # Resume
     out, start, before = Path(args.out), 0, None
     state = out / "state" / "state.safetensors"
-    settings = {k: getattr(args, k) for k in ("task", "model", "data", "batch_size", "lr", "lr_schedule", "steps", "seed", "loss_weight", "num_experts",
-                                              "expert_init", "expert_width", "top_k", "weight_decay", "ema")}
+    settings = {k: getattr(args, k) for k in ("task", "model", "vae", "data", "batch_size", "lr", "lr_schedule", "warmup", "steps", "seed",
+                                              "loss_weight", "num_experts", "expert_init", "expert_width", "top_k", "routing", "alpha",
+                                              "beta", "weight_decay", "ema", "precision", "eval_size")}
+    for key in ("model", "vae", "data"):  # the same folder under another name, or after the checkout moved, is the same
+        if settings[key] and Path(settings[key]).exists():
+            path = Path(settings[key]).resolve()
+            settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
+    if not scratch:
+        del settings["vae"]
+    if args.lr_schedule == "constant":  # then a run may be made longer
+        del settings["steps"]
     if state.exists():
         scalars = load_state(state, params, ema, optimizer, settings)
         start, before = scalars["step"], scalars["before"]
         print0(f"resuming {out} at step {start}")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; it names a folder")
+    elif (out / "model_index.json").exists() and not (out / "arguments.json").exists():
+        raise UserError(f"{out} holds a model that is no run of train.py; choose another --out")
+    if rank == 0:
+        forget_after(out / "log.jsonl", start)
     if start >= args.steps:
-        print0(f"{out} is finished ({args.steps} steps). Draw with it: python sample.py --task {tasks[0]} --model {out}; "
-               "train longer: another --out with more --steps")
-        return
+        print0(f"{out} is finished ({start} steps); to train on from it: --model {out} with another --out")
     before = before or held_out_loss(denoiser, encode, model, fixed, args.batch_size, device)
 
     # The loop
@@ -370,20 +421,21 @@ def main():
                for step in range(start, args.steps) for m in range(0, per_rank, micro)]
     loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                                               persistent_workers=args.workers > 0))
-    sums, clock = torch.zeros(len(tasks) * BINS, 2, device=device), time.time()
+    sums, clock, saved = torch.zeros(len(tasks) * BINS, 2, device=device), time.time(), False
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = group["peak_lr"] * lr_factor(step, args)
         for m in range(0, per_rank, micro):
-            batch = next(loader)
+            try:
+                batch = next(loader)
+            except UserError as error:  # one from a worker process comes wrapped in its traceback
+                raise UserError(str(error).strip().splitlines()[-1].removeprefix("unet.UserError: ")) from None
             last = m + micro == per_rank
             with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
-                losses = per_sample_loss(run, encode, model, batch, device)
-                # Eq. 2: the sum over tasks of each task's mean. Counts are the global batch's; DDP averages over ranks.
-                weights = denoiser.diffusion.weight(batch["t"].to(device), args.loss_weight)
-                ((losses * weights).sum() * len(tasks) / args.batch_size * world).backward()
-            cell = torch.tensor([tasks.index(task) for task in batch["task"]]) * BINS + batch["t"] * BINS // model.diffusion.T
+                losses, weighted = per_sample_loss(run, encode, model, batch, device)
+                (total_loss(weighted, len(tasks), args.batch_size) * world).backward()  # DDP averages over the ranks
+            cell = torch.tensor([tasks.index(task) for task in batch["task"]]) * BINS + batch["t"] * BINS // denoiser.diffusion.T
             sums.index_add_(0, cell.to(device), torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         if not torch.isfinite(norm):
@@ -407,19 +459,25 @@ def main():
             if rank == 0:
                 out.mkdir(parents=True, exist_ok=True)
                 with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=learning_rate(step, args), grad_norm=norm.item(),
+                    f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), grad_norm=norm.item(),
                                             images_per_s=round(speed, 2))) + "\n")
             sums.zero_()
             clock = time.time()
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))
+            pause = time.time()
+            if not all(e.isfinite().all() for e in ema.values()):
+                raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
+            write_json(out / "arguments.json", vars(args))
             with averaged(params, ema):
-                save_model(model, out, frozen_too=scratch or not (out / "model_index.json").exists())
-            (out / "arguments.json").write_text(json.dumps(vars(args), indent=2))
+                save_model(model, out, frozen_too=scratch or not saved)
+            saved = True
+            save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))  # last: what it counts is there
+            clock += time.time() - pause
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+            pause = time.time()
             with averaged(params, ema):
                 sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
-            clock = time.time()
+            clock += time.time() - pause
 
     with averaged(params, ema):
         after = held_out_loss(denoiser, encode, model, fixed, args.batch_size, device)

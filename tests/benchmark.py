@@ -3,7 +3,8 @@
     python tests/benchmark.py --size sd15 --runs 5
 
 Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
-and the U-Net upcycled to four experts against the dense one, both ours, with the same weights training. Latents are 32 x 32.
+the U-Net upcycled to four experts against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain
+one. Latents are 32 x 32.
 """
 import argparse
 import statistics
@@ -15,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import moe  # noqa: E402
+from routing import add_routing  # noqa: E402
 from unet import CONFIGS, UNet  # noqa: E402
 
 
@@ -66,6 +68,16 @@ def main():
     ratio("forward", forward(a), forward(b), args.runs)
     ratio("forward and backward", step(a, ours), step(b, theirs), args.runs)
     theirs = b = None
+
+    with torch.device("meta"):
+        routed = UNet(config)
+    routed.load_state_dict(ours.state_dict(), assign=True)
+    routed = add_routing(routed.requires_grad_(True))
+    c = lambda: routed(x, t, text)  # noqa: E731
+    print(f"{'':<44}{'routed':>11}{'plain':>11}")
+    ratio("forward", forward(c), forward(a), args.runs)
+    ratio("forward and backward", step(c, routed), step(a, ours), args.runs)
+    routed = None
 
     # the dense U-Net with the same parts trainable is the control; t2i meets four channels in both
     upcycled = moe.upcycle(UNet(config))

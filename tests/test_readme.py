@@ -56,6 +56,12 @@ def test_command(project, command):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def test_python_block(project, block):
+    done = subprocess.run([sys.executable, "-c", block], cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_files_can_be_read_in_one_sitting():
     for path in ROOT.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 500, path.name

@@ -118,6 +118,18 @@ def test_the_command(tmp_path):
     assert Image.open(tmp_path / "a" / "b-trajectory.gif").n_frames == 3
 
 
+def test_several_prompts_make_a_grid_with_a_row_each(tmp_path):
+    out = tmp_path / "grid.png"
+    done = run("sample.py", "--task", "t2i", "--steps", 1, "--num-images", 3, "--prompt", "red apple", "--prompt", "blue book", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out).size == (3 * 64, 2 * 64) and "'red apple', 'blue book'" in done.stdout
+
+
+def test_a_prompt_alone_meets_the_shipped_picture(tmp_path):
+    done = run("sample.py", "--task", "edit", "--steps", 1, "--prompt", "make it a man", "--out", tmp_path / "a.png")
+    assert done.returncode == 0 and "edit.png" in done.stdout
+
+
 def test_long_prompts_warn(mtu, capsys):
     generate(mtu, "t2i", ["apple " * 80 + "zebra"], steps=1)
     assert "zebra" in capsys.readouterr().err
@@ -141,11 +153,11 @@ def test_broken_pictures_are_named(broken, name):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(task="colorize"), "t2i, edit, sr, inpaint"), (dict(task="edit", images=None), "--image"), (dict(height=60), "multiples of 8"),
+    (dict(task="colorize"), "t2i, edit, sr, inpaint"), (dict(task="edit", images=None, strength=None), "--image"), (dict(strength=None), "strength"), (dict(strength=float("nan")), "strength"), (dict(height=60), "multiples of 8"),
     (dict(height=-8), "multiples of 8"), (dict(steps=0), "steps"), (dict(steps=2000), "steps"), (dict(eta=2.0), "eta"),
     (dict(guidance=float("nan")), "finite"), (dict(strength=0.5, images=None), "picture"), (dict(strength=0.0), "strength"), (dict(strength=1.5), "strength")])
 def test_bad_requests_are_refused(mtu, options, words):
-    arguments = dict(task="t2i", images=[Image.new("RGB", (64, 64))], steps=10) | options
+    arguments = dict(task="t2i", images=[Image.new("RGB", (64, 64))], strength=0.5, steps=10) | options
     with pytest.raises(UserError, match=words):
         generate(mtu, prompts=["x"], **arguments)
 

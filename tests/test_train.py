@@ -61,26 +61,55 @@ def test_only_the_papers_list_has_changed(straight):
     assert any("attn1" in k for k in same) and any("resnets" in k for k in same) and "conv_out.weight" in same
 
 
-def test_resuming_is_exact(straight, tmp_path):
-    """4 steps equal 2 steps, an end by force, and 2 more, bit for bit."""
-    class Stop(Exception):
-        pass
-
+@pytest.mark.parametrize("after", ["save_state", "save_model"])
+def test_resuming_is_exact(straight, tmp_path, after):
+    """4 steps equal 2 steps, an end by force, and the rest, bit for bit. Without a state yet, that is all of them again."""
     done = subprocess.run([sys.executable, "-c", f"""
 import sys, os
 sys.argv = ['train.py', *{QUICK!r}, '--out', {str(tmp_path / 'a')!r}, '--task', 'all', '--steps', '4']
 import train
-save = train.save_model
+save = train.{after}
 def save_and_die(*args, **kwargs):
     save(*args, **kwargs)
     os._exit(9)
-train.save_model = save_and_die
+train.{after} = save_and_die
 train.main()
 """], cwd=ROOT, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
-    assert "resuming" in run(tmp_path / "a", "--task", "all", "--steps", 4).stdout
+    assert ("at step 2" in run(tmp_path / "a", "--task", "all", "--steps", 4).stdout) == (after == "save_state")
     a, b = weights(straight[0]), weights(tmp_path / "a")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert [r["step"] for r in log(tmp_path / "a")] == [1, 2, 3, 4]
+
+
+def test_steps_after_the_checkpoint_leave_the_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(dict(step=i)) + "\n" for i in (10, 20, 30)))
+    train.forget_after(log, 20)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [10, 20]
+
+
+def test_a_latent_does_not_depend_on_what_else_is_kept():
+    dataset, vae = data.builtin("t2i", "train"), load_model(ASSETS / "tiny").vae
+    pictures = [dataset[i]["target"] for i in range(0, 40, 2)]
+    fresh, warm = train.Encoder(vae), train.Encoder(vae)
+    for n in (3, 7):
+        warm.moments(pictures[n:n + 2], "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(fresh.moments(pictures, "cpu"), warm.moments(pictures, "cpu")))
+
+
+def test_a_foreign_model_is_not_overwritten(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    done = run(tmp_path, "--task", "all", "--steps", 1, check=False)
+    assert done.returncode == 2 and str(tmp_path) in done.stderr and [f.name for f in tmp_path.iterdir()] == ["model_index.json"]
+
+
+def test_a_mistake_in_a_worker_process_is_one_line_too(tmp_path):
+    lines = [dict(file_name=f"{i}.png", split=split) for i, split in enumerate(["train"] + ["heldout"])]
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = run(tmp_path / "run", "--task", "sr", "--steps", 1, "--data", tmp_path, "--workers", 1, check=False)
+    assert done.returncode == 2 and "0.png" in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
 
 
 def test_a_finished_run_says_so_and_a_changed_setting_is_refused(straight):
@@ -125,13 +154,29 @@ def test_conditioning_dropout_has_the_stated_rates(task):
 
 
 def test_the_loss_is_the_sum_over_tasks_of_each_tasks_mean():
-    """MTU Eq. 2, on a model whose loss is known: a zero prediction leaves the noise's own square."""
+    """MTU Eq. 2, whole and in parts."""
+    losses = torch.tensor([1.0, 10.0, 3.0, 30.0, 5.0, 50.0])  # of tasks A, B, A, B, A, B
+    whole = train.total_loss(losses, 2, 6)
+    assert whole == (1 + 3 + 5) / 3 + (10 + 30 + 50) / 3
+    assert whole == sum(train.total_loss(losses[i:i + 2], 2, 6) for i in (0, 2, 4))
+
+
+def test_a_samples_loss_is_the_mean_square_of_what_is_missing():
+    """On a model whose loss is known: a zero prediction leaves the target's own square."""
     model = load_model(ASSETS / "tiny")
     model.unet.forward = lambda x, t, context, task=None: torch.zeros_like(x[:, :4])
-    denoiser = train.Denoiser(model.unet, model.text_encoder, model.diffusion, False)
-    noise = torch.randn(8, 4, 16, 16)
-    losses = denoiser(torch.randn(8, 4, 16, 16), None, model.tokenizer([""] * 8), torch.arange(8), noise, torch.zeros(8, dtype=torch.long))
-    assert torch.allclose(losses, noise.square().mean((1, 2, 3)))
+    denoiser = train.Denoiser(model.unet, model.text_encoder, model.diffusion, loss_weight="p2")
+    x0, noise, t = torch.randn(8, 4, 16, 16), torch.randn(8, 4, 16, 16), torch.arange(8)
+    losses, weighted = denoiser(x0, None, model.tokenizer([""] * 8), t, noise, torch.zeros(8, dtype=torch.long))
+    assert torch.allclose(losses, model.diffusion.target(x0, noise, t).square().mean((1, 2, 3)))
+    assert torch.allclose(weighted, losses * model.diffusion.weight(t, "p2"))
+
+
+def test_learned_loss_weights_train_and_resume(tmp_path):
+    run(tmp_path / "a", "--task", "all", "--steps", 4, "--loss-weight", "uw")
+    a = load_file(tmp_path / "a" / "state" / "state.safetensors")["param/uncertainty.s"]
+    assert a.shape == (8,) and (a != 0).any()
+    assert not any("uncertainty" in key for key in weights(tmp_path / "a"))
 
 
 def test_encoding_follows_the_tasks_rules():
@@ -151,7 +196,7 @@ def test_encoding_follows_the_tasks_rules():
 def test_no_weight_decay_on_norms_biases_and_rows_of_tasks():
     import moe
     unet = moe.upcycle(load_model(ASSETS / "tiny").unet)
-    decayed, kept = ({id(p) for p in group["params"]} for group in train.parameter_groups(unet, 0.1))
+    decayed, kept = ({id(p) for p in group["params"]} for group in train.parameter_groups(unet, 0.1, 1e-3)[:2])
     names = {id(p): n for n, p in unet.named_parameters()}
     assert all(".ff." in names[i] and names[i].endswith("weight") for i in decayed)
     assert {n for i, n in names.items() if i in kept} >= {"conv_in.weight", "task_embedding.weight", "mid_block.attentions.0.transformer_blocks.0.norm3.weight"}
