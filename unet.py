@@ -286,7 +286,7 @@ def checked(config):
         return type(value) is int and value > 0
 
     for key, value in config.items():
-        need(key in DEFAULTS or key.startswith("_") or value is None or key in FIXED and value == FIXED[key], key)
+        need(key in DEFAULTS or key.startswith("_") or (value == FIXED[key] if key in FIXED else value is None), key)
     for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim"):
         need(count(c[key]), key)
     for key, kinds in (("flip_sin_to_cos", [bool]), ("use_linear_projection", [bool]), ("norm_eps", [float, int]), ("freq_shift", [float, int])):
