@@ -94,6 +94,17 @@ def _emoji(row):
     return Emoji(row["name"], concept, person if "27A1" not in codes else None, colour, {None: row["cell"]} | row.get("tones", {}))
 
 
+class Change(NamedTuple):
+    """A pair of pictures of one figure in one style, and what differs."""
+    kind: str      # tone, gender or colour
+    a: str         # in words, before
+    b: str         # and after
+    name: str      # of the emoji before
+    source: tuple  # cells
+    target: tuple
+    style: str
+
+
 def held_out(concept):
     """The split: a fixed function of the concept (or file) name; one in ten is held out."""
     return zlib.crc32(concept.encode()) % 10 == 0
@@ -173,14 +184,27 @@ class Builtin(torch.utils.data.Dataset):
     # t2i: caption -> picture
 
     def _t2i_items(self):
+        self.changes = self._edit_items()
         return [(e, style) for e in self.rows for style in STYLES]
 
     def _t2i(self, item, rng):
-        e, style = item
-        if rng.random() < 0.2:  # two things on one canvas, so that the base learns words of place
+        """A plain caption; or, so that the base learns the words that other tasks use, as CLIP has from the web, one by place (some with
+        a removal), or one by a change."""
+        (e, style), r = item, rng.random()
+        if r < 0.2:
             things, (ends, boxes) = (e, self._other(e, rng)), _places(rng)
-            words = [f"{thing.name} {'on' if end in ('left', 'right') else 'at'} the {end}" for thing, end in zip(things, ends)]
-            return dict(prompt=f"{' and '.join(words)}, {style} style", target=to_tensor(_canvas(style, zip(things, boxes))))
+            at, shown = [_at(end) for end in ends], list(zip(things, boxes))
+            prompt = f"{things[0].name} {at[0]} and {things[1].name} {at[1]}"
+            if rng.random() < 0.3:
+                gone = int(rng.integers(2))
+                prompt += f", {_removal(things[gone].name, at[gone], rng)[0]}"
+                del shown[gone]
+            return dict(prompt=f"{prompt}, {style} style", target=to_tensor(_canvas(style, shown)))
+        if r < 0.45:
+            change = self.changes[rng.integers(len(self.changes))]
+            prompt = _instruction(change, rng)
+            return dict(prompt=f"{change.name}, {prompt}, {change.style} style" if rng.random() < 0.7 else prompt,
+                        target=to_tensor(on_white(Sheet.picture(change.style, change.target))))
         tone = _tone(e, rng)
         return dict(prompt=caption(e, tone, style), target=to_tensor(on_white(Sheet.picture(style, e.cells[tone]))))
 
@@ -190,26 +214,26 @@ class Builtin(torch.utils.data.Dataset):
         items, groups = [], {}
         for e in self.rows:
             tones = [t for t in e.cells if t in TONES]
-            items += [("tone", TONES[a], TONES[b], e.cells[a], e.cells[b], s) for a in tones for b in tones if a != b for s in STYLES]
+            items += [Change("tone", TONES[a], TONES[b], e.name, e.cells[a], e.cells[b], s)
+                      for a in tones for b in tones if a != b for s in STYLES]
             groups.setdefault(e.concept, []).append(e)
         for group in groups.values():
             for kind, word in (("gender", "person"), ("colour", "colour")):
                 named = [e for e in group if getattr(e, word)]
                 if len({getattr(e, word) for e in named}) < len(named):  # ambiguous, as couples are
                     continue
-                items += [(kind, getattr(a, word), getattr(b, word), a.cells[t], b.cells[t], s)
+                items += [Change(kind, getattr(a, word), getattr(b, word), a.name, a.cells[t], b.cells[t], s)
                           for a in named for b in named if a is not b for t in a.cells if t in b.cells for s in STYLES]
-        return [item for item in items if not Sheet.same(item[5], item[3], item[4])]
+        return [change for change in items if not Sheet.same(change.style, change.source, change.target)]
 
-    def _edit(self, item, rng):
-        kind, a, b, source, target, style = item
-        source, target = (to_tensor(on_white(Sheet.picture(style, cell))) for cell in (source, target))
-        return dict(prompt=str(rng.choice(WORDS[kind])).format(a=a, b=b), source=source, target=target, kind=kind)
+    def _edit(self, change, rng):
+        source, target = (to_tensor(on_white(Sheet.picture(change.style, cell))) for cell in (change.source, change.target))
+        return dict(prompt=_instruction(change, rng), source=source, target=target, kind=change.kind)
 
     # sr: degraded -> clean
 
     def _sr_items(self):
-        return self._t2i_items()
+        return [(e, style) for e in self.rows for style in STYLES]
 
     def _sr(self, item, rng):
         e, style = item
@@ -219,15 +243,13 @@ class Builtin(torch.utils.data.Dataset):
     # inpaint: two objects on one canvas, remove one
 
     def _inpaint_items(self):
-        return self._t2i_items()
+        return [(e, style) for e in self.rows for style in STYLES]
 
     def _inpaint(self, item, rng):
         e, style = item
         (ends, boxes), other, gone = _places(rng), self._other(e, rng), int(rng.integers(2))  # e, at that end, goes
         both = [(e, boxes[gone]), (other, boxes[1 - gone])]
-        prompt, kind = f"remove the {e.name}", "named"
-        if rng.random() < 0.5:
-            prompt, kind = prompt + f" {'on' if ends[gone] in ('left', 'right') else 'at'} the {ends[gone]}", "placed"
+        prompt, kind = _removal(e.name, _at(ends[gone]), rng)
         return dict(prompt=prompt, source=to_tensor(_canvas(style, both)), target=to_tensor(_canvas(style, both[1:])), kind=kind)
 
     def _other(self, e, rng):
@@ -246,6 +268,18 @@ def _places(rng):
         along = along if end == 0 else 64 - size - along
         boxes.append((size, (along, across) if ends[0] == "left" else (across, along)))
     return ends, boxes
+
+
+def _instruction(change, rng):
+    return str(rng.choice(WORDS[change.kind])).format(a=change.a, b=change.b)
+
+
+def _removal(name, at, rng):
+    return (f"remove the {name}", "named") if rng.random() < 0.5 else (f"remove the {name} {at}", "placed")
+
+
+def _at(end):
+    return f"on the {end}" if end in ("left", "right") else f"at the {end}"
 
 
 def _canvas(style, things):

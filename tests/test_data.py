@@ -47,9 +47,9 @@ def test_edit_pairs_are_genuine():
     dataset = data.builtin("edit", "train")
     cells = {tuple(cell): (e, tone) for e in data.Sheet.load() for tone, cell in e.cells.items()}
     kinds = set()
-    for kind, a, b, source, target, style in dataset.items[::37]:
+    for kind, a, b, name, source, target, style in dataset.items[::37]:
         (e, tone), (f, other) = cells[tuple(source)], cells[tuple(target)]
-        assert e.concept == f.concept and (tone, e) != (other, f)
+        assert e.concept == f.concept and (tone, e) != (other, f) and e.name == name
         if kind == "tone":
             assert e is f and (data.TONES[tone], data.TONES[other]) == (a, b)
         else:
@@ -57,7 +57,7 @@ def test_edit_pairs_are_genuine():
             assert tone == other and (getattr(e, word), getattr(f, word)) == (a, b)
         kinds.add(kind)
     assert kinds == {"tone", "gender", "colour"}
-    assert all(b in dataset[i]["prompt"] for i in range(0, len(dataset), 997) for b in [dataset.items[i][2]])
+    assert all(b in dataset[i]["prompt"] for i in range(0, len(dataset), 997) for b in [dataset.items[i].b])
 
 
 def test_inpaint_target_lacks_the_object_and_keeps_the_other():
@@ -136,13 +136,29 @@ def test_pictures_are_turned_upright(tmp_path):
 
 
 def test_some_captions_place_two_things():
+    """A half is white where its thing was removed, and nowhere else."""
+    dataset, scenes = data.builtin("t2i", "train"), 0
+    for example in (dataset[i] for i in range(400)):
+        words, _, removed = example["prompt"].removesuffix(" style").rpartition(", ")[0].partition(", remove the ")
+        if not (" left and " in words or " top and " in words):
+            continue
+        scenes += 1
+        halves = example["target"].chunk(2, dim=2 if " left and " in words else 1)
+        for thing, half in zip(words.split(" left and " if " left and " in words else " top and "), halves):
+            name = thing.removesuffix(" on the right").removesuffix(" at the bottom").removesuffix(" on the").removesuffix(" at the")
+            gone = removed and removed.split(" on the ")[0].split(" at the ")[0] == name
+            assert bool(half.min() > 0.99) == bool(gone), example["prompt"]
+    assert 50 < scenes < 110
+
+
+def test_some_captions_tell_the_picture_by_a_change():
+    """The picture is the changed one."""
     dataset = data.builtin("t2i", "train")
-    scenes = [e for e in (dataset[i] for i in range(300)) if " left and " in e["prompt"] or " top and " in e["prompt"]]
-    assert 30 < len(scenes) < 90
-    for e in scenes:  # one half each: nothing but white in the other's
-        half = e["target"][:, :, :32] if " left and " in e["prompt"] else e["target"][:, :32]
-        other = e["target"][:, :, 32:] if " left and " in e["prompt"] else e["target"][:, 32:]
-        assert half.min() < 0.9 and other.min() < 0.9
+    told = {f"{c.name}, make the skin tone {c.b}, {c.style} style": c for c in dataset.changes if c.kind == "tone"}
+    found = [(told[e["prompt"]], e["target"]) for e in (dataset[i] for i in range(800)) if e["prompt"] in told]
+    assert len(found) > 10
+    for c, target in found:
+        assert torch.equal(target, data.to_tensor(data.on_white(data.Sheet.picture(c.style, c.target))))
 
 
 @pytest.mark.parametrize("content, words", [
