@@ -1,6 +1,7 @@
-"""Noise schedules, the training loss, DDIM, guidance. Knows no network: a model is any function (x_t, t) -> prediction.
+"""Noise schedules, the training loss, samplers, guidance. Knows no network: a model is any function (x_t, t) -> prediction.
 
     DDPM    Ho et al. 2020, arXiv 2006.11239             DDIM    Song et al. 2020, arXiv 2010.02502
+    Euler   Karras et al. 2022, arXiv 2206.00364         DPM++   Lu et al. 2022, arXiv 2211.01095
     v       Salimans and Ho 2022, arXiv 2202.00512       guidance with an image    InstructPix2Pix, arXiv 2211.09800
     MTU     the multi-task loss, here per sample: the sum over tasks of its Eq. 2 belongs to whoever mixes the tasks
 
@@ -10,7 +11,9 @@ alpha_bar is a_t in MTU and alpha_t in DDIM; sqrt(alpha_bar) and sqrt(1 - alpha_
 Letters: B batch, C channels, H W latent or picture, T training timesteps, K guidance branches.
 """
 import math
+from functools import partial
 
+import numpy as np
 import torch
 
 from unet import UserError, blaming
@@ -18,16 +21,21 @@ from unet import UserError, blaming
 # diffusers' DDIMScheduler; Stable Diffusion's own file overrides nearly all of it, so build from the model's config
 DEFAULTS = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
                 rescale_betas_zero_snr=False, prediction_type="epsilon", clip_sample=True, clip_sample_range=1.0,
-                set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading")
+                set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading", use_karras_sigmas=False, variance_type="fixed_small")
 _EULER = dict(clip_sample=False, timestep_spacing="linspace")
-CLASSES = {"DDIMScheduler": {}, "DDPMScheduler": {}, "PNDMScheduler": dict(clip_sample=False, set_alpha_to_one=False),
-           "EulerDiscreteScheduler": _EULER, "EulerAncestralDiscreteScheduler": _EULER}  # where each class's defaults differ
+# Where each class's defaults differ, and the sampler that it is.
+CLASSES = {"DDIMScheduler": ({}, "ddim"), "DDPMScheduler": ({}, "ddpm"), "PNDMScheduler": (dict(clip_sample=False, set_alpha_to_one=False), "ddim"),
+           "EulerDiscreteScheduler": (_EULER, "euler"), "EulerAncestralDiscreteScheduler": (_EULER, "euler-a"),
+           "DPMSolverMultistepScheduler": (_EULER, "dpm++")}
 CHOICES = dict(beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"), prediction_type=("epsilon", "v_prediction"),
-               timestep_spacing=("leading", "linspace", "trailing"), thresholding=(False,), use_karras_sigmas=(False,),
+               timestep_spacing=("leading", "linspace", "trailing"), thresholding=(False,), use_karras_sigmas=(False, True),
                use_exponential_sigmas=(False,), use_beta_sigmas=(False,), interpolation_type=("linear",), timestep_type=("discrete",),
-               variance_type=("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"), final_sigmas_type=("zero",),
-               sigma_min=(None,), sigma_max=(None,))
-WITHOUT_EFFECT = {"skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value"}  # PNDM's warm-up; thresholding's numbers
+               variance_type=("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None), final_sigmas_type=("zero",),
+               sigma_min=(None,), sigma_max=(None,), solver_order=(2,), algorithm_type=("dpmsolver++",), solver_type=("midpoint",),
+               lambda_min_clipped=(-math.inf, "-Infinity"), use_lu_lambdas=(False,), use_flow_sigmas=(False,), use_dynamic_shifting=(False,))
+# PNDM's warm-up; numbers of thresholding and of flows; DPM++'s last step, which is of first order anyway when it ends at sigma = 0
+WITHOUT_EFFECT = {"skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "lower_order_final",
+                  "euler_at_final"}
 
 
 class Diffusion:
@@ -35,26 +43,25 @@ class Diffusion:
 
     config      every key of DEFAULTS with its value
     alpha_bar   (T,) fp32, decreasing; `to(device)` moves it (an input on another device works too, with a copy per call)
+    sampler     the name in SAMPLERS that the config's class stands for
     """
 
     def __init__(self, alpha_bar, config):
-        self.alpha_bar, self.config = alpha_bar, config
+        self.alpha_bar, self.config, self.sampler = alpha_bar, config, "ddim"
         self.T = len(alpha_bar)
         # the level after the last step
         self.final_alpha_bar = torch.ones_like(alpha_bar[0]) if config["set_alpha_to_one"] else alpha_bar[0]
 
     @classmethod
     def from_config(cls, scheduler_config):
-        """From the dict of a scheduler_config.json (DDIM, DDPM, PNDM or Euler; without `_class_name`, DDIM).
+        """From the dict of a scheduler_config.json (CLASSES; without `_class_name`, DDIM). PNDM (Stable Diffusion 1.5) is sampled by `ddim`.
 
-        Betas, prediction type, clipping and timesteps are the file's; the sampler is not. PNDM (Stable Diffusion 1.5), DDPM and
-        Euler files are sampled by `ddim` on the same betas, and skip_prk_steps has no meaning there.
         Absent keys take the defaults of the class that the file names. What is not implemented raises UserError, by name.
         """
         name = str(scheduler_config.get("_class_name", "DDIMScheduler"))
         if name not in CLASSES:
             raise UserError(f"scheduler {name} is not implemented; use one of {', '.join(CLASSES)}")
-        config = {**DEFAULTS, **CLASSES[name]}
+        config = {**DEFAULTS, **CLASSES[name][0]}
         for key, value in scheduler_config.items():
             if key.startswith("_") or key in WITHOUT_EFFECT:
                 continue
@@ -79,7 +86,11 @@ class Diffusion:
                                 "at alpha_bar = 0 the noise says nothing about x0")
             s = alpha_bar.sqrt()  # arXiv 2305.08891, Algorithm 1: shift the last to 0, scale the first back
             alpha_bar = ((s - s[-1]) * (s[0] / (s[0] - s[-1]))) ** 2
-        return cls(alpha_bar, config)
+        diffusion = cls(alpha_bar, config)
+        diffusion.sampler = CLASSES[name][1] + "-karras" * config["use_karras_sigmas"]
+        if diffusion.sampler not in SAMPLERS:
+            raise UserError(f"scheduler config: use_karras_sigmas is not implemented for {name}")
+        return diffusion
 
     def to(self, device):
         self.alpha_bar, self.final_alpha_bar = self.alpha_bar.to(device), self.final_alpha_bar.to(device)
@@ -132,14 +143,16 @@ class Diffusion:
 
         x0 is clamped to +-clip_sample_range where the config has clip_sample; eps stays the model's own, as in diffusers.
         """
-        signal, sigma = self._signal_noise(t, x_t)
-        if self.config["prediction_type"] == "epsilon":
-            x0, eps = (x_t - sigma * prediction) / signal, prediction  # DDIM Eq. 9
-        else:
-            x0, eps = signal * x_t - sigma * prediction, signal * prediction + sigma * x_t  # Salimans and Ho, appendix D
+        x0, eps = self.solved(prediction, x_t, *self._signal_noise(t, x_t))
         if self.config["clip_sample"]:
             x0 = x0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
         return x0, eps
+
+    def solved(self, prediction, x_t, signal, sigma):
+        """x_t = signal x0 + sigma eps and the prediction of eps or of v = signal eps - sigma x0 -> x0, eps."""
+        if self.config["prediction_type"] == "epsilon":
+            return (x_t - sigma * prediction) / signal, prediction  # DDIM Eq. 9
+        return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t  # Salimans and Ho, appendix D
 
     def timesteps(self, steps):
         """The timesteps that `steps` sampling steps visit: a descending list of ints (diffusers' DDIM; arXiv 2305.08891, Table 2)."""
@@ -216,35 +229,133 @@ def ddim(diffusion, model, x, steps=50, eta=0.0, start=0, generators=None, callb
     return x
 
 
-def partway(diffusion, x0, noise, steps, strength):
-    """Start from a picture (SDEdit, arXiv 2108.01073; diffusers' img2img): x0, noise (B,C,H,W) -> x (B,C,H,W), start for `ddim`.
+@torch.no_grad()
+def ddpm(diffusion, model, x, steps=50, start=0, generators=None, callback=None):
+    """DDPM's ancestral sampling, as `ddim`. The variance is the posterior's, or beta where the config says fixed_large."""
+    visited = diffusion.timesteps(steps) + [-1]
+    for i, (t, prev) in enumerate(zip(visited[start:], visited[start + 1:])):
+        batch_t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
+        x0, _ = diffusion.to_x0_eps(model(x, batch_t), x, batch_t)
+        a, a_prev = diffusion.alpha_bar[t], diffusion.alpha_bar[prev] if prev >= 0 else torch.ones_like(diffusion.alpha_bar[0])
+        beta = 1 - a / a_prev
+        x = a_prev.sqrt() * beta / (1 - a) * x0 + (a / a_prev).sqrt() * (1 - a_prev) / (1 - a) * x  # DDPM Eq. 7
+        if prev >= 0:
+            var = beta if "large" in str(diffusion.config["variance_type"]) else beta * (1 - a_prev) / (1 - a)
+            x = x + var.sqrt() * randn(x.shape, generators, x.device)
+        if callback is not None:
+            callback(i, t, x, x0)
+    return x
+
+
+def visits(diffusion, steps, sampler="ddim"):
+    """The timesteps that a sampler's steps visit, (steps,), and the noise there as sigma = sqrt(1 / alpha_bar - 1), (steps + 1,), last 0.
+
+    fp32 on the CPU, by diffusers' arithmetic. Euler's timesteps may lie between the trained ones, sigma is then interpolated. Karras:
+    equal steps in sigma^(1/7) (arXiv 2206.00364, Eq. 5), over Euler's own range and DPM++'s whole one.
+    """
+    T, spacing = diffusion.T, diffusion.config["timestep_spacing"]
+    alpha_bar = diffusion.alpha_bar.cpu().clone()
+    if alpha_bar[-1] == 0 and not sampler.startswith("dd"):
+        alpha_bar[-1] = 2 ** -24  # pure noise is at no finite sigma
+    sigma = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()
+    t = np.array(diffusion.timesteps(steps), dtype=np.float32)
+    if sampler.startswith("euler") and spacing == "linspace":
+        t = np.linspace(0, T - 1, steps, dtype=np.float32)[::-1]
+    elif sampler.startswith("dpm++") and spacing == "linspace":  # one more, without the last
+        t = np.linspace(0, T - 1, steps + 1).round()[:0:-1]
+    elif sampler.startswith("dpm++") and spacing == "leading":
+        t = np.arange(1, steps + 1)[::-1] * (T // (steps + 1)) + diffusion.config["steps_offset"]
+    whole = t.astype(int)
+    visited = sigma[whole].astype(float) if (whole == t).all() else np.interp(t, np.arange(T), sigma)
+    if sampler.endswith("-karras"):
+        first, last = (visited[0], visited[-1]) if sampler.startswith("euler") else (sigma[-1], sigma[0])
+        visited = (first ** (1 / 7) + np.linspace(0, 1, steps) * (last ** (1 / 7) - first ** (1 / 7))) ** 7
+        t = np.interp(np.log(visited), np.log(sigma), np.arange(T))
+        t = t.round() if sampler.startswith("dpm++") and diffusion.config["beta_schedule"] != "squaredcos_cap_v2" else t
+    return torch.tensor(t.copy(), dtype=torch.float32), torch.tensor([*visited, 0.0], dtype=torch.float32)
+
+
+@torch.no_grad()
+def euler(diffusion, model, x, steps=50, start=0, generators=None, callback=None, sampler="euler"):
+    """Euler's method for the probability flow, as `ddim` but in y = x / sqrt(alpha_bar) = x0 + sigma eps, where dy / dsigma = eps.
+
+    sampler: "euler" (Karras et al., Algorithm 2 without churn), "euler-karras", or "euler-a", which goes further down and adds fresh noise.
+    model gets t as fp32.
+    """
+    t, sigma = visits(diffusion, steps, sampler)
+    root = (sigma ** 2 + 1).sqrt()
+    # diffusers takes pure noise for a start of size sigma, but at leading timesteps, where the first is not the noisiest, of size root
+    y = x * (sigma[0] if start == 0 and diffusion.config["timestep_spacing"] != "leading" else root[start])
+    for i in range(start, steps):
+        x = y / root[i]
+        prediction = model(x, t[i].expand(len(x)).to(x.device))
+        x0, eps = diffusion.solved(prediction, x, 1 / root[i], sigma[i] / root[i])
+        up = sigma[i + 1] * (1 - (sigma[i + 1] / sigma[i]) ** 2).sqrt() if sampler == "euler-a" else torch.zeros(())
+        down = (sigma[i + 1] ** 2 - up ** 2).sqrt()
+        y = x0 + down * (y - x0) / sigma[i]
+        if up > 0:
+            y = y + up * randn(y.shape, generators, y.device)
+        if callback is not None:
+            callback(i - start, t[i].item(), y / root[i + 1], x0)
+    return y
+
+
+@torch.no_grad()
+def dpm_solver(diffusion, model, x, steps=50, start=0, generators=None, callback=None, sampler="dpm++"):
+    """DPM-Solver++(2M), Lu et al., Algorithm 2, as `ddim`; the first and the last step are of first order. sampler: "dpm++" or "dpm++-karras"."""
+    t, sigma = visits(diffusion, steps, sampler)
+    alpha = 1 / (sigma ** 2 + 1).sqrt()   # the paper's alpha and sigma are sqrt(alpha_bar) and sqrt(1 - alpha_bar)
+    lam, noise, before = -sigma.log(), sigma * alpha, None
+    for i in range(start, steps):
+        prediction = model(x, t[i].long().expand(len(x)).to(x.device))
+        x0, _ = diffusion.solved(prediction, x, alpha[i], noise[i])
+        h, D = lam[i + 1] - lam[i], x0
+        if start < i < steps - 1:
+            D = x0 + 0.5 * h / (lam[i] - lam[i - 1]) * (x0 - before)
+        x, before = noise[i + 1] / noise[i] * x - alpha[i + 1] * torch.expm1(-h) * D, x0
+        if callback is not None:
+            callback(i - start, int(t[i]), x, x0)
+    return x
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm} | {name: partial(euler, sampler=name) for name in ("euler", "euler-karras", "euler-a")} | {
+    name: partial(dpm_solver, sampler=name) for name in ("dpm++", "dpm++-karras")}
+
+
+def partway(diffusion, x0, noise, steps, strength, sampler="ddim"):
+    """Start from a picture (SDEdit, arXiv 2108.01073; diffusers' img2img): x0, noise (B,C,H,W) -> x (B,C,H,W), start for a sampler.
 
     strength in (0, 1] is the share of the steps that is run: near 0 keeps the picture, 1 runs them all.
     """
-    visited = diffusion.timesteps(steps)
     run = int(steps * strength) if 0 < strength <= 1 else 0
+    _, sigma = visits(diffusion, steps, sampler)
     if run < 1:
         raise UserError(f"strength = {strength} leaves none of {steps} steps to run; choose strength from "
                         f"{math.ceil(1000 / steps) / 1000:g} to 1")
-    start = steps - run
-    t = torch.full((len(x0),), visited[start], dtype=torch.long, device=x0.device)
-    return diffusion.add_noise(x0, noise, t), start
+    level = torch.atan(sigma[steps - run])  # sigma = tan, so that infinity, pure noise, is a number
+    return level.cos() * x0 + level.sin() * noise, steps - run
 
 
-def guide(out, text_scale=1.0, image_scale=1.0):
+def guide(out, text_scale=1.0, image_scale=1.0, rescale=0.0):
     """Classifier-free guidance: predictions out (K,B,C,H,W) -> (B,C,H,W), on every channel. Other K: ValueError.
 
     K = 1   [given]                        as it is
     K = 2   [no text, text]                Ho and Salimans, arXiv 2207.12598, with scale 1 the conditional model (their w + 1)
     K = 3   [none, image, image + text]    InstructPix2Pix Eq. 3
+    rescale in [0, 1]: pulls the size of the result towards the conditional prediction's (arXiv 2305.08891, Eqs. 15 and 16)
     """
     if len(out) == 1:
         return out[0]
     if len(out) == 2:
-        return out[0] + text_scale * (out[1] - out[0])
-    if len(out) == 3:
-        return out[0] + image_scale * (out[1] - out[0]) + text_scale * (out[2] - out[1])
-    raise ValueError(f"guide takes 1, 2 or 3 branches, got {len(out)}")
+        guided = out[0] + text_scale * (out[1] - out[0])
+    elif len(out) == 3:
+        guided = out[0] + image_scale * (out[1] - out[0]) + text_scale * (out[2] - out[1])
+    else:
+        raise ValueError(f"guide takes 1, 2 or 3 branches, got {len(out)}")
+    if rescale > 0:
+        std, wanted = (y.flatten(1).std(dim=1).view(-1, 1, 1, 1) for y in (guided, out[-1]))
+        guided = guided * (rescale * wanted / std + 1 - rescale)
+    return guided
 
 
 def seeded(seeds):

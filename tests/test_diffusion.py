@@ -1,8 +1,11 @@
-"""diffusion.py against golden values of Stable Diffusion's schedule, diffusers' DDIMScheduler, and its own algebra."""
+"""diffusion.py against golden values of Stable Diffusion's schedule, diffusers' schedulers, and its own algebra."""
+import inspect
+
+import numpy as np
 import pytest
 import torch
 
-from diffusion import Diffusion, UncertaintyWeight, ddim, guide, partway, randn, seeded
+from diffusion import SAMPLERS, Diffusion, UncertaintyWeight, ddim, guide, partway, randn, seeded
 from unet import UserError
 
 SD = dict(_class_name="PNDMScheduler", _diffusers_version="0.6.0", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -193,6 +196,93 @@ def test_ddim_with_eta_zero_draws_nothing_and_keeps_no_graph():
     assert torch.equal(out, ddim(make(), network, x, 5))
 
 
+REFERENCES = {"ddpm": "DDPMScheduler", "euler": "EulerDiscreteScheduler", "euler-a": "EulerAncestralDiscreteScheduler",
+              "dpm++": "DPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction, extra", [("epsilon", {}), ("v_prediction", {}), ("epsilon", dict(beta_schedule="squaredcos_cap_v2")),
+                                               ("epsilon", dict(steps_offset=0)), ("v_prediction", ZERO_SNR)])
+@pytest.mark.parametrize("sampler", ["ddpm", "euler", "euler-karras", "euler-a", "dpm++", "dpm++-karras"])
+def test_trajectories_equal_diffusers(sampler, prediction, extra, spacing):
+    """The scheduler and ours, built from one config; x as the model sees it."""
+    diffusers = pytest.importorskip("diffusers")
+    if sampler == "ddpm" and extra is ZERO_SNR:
+        pytest.skip("diffusers divides by zero there")
+    if sampler == "dpm++-karras" and "beta_schedule" in extra:
+        pytest.skip("two steps share a timestep there, and diffusers loses count")
+    name = REFERENCES[sampler.removesuffix("-karras")]
+    config = dict(SD, **extra, prediction_type=prediction, timestep_spacing=spacing)
+    if sampler.endswith("-karras"):
+        config["use_karras_sigmas"] = True
+    accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
+    scheduler = getattr(diffusers, name)(**{k: v for k, v in config.items() if k in accepted})
+    d = Diffusion.from_config(dict(scheduler.config) | {"_class_name": name})
+    assert d.sampler == sampler
+    for steps in (6, 20):
+        scheduler.set_timesteps(steps)
+        ours, theirs, generators = [], [], seeded([3, 4])
+        start = randn((2, 4, 8, 8), seeded([1, 2]))
+        x = start * scheduler.init_noise_sigma
+
+        def model(x, t):
+            ours.append((t[0].item(), x))
+            return network(x, t)
+        for t in scheduler.timesteps:
+            seen = scheduler.scale_model_input(x, t)
+            theirs.append((t.item(), seen))
+            arguments = dict(generator=generators) if "generator" in inspect.signature(scheduler.step).parameters else {}
+            x = scheduler.step(network(seen, t.expand(2)), t, x, **arguments).prev_sample
+        last = SAMPLERS[sampler](d, model, start, steps, generators=seeded([3, 4]))
+        for (t, x_), (t_, seen) in zip(ours + [(0, last)], theirs + [(0, x)], strict=True):
+            assert abs(t - t_) < 1e-2, (t, t_)
+            # at zero SNR sigma starts at 4096, and diffusers takes differences of numbers of that size in fp32
+            assert (x_ - seen).abs().max() <= (1e-5 if extra is not ZERO_SNR else 2e-4) * max(1, seen.abs().max()), t
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_every_sampler_returns_x0_from_the_true_noise(sampler):
+    x0, noise = batch(2, 4, 8, 8)
+    d = make(set_alpha_to_one=True)
+    x, start = partway(d, x0, noise, 20, 1.0, sampler)
+    seen = []
+
+    def oracle(x, t):
+        a = torch.tensor(np.interp(t[0].item(), np.arange(1000), (1 / d.alpha_bar - 1).sqrt().numpy())).float() ** -2
+        signal = (a / (1 + a)).sqrt()  # a is the signal-to-noise ratio
+        return (x - signal * x0) / (1 - signal ** 2).sqrt()
+    # Karras's timesteps are rounded or interpolated in log sigma: there t does not tell sigma exactly
+    out = SAMPLERS[sampler](d, oracle, x, 20, start=start, generators=seeded([0, 1]), callback=lambda i, t, x, x0: seen.append((i, t)))
+    assert torch.allclose(out, x0, atol=0.05 if "karras" in sampler else 2e-3)
+    assert [i for i, _ in seen] == list(range(20)) and [t for _, t in seen] == sorted((t for _, t in seen), reverse=True)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler-a", "dpm++"])
+def test_starting_from_a_picture_equals_diffusers(sampler):
+    diffusers = pytest.importorskip("diffusers")
+    x0, noise = batch(2, 4, 8, 8)
+    name = REFERENCES[sampler]
+    scheduler = getattr(diffusers, name)(**{k: v for k, v in LATENTS.items() if k in ("beta_start", "beta_end", "beta_schedule", "steps_offset")})
+    d = Diffusion.from_config(dict(scheduler.config) | {"_class_name": name})
+    scheduler.set_timesteps(20)
+    pipe = type("", (), dict(scheduler=scheduler))()
+    timesteps, _ = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps(pipe, 20, 0.6, "cpu")
+    x, start = partway(d, x0, noise, 20, 0.6, sampler)
+    y = scheduler.add_noise(x0, noise, timesteps[:1].repeat(2))
+    assert torch.allclose(x, scheduler.scale_model_input(y, timesteps[0]), atol=1e-5)
+    for t in timesteps:
+        y = scheduler.step(network(scheduler.scale_model_input(y, t), t.expand(2)), t, y, **(
+            dict(generator=seeded([0, 1])) if sampler == "euler-a" else {})).prev_sample
+        if sampler == "euler-a":  # the noise starts anew at every step here, so compare the first one
+            break
+    visited = []
+    out = SAMPLERS[sampler](d, network, x, 20, start=start, generators=seeded([0, 1]), callback=lambda i, t, x, x0: visited.append((t, x)))
+    assert [t for t, _ in visited] == pytest.approx(timesteps.tolist(), abs=1e-3)
+    if sampler == "euler-a":
+        out, y = visited[0][1], scheduler.scale_model_input(y, timesteps[1])
+    assert torch.allclose(out, y, atol=1e-5)
+
+
 @pytest.mark.parametrize("strength", [0.02, 0.3, 0.58, 0.75, 0.999, 1.0])
 def test_partway_equals_diffusers_img2img(strength):
     diffusers = pytest.importorskip("diffusers")
@@ -210,6 +300,15 @@ def test_partway_equals_diffusers_img2img(strength):
 
 
 # ---- guidance and noise ----
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_guidance_rescale_equals_diffusers(branches):
+    pipelines = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    out = torch.randn(branches, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for rescale in (0.3, 1.0):
+        theirs = pipelines.rescale_noise_cfg(guide(out, 7.5, 1.5), out[-1], rescale)
+        assert torch.allclose(guide(out, 7.5, 1.5, rescale), theirs, atol=1e-5)
+
 
 def test_guidance():
     out = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
