@@ -1,8 +1,9 @@
-"""CLIP's text side: the byte-pair tokenizer and the text encoder (Radford et al. 2021, arXiv 2103.00020), under transformers' names.
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): byte-pair tokenizer, text and image tower, under transformers' names.
 
-Stable Diffusion 1.x conditions on the last hidden states, all 77 positions, without an attention mask.
+Stable Diffusion 1.x conditions on the text tower's last hidden states, all 77 positions, without an attention mask; SDXL on the
+penultimate ones of two towers, and on the second's pooled state.
 
-Letters: B batch, S = 77 positions, D width.
+Letters: B batch, S = 77 positions, N patches, D width.
 """
 import functools
 import json
@@ -11,9 +12,11 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 from unet import UserError, blaming, fetch, load_weights, read_json, save_weights, write_file
 
@@ -137,18 +140,22 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="tokenizer"):
+        """From vocab.json and merges.txt, or from tokenizer.json, which is all that transformers 5 writes."""
         folder = fetch(path_or_hub_id, subfolder)
         with blaming(folder):
-            try:
-                lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            except OSError:
-                raise UserError(f"no merges.txt in {folder}") from None
+            if (folder / "merges.txt").is_file():
+                lines, vocab = (folder / "merges.txt").read_text(encoding="utf-8").split("\n"), read_json(folder / "vocab.json")
+            elif (folder / "tokenizer.json").is_file():
+                whole = read_json(folder / "tokenizer.json")["model"]
+                lines, vocab = [m if isinstance(m, str) else " ".join(m) for m in whole["merges"]], whole["vocab"]
+            else:
+                raise UserError(f"no merges.txt and no tokenizer.json in {folder}")
             merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
             pad = EOS
             for name in ("special_tokens_map.json", "tokenizer_config.json"):
                 if (folder / name).is_file():
                     pad = read_json(folder / name).get("pad_token", pad)
-            return cls(read_json(folder / "vocab.json"), merges, pad["content"] if isinstance(pad, dict) else pad)
+            return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
 
     def save_pretrained(self, folder):
         special = dict(bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=self.pad_token)
@@ -162,30 +169,41 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text encoder
+# Towers
 
-# transformers' defaults (CLIP ViT-L/14's vocabulary at another size)
-DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-                max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, bos_token_id=49406,
-                eos_token_id=49407, pad_token_id=1, architectures=["CLIPTextModel"])
+# transformers' defaults (CLIP ViT-B/32)
+TEXT_DEFAULTS = dict(
+    vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77,
+    hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, bos_token_id=49406, eos_token_id=49407, pad_token_id=1,
+    architectures=["CLIPTextModel"])
+VISION_DEFAULTS = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3, image_size=224, patch_size=32,
+    hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, architectures=["CLIPVisionModelWithProjection"])
 CONFIGS = {
     "tiny": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, projection_dim=128),
+    # SD 1.x, and SDXL's first
     "clip_l": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+    # OpenCLIP ViT-bigG/14, SDXL's second; its tokenizer pads with "!", id 0
+    "clip_bigg": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
+                      hidden_act="gelu", architectures=["CLIPTextModelWithProjection"]),
+    # the image tower beside clip_l, ViT-L/14
+    "clip_l_vision": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
+                          projection_dim=768, architectures=["CLIPVisionModelWithProjection"]),
 }
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Self-attention; causal: a position sees itself and the ones before."""
 
-    def __init__(self, c):
+    def __init__(self, c, causal):
         super().__init__()
-        D, self.heads = c["hidden_size"], c["num_attention_heads"]
+        D, self.heads, self.causal = c["hidden_size"], c["num_attention_heads"], causal
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x):
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -200,10 +218,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, causal):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, causal)
         self.layer_norm2 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
         self.mlp = MLP(c)
 
@@ -212,7 +230,74 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Embeddings(nn.Module):
+class Encoder(nn.Module):
+    def __init__(self, c, causal):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(c, causal) for _ in range(c["num_hidden_layers"])])
+
+    def forward(self, x):
+        """(B, S, D) -> the states after the last layer, and those before it."""
+        before = x
+        for layer in self.layers:
+            before, x = x, layer(x)
+        return x, before
+
+
+class Tower(nn.Module):
+    """What both towers share: the config's checks, the first weights, the folder. The config's "architectures" says whether it projects."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = {**self.defaults, **{k: v for k, v in config.items() if k in self.defaults}}
+        name, models = self.subfolder.replace("_", " "), [f"CLIP{self.kind}Model", f"CLIP{self.kind}ModelWithProjection"]
+        if c["hidden_act"] not in ACTIVATIONS:
+            raise UserError(f"{name} config: hidden_act = {c['hidden_act']!r} is not implemented; use {' or '.join(ACTIVATIONS)}")
+        if c["architectures"] not in ([model] for model in models):
+            raise UserError(f"{name} config: architectures = {c['architectures']} is not implemented; use {' or '.join(models)}")
+        if c["hidden_size"] % c["num_attention_heads"]:
+            raise UserError(f"{name} config: num_attention_heads = {c['num_attention_heads']} does not divide hidden_size = {c['hidden_size']}")
+
+    @property
+    def width(self):
+        """Of the pooled state."""
+        return self.config["projection_dim" if self.config["architectures"][0].endswith("WithProjection") else "hidden_size"]
+
+    def projection(self):
+        projects = self.config["architectures"][0].endswith("WithProjection")
+        return nn.Linear(self.config["hidden_size"], self.width, bias=False) if projects else None
+
+    def start(self):
+        """As CLIP starts: narrow normals, biases zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, subfolder=None, dtype=torch.float32):
+        """subfolder: by default a pipeline's, text_encoder or image_encoder. dtype: of the parameters in memory."""
+        folder = fetch(path_or_hub_id, cls.subfolder if subfolder is None else subfolder)
+        with torch.device("meta"), blaming(folder / "config.json"):
+            tower = cls(read_json(folder / "config.json"))
+        load_weights(tower, folder, lambda key: prefixed(key, f"{cls.kind.lower()}_model."), dtype)
+        return tower
+
+    def save_pretrained(self, folder, dtype=None):
+        save_weights(self, folder, {**self.config, "model_type": f"clip_{self.kind.lower()}_model"}, "model.safetensors", dtype)
+
+
+def prefixed(key, prefix):
+    """transformers 5.6 and later write the keys without "text_model." or "vision_model."; older files hold position_ids, which are no weights."""
+    if key.endswith("position_ids"):
+        return None
+    return key if key.startswith((prefix, "text_projection.", "visual_projection.")) else prefix + key
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+class TextEmbeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.token_embedding = nn.Embedding(c["vocab_size"], c["hidden_size"])
@@ -225,61 +310,97 @@ class Embeddings(nn.Module):
 class TextTransformer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.embeddings = Embeddings(c)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList([Layer(c) for _ in range(c["num_hidden_layers"])])
+        self.embeddings = TextEmbeddings(c)
+        self.encoder = Encoder(c, causal=True)
         self.final_layer_norm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
 
 
-class CLIPText(nn.Module):
-    """transformers' CLIPTextModel, or CLIPTextModelWithProjection where the config's "architectures" names it."""
+class CLIPText(Tower):
+    """transformers' CLIPTextModel or CLIPTextModelWithProjection."""
+    kind, subfolder, defaults = "Text", "text_encoder", TEXT_DEFAULTS
 
     def __init__(self, config):
-        super().__init__()
-        self.config = c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
-        if c["hidden_act"] not in ACTIVATIONS:
-            raise UserError(f"text encoder config: hidden_act = {c['hidden_act']!r} is not implemented; use {' or '.join(ACTIVATIONS)}")
-        if c["architectures"] not in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
-            raise UserError(f"text encoder config: architectures = {c['architectures']} is not implemented; "
-                            "use CLIPTextModel or CLIPTextModelWithProjection")
-        if c["hidden_size"] % c["num_attention_heads"]:
-            raise UserError(f"text encoder config: num_attention_heads = {c['num_attention_heads']} does not divide "
-                            f"hidden_size = {c['hidden_size']}")
-        self.text_model = TextTransformer(c)
-        projects = c["architectures"] == ["CLIPTextModelWithProjection"]
-        self.text_projection = nn.Linear(c["hidden_size"], c["projection_dim"], bias=False) if projects else None
-        for module in self.modules():  # as CLIP starts: narrow normals, biases zero
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        super().__init__(config)
+        self.text_model = TextTransformer(self.config)
+        self.text_projection = self.projection()
+        self.start()
 
     def forward(self, ids):
         """ids (B, S) -> last (B, S, D) after the final norm, penultimate (B, S, D) without it, pooled (B, D or projection_dim)
         at the first end token."""
-        x = penultimate = self.text_model.embeddings(ids)
-        for layer in self.text_model.encoder.layers:
-            penultimate, x = x, layer(x)
+        x, penultimate = self.text_model.encoder(self.text_model.embeddings(ids))
         last = self.text_model.final_layer_norm(x)
         # Old configs give 2 as end token and mean the largest id, which is the end token of CLIP's vocabulary.
         end = ids.argmax(dim=1) if self.config["eos_token_id"] == 2 else (ids == self.config["eos_token_id"]).int().argmax(dim=1)
         pooled = last[torch.arange(len(ids), device=ids.device), end]
         return last, penultimate, pooled if self.text_projection is None else self.text_projection(pooled)
 
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="text_encoder"):
-        folder = fetch(path_or_hub_id, subfolder)
-        with torch.device("meta"), blaming(folder / "config.json"):
-            text = cls(read_json(folder / "config.json"))
-        load_weights(text, folder, rename=prefixed)
-        return text
 
-    def save_pretrained(self, folder, dtype=None):
-        save_weights(self, folder, {**self.config, "model_type": "clip_text_model"}, "model.safetensors", dtype)
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        D, patch = c["hidden_size"], c["patch_size"]
+        self.class_embedding = nn.Parameter(torch.randn(D) * D ** -0.5)
+        self.patch_embedding = nn.Conv2d(c["num_channels"], D, patch, patch, bias=False)
+        self.position_embedding = nn.Embedding(1 + (c["image_size"] // patch) ** 2, D)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)                                   # (B, N, D)
+        x = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], dim=1)                    # (B, 1+N, D)
+        return x + self.position_embedding.weight
 
 
-def prefixed(key):
-    """transformers 5.6 and later write the keys without "text_model."; older files hold position_ids, which are no weights."""
-    if key.endswith("position_ids"):
-        return None
-    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
+class VisionTransformer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])  # transformers' spelling
+        self.encoder = Encoder(c, causal=False)
+        self.post_layernorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+
+
+class CLIPVision(Tower):
+    """transformers' CLIPVisionModelWithProjection or CLIPVisionModel."""
+    kind, subfolder, defaults = "Vision", "image_encoder", VISION_DEFAULTS
+
+    def __init__(self, config):
+        super().__init__(config)
+        for key in ("image_size", "patch_size"):
+            if not isinstance(self.config[key], int):
+                raise UserError(f"image encoder config: {key} = {self.config[key]} is not implemented; use one number, the side of a square")
+        self.vision_model = VisionTransformer(self.config)
+        self.visual_projection = self.projection()
+        self.start()
+
+    def forward(self, pixels):
+        """pixels (B, 3, H, W) as `preprocess` gives them, H = W = image_size -> last (B, 1+N, D) without a final norm, the class token before
+        the patches, pooled (B, projection_dim or D), the class token after it. UserError at another size."""
+        size = self.config["num_channels"], self.config["image_size"], self.config["image_size"]
+        if pixels.shape[1:] != size:
+            raise UserError(f"the image encoder takes pictures of shape {size}, not {tuple(pixels.shape[1:])}")
+        last, _ = self.vision_model.encoder(self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels)))
+        pooled = self.vision_model.post_layernorm(last[:, 0])
+        return last, pooled if self.visual_projection is None else self.visual_projection(pooled)
+
+
+# OpenAI's, in transformers' image_utils and in every CLIP's preprocessor_config.json
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess(pictures, size=224):
+    """list of B PIL pictures -> (B, 3, size, size), equal to transformers' CLIPImageProcessorPil: transparency becomes white, the shortest side
+    `size` (bicubic), then the centre is cut out, scaled to [0, 1] and normalised."""
+    cut = []
+    for picture in pictures:
+        if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        width, height = (size * side // min(picture.size) for side in picture.size)
+        picture = picture.convert("RGB").resize((width, height), Image.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        cut.append(torch.from_numpy(np.array(picture.crop((left, top, left + size, top + size)))))
+    x = torch.stack(cut).movedim(-1, 1) / 255
+    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

@@ -48,6 +48,8 @@ TASKS = {
     "inpaint": Task(SOURCE, '"remove the <object>", no mask', (0.05, 0.05, 0.05), 4.0, 1.5),
 }
 
+SDXL_GUIDANCE = {"t2i": (5.0, 1.0), "edit": (10.0, 1.5), "sr": (1.0, 1.0), "inpaint": (4.0, 1.5)}  # the paper's, text and image scale
+
 
 def latents(rule, mean, logvar, scaling_factor, noise=None):
     """mean, logvar (B, 4, h, w) of q(z | image) -> the latents that `rule` asks for. The only place that scales."""

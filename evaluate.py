@@ -68,7 +68,7 @@ def main():
         raise UserError(f"--count {args.count} must be at least 1, --seed {args.seed} from 0 to 2^62")
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a folder; it names a JSON file")
-    model = load_model(args.model).to(pick_device(args.device))
+    model = load_model(args.model, device=pick_device(args.device))
     if model.native_size != 64:
         raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures; the built-in ones are 64 x 64")
     tasks = [task for task in model.tasks if task in TASKS and TASKS[task].source] if args.task == "all" else [args.task]

@@ -121,9 +121,10 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
     init: "preserve" equals the dense network at step 0, where no top_k drops experts; "literal" is the paper's plain copy, whose FFN
     outputs start at 1/N.
     expert_width: the paper's G = d_expert / d_FFN, default 1/N. top_k: keep the k largest weights, renormalised (an ablation).
-    in_channels: per task; default 4 for "t2i" (the latent's), twice that or the base's for image-to-image tasks.
-    task_dim, router_dim: widths of the task embedding and of the routers' hidden layer; default the text width, 768 for SD 1.5,
-    which gives the paper's printed 158M trainable and 869M in all (the paper states neither).
+    in_channels: per task; default 4 for "t2i" (the latent's), 8 for image-to-image tasks, which an InstructPix2Pix base has already; the
+        mask and the masked picture of a 9-channel inpainting base are left behind.
+    task_dim, router_dim: widths of the task embedding and of the routers' hidden layer; default the text width, 768 for SD 1.5 and at most,
+    which gives the paper's printed 158M trainable and 869M in all, 2.6B for SDXL (the paper states neither).
     """
     config, latent = unet.config, unet.config["out_channels"]
     if "moe" in config:
@@ -135,8 +136,8 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
         raise UserError(f"cannot upcycle with num_experts={num_experts}, expert_width={expert_width}, init={init!r}, top_k={top_k}, "
                         f"tasks={tasks!r}: at least one expert, its width above 0, init preserve or literal, top_k within 1..num_experts, "
                         "a list of unique task names")
-    task_dim, router_dim = task_dim or config["cross_attention_dim"], router_dim or config["cross_attention_dim"]
-    channels = {task: (in_channels or {}).get(task, latent if task == "t2i" else max(2 * latent, config["in_channels"])) for task in tasks}
+    task_dim, router_dim = (dim or min(768, config["cross_attention_dim"]) for dim in (task_dim, router_dim))
+    channels = {task: (in_channels or {}).get(task, latent if task == "t2i" else 2 * latent) for task in tasks}
     if min(channels.values()) < latent:
         raise UserError(f"in_channels={channels}: a task has at least the {latent} channels of the noisy latent")
     blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
@@ -228,14 +229,14 @@ def fold(unet, task):
     return folded.train(unet.training)
 
 
-def from_pretrained(path_or_hub_id, subfolder="unet", config=None):
-    """A U-Net that `upcycle` made and `save_pretrained` saved. config: in place of the folder's own."""
+def from_pretrained(path_or_hub_id, subfolder="unet", config=None, dtype=torch.float32):
+    """A U-Net that `upcycle` made and `save_pretrained` saved. config: in place of the folder's own. dtype: of the parameters in memory."""
     folder = fetch(path_or_hub_id, subfolder)
     config = dict(config or read_json(folder / "config.json"))
     moe = config.pop("moe")
     with torch.device("meta"), blaming(folder / "config.json"):
         unet = upcycle(UNet(config), **moe)
-    load_weights(unet, folder)
+    load_weights(unet, folder, dtype=dtype)
     return freeze(unet)
 
 
@@ -246,8 +247,12 @@ def counted(unet, task=None):
     x = torch.zeros(1, config["moe"]["in_channels"][config["moe"]["tasks"][task]] if task is not None else config["in_channels"],
                     config["sample_size"], config["sample_size"], device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
+        added = None
+        if config["addition_embed_type"]:
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            added = dict(text_embeds=torch.zeros(1, pooled, device=device), time_ids=torch.zeros(1, 6, device=device))
         unet(x, torch.zeros(1, device=device), torch.zeros(1, 77, config["cross_attention_dim"], device=device),
-             task=None if task is None else torch.full((1,), task, device=device))
+             task=None if task is None else torch.full((1,), task, device=device), added=added)
     total, trained = (sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) for only in (False, True))
     return total, trained, counter.get_total_flops()
 
@@ -256,7 +261,7 @@ def main():
     import argparse
     parser = argparse.ArgumentParser(description="Parameters, FLOPs and experts before and after upcycling.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="sd15", help="sd15 or tiny (shapes only), or a folder or hub id")
+    parser.add_argument("--model", default="sd15", help=f"{', '.join(CONFIGS)} (shapes only), or a folder or hub id")
     parser.add_argument("--num-experts", type=int, default=4, help="N")
     args = parser.parse_args()
     if args.model in CONFIGS:

@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 import moe
 from clip import CLIPText, Tokenizer
-from data import ASSETS, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
-from diffusion import Diffusion, ddim, guide, partway, randn, seeded
+from data import ASSETS, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
+from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
 from routing import add_routing
-from unet import UNet, UserError, blaming, command, fetch, read_json, write_file
+from unet import UNet, UserError, blaming, command, fetch, read_json, write_file, write_json
 from vae import VAE
 
 EXAMPLES = {  # what a task draws when nothing is given
@@ -43,6 +43,8 @@ class Model:
     tokenizer: Tokenizer
     scheduler: dict
     index: dict
+    text_encoder_2: CLIPText | None = None   # SDXL
+    tokenizer_2: Tokenizer | None = None
 
     @property
     def diffusion(self):
@@ -50,23 +52,70 @@ class Model:
 
     @property
     def tasks(self):
-        """Task names in the order of the U-Net's rows; a U-Net that is not upcycled does one, told by its input channels."""
+        """Task names in the order of the U-Net's rows. A U-Net that is not upcycled does one thing, told by its input channels; which of the
+        image-to-image tasks, it does not say."""
         if "moe" in self.unet.config:
             return self.unet.config["moe"]["tasks"]
-        return ["t2i"] if self.unet.config["in_channels"] == self.unet.config["out_channels"] else ["edit"]
+        return ["t2i"] if self.unet.config["in_channels"] == self.unet.config["out_channels"] else ["edit", "sr", "inpaint"]
 
     @property
     def native_size(self):
         return self.unet.config["sample_size"] * self.vae.factor
 
+    @property
+    def guidance(self):
+        """Task -> text and image scale that suit this model, where its model_index.json tells (with _ in folders for diffusers)."""
+        return self.index.get("guidance") or self.index.get("_guidance") or {}
+
+    @property
+    def parts(self):
+        """Folder -> what is saved there, without the U-Net."""
+        parts = dict(vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, text_encoder_2=self.text_encoder_2,
+                     tokenizer_2=self.tokenizer_2)
+        return {name: part for name, part in parts.items() if part is not None}
+
     def to(self, device):
-        for module in (self.unet, self.vae, self.text_encoder):
+        for module in (self.unet, self.vae, self.text_encoder, self.text_encoder_2 or self.text_encoder):
             module.to(device)
         return self
 
+    def encode_text(self, prompts):
+        """list of B strings -> context (B, S, D), pooled (B, P) or None.
 
-def load_model(path_or_hub_id):
-    """A folder in the Hugging Face layout, or a hub id -> Model, in eval mode.
+        SDXL reads both encoders' penultimate states side by side and the second's pooled state; "" is all zeros where the folder says
+        force_zeros_for_empty_prompt, in training as in drawing.
+        """
+        device = self.text_encoder.text_model.final_layer_norm.weight.device
+        states = [encoder(tokenizer(prompts).to(device)) for tokenizer, encoder in (
+            (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)) if encoder is not None]
+        if len(states) == 1:
+            return states[0][0], None
+        context, pooled = torch.cat([penultimate for _, penultimate, _ in states], dim=-1), states[1][2]
+        if self.index.get("force_zeros_for_empty_prompt", True):
+            told = torch.tensor([float(prompt != "") for prompt in prompts], dtype=context.dtype, device=device)
+            context, pooled = context * told[:, None, None], pooled * told[:, None]
+        return context, pooled
+
+    def added(self, pooled, height, width):
+        """SDXL's further conditions of pictures that were never resized or cropped: pooled text and original size, crop, target size."""
+        if pooled is None:
+            return None
+        return dict(text_embeds=pooled, time_ids=pooled.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(len(pooled), 1))
+
+    def save(self, folder, frozen_too=True, dtype=None):
+        """In the Hugging Face layout. dtype: of the files' tensors, default the parameters' own."""
+        self.unet.save_pretrained(Path(folder) / "unet", **(dict(dtype=dtype) if dtype else {}))
+        if frozen_too:
+            for name, part in self.parts.items():
+                part.save_pretrained(Path(folder) / name, **(dict(dtype=dtype) if dtype and not name.startswith("tokenizer") else {}))
+            write_json(Path(folder) / "scheduler" / "scheduler_config.json", self.scheduler)
+            write_json(Path(folder) / "model_index.json", self.index)
+
+
+def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
+    """A folder in the Hugging Face layout, or a hub id -> Model on the device, in eval mode.
+
+    dtype: of the weights in memory, and of what they compute; None: bf16 where the device is fast at it, but fp32 for a miniature.
 
     A folder may hold only what differs from another model: model_index.json's "base" (a path relative to the folder, or a
     hub id) then says where the other parts are.
@@ -76,50 +125,63 @@ def load_model(path_or_hub_id):
     with blaming(f"{path_or_hub_id}: model_index.json"):
         if "base" in index:
             base = folder / index["base"] if (folder / index["base"]).exists() else index["base"]
-        for text_scale, image_scale in index.get("guidance", {}).values():
+        for text_scale, image_scale in (index.get("guidance") or index.get("_guidance") or {}).values():
             text_scale + image_scale
 
     def place(part):
         return path_or_hub_id if "base" not in index or (folder / part).exists() else base
 
     config = read_json(fetch(place("unet"), "unet") / "config.json")
-    routing = config.pop("routing", None)
+    device, routing = torch.device(device), config.pop("routing", None)
+    if dtype is None:
+        fast = device.type == "cuda" or device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        dtype = torch.bfloat16 if fast and (config.get("sample_size") or 64) > 16 else torch.float32
     if "moe" not in config and routing:
         config.pop("_class_name")
-    unet = (moe if "moe" in config else UNet).from_pretrained(place("unet"), config=config)
+    unet = (moe if "moe" in config else UNet).from_pretrained(place("unet"), config=config, dtype=dtype)
     if routing:
         with blaming(f'{path_or_hub_id}: unet/config.json, "routing"'):
             add_routing(unet, **routing)
-    model = Model(unet, VAE.from_pretrained(place("vae")), CLIPText.from_pretrained(place("text_encoder")),
+    xl = bool(unet.config["addition_embed_type"])
+    model = Model(unet, VAE.from_pretrained(place("vae"), dtype=dtype), CLIPText.from_pretrained(place("text_encoder"), dtype=dtype),
                   Tokenizer.from_pretrained(place("tokenizer")),
-                  read_json(fetch(place("scheduler"), "scheduler") / "scheduler_config.json"), index)
-    u, text, T = unet.config, model.text_encoder.config, model.diffusion.T
+                  read_json(fetch(place("scheduler"), "scheduler") / "scheduler_config.json"), index,
+                  CLIPText.from_pretrained(place("text_encoder_2"), "text_encoder_2", dtype) if xl else None,
+                  Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2") if xl else None)
+    u, T = unet.config, model.diffusion.T
+    texts = [(model.tokenizer, model.text_encoder)] + [(model.tokenizer_2, model.text_encoder_2)] * xl
+    pooled = model.text_encoder_2.width if xl else 0
     for fits, parts in (
             (u["sample_size"] is not None, "the U-Net's sample_size, which is null"),
-            (u["addition_embed_type"] is None, "the U-Net's addition_embed_type: Stable Diffusion XL is not implemented here yet"),
-            (u["in_channels"] in (u["out_channels"], 2 * u["out_channels"]), f"the U-Net's {u['in_channels']} input channels: 4 or 8 are"),
+            (u["in_channels"] in (u["out_channels"], 2 * u["out_channels"]) or "moe" in u,
+             f"the U-Net's {u['in_channels']} input channels: 4 or 8 are"),
             (u["out_channels"] == model.vae.config["latent_channels"], "the U-Net's out_channels and the VAE's latent_channels"),
-            (u["cross_attention_dim"] == text["hidden_size"], "the U-Net's cross_attention_dim and the text encoder's hidden_size"),
-            (max(model.tokenizer.vocab.values()) < text["vocab_size"], "the tokenizer's vocabulary and the text encoder's"),
-            (model.tokenizer.length <= text["max_position_embeddings"], "the tokenizer's length and the text encoder's positions"),
+            (u["cross_attention_dim"] == sum(e.config["hidden_size"] for _, e in texts),
+             "the U-Net's cross_attention_dim and the text encoder's hidden_size"),
+            (not xl or u["projection_class_embeddings_input_dim"] == pooled + 6 * u["addition_time_embed_dim"],
+             "the U-Net's projection_class_embeddings_input_dim and the pooled text's width with six numbers"),
+            (all(max(t.vocab.values()) < e.config["vocab_size"] for t, e in texts), "the tokenizer's vocabulary and the text encoder's"),
+            (all(t.length <= e.config["max_position_embeddings"] for t, e in texts), "the tokenizer's length and the text encoder's positions"),
             (routing is None or routing["num_steps"] == T, "the routing's num_steps and the scheduler's num_train_timesteps")):
         if not fits:
             raise UserError(f"{path_or_hub_id}: cannot draw with {parts}" + (" that differ" if " and " in parts else ""))
-    for module in (model.unet, model.vae, model.text_encoder):
+    for module in (model.unet, model.vae, *[encoder for _, encoder in texts]):
         module.eval()
-    return model
+    return model.to(device)
 
 
 @torch.no_grad()
 def generate(model, task, prompts, images=None, negative_prompt="", guidance=None, image_guidance=None, steps=20, eta=0.0, strength=None,
-             height=None, width=None, seed=0, callback=None):
-    """Draw one picture per prompt with DDIM -> list of PIL images. Picture i has seed `seed + i`, whatever the batch around it.
+             height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0):
+    """Draw one picture per prompt -> list of PIL images. Picture i has seed `seed + i`, whatever the batch around it.
 
     images: PIL pictures, one per prompt: the source of an image-to-image task, or with strength in (0, 1] the start (SDEdit).
     guidance, image_guidance: text and image scale, 1 and 1 is none; default what model_index.json says under "guidance", else the
         paper's for the task (data.TASKS).
     height, width: multiples of 8; default the model's size, for given pictures with their shape.
     callback(i, t, x_t, x0): each step's latents, scaled.
+    sampler: a name in diffusion.SAMPLERS; default the one that the folder's scheduler names. eta: DDIM's noise.
+    guidance_rescale: see diffusion.guide.
     """
     if isinstance(prompts, str) or images and len(images) != len(prompts):
         raise ValueError("prompts is a list of strings, images a list of as many pictures")
@@ -132,47 +194,99 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError("strength needs a picture to start from: --image FILE")
     if images and not rule.source and strength is None:
         raise UserError(f"task {task} takes a picture only to start from: give --strength too")
-    own = model.index.get("guidance", {}).get(task, (rule.guidance, rule.image_guidance))
+    paper = SDXL_GUIDANCE.get(task, SDXL_GUIDANCE["edit"]) if model.text_encoder_2 else (rule.guidance, rule.image_guidance)
+    own = model.guidance.get(task, paper)
     guidance, image_guidance = own[0] if guidance is None else guidance, own[1] if image_guidance is None else image_guidance
     if not (math.isfinite(guidance) and math.isfinite(image_guidance)):
         raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be finite")
+    diffusion = model.diffusion.to(device)
+    sampler = sampler or diffusion.sampler
+    if sampler not in SAMPLERS or eta and sampler != "ddim" or not 0 <= guidance_rescale <= 1:
+        raise UserError(f"sampler {sampler}, eta {eta}, guidance rescale {guidance_rescale}: the samplers are {', '.join(SAMPLERS)}; only ddim "
+                        "has an eta; the rescale goes from 0 to 1")
     height, width = _size(model, images, height, width)
     for prompt in prompts:
         if dropped := model.tokenizer.dropped(prompt):
             print(f"warning: the prompt is longer than 77 tokens; not seen: {' '.join(dropped)}", file=sys.stderr)
 
-    def encode_text(texts):
-        return model.text_encoder(model.tokenizer(texts).to(device))[0]             # (B, S, D)
-
-    scale = model.vae.config["scaling_factor"]
+    dtype, scale = model.unet.conv_out.weight.dtype, model.vae.config["scaling_factor"]
+    side = model.vae.config["sample_size"]  # above twice the autoencoder's own size its memory, not the U-Net's, is the limit: tiles
+    tile = side // model.vae.factor // 4 * 4 if max(height, width) > 2 * side else None
     shape = (B, model.unet.config["out_channels"], height // model.vae.factor, width // model.vae.factor)
     generators = seeded(range(seed, seed + B))
-    x, start, diffusion = randn(shape, generators, device), 0, model.diffusion.to(device)
+    x, start, source = randn(shape, generators, device), 0, None
     if images:
-        pictures = torch.stack([to_tensor(on_white(im.convert("RGBA")).resize((width, height), Image.BICUBIC)) for im in images]).to(device)
-        mean, logvar = model.vae.encode(pictures)
+        pictures = torch.stack([to_tensor(on_white(im.convert("RGBA")).resize((width, height), Image.BICUBIC)) for im in images])
+        mean, logvar = model.vae.encode(pictures.to(device), tile)
         if strength is not None:
-            x, start = partway(diffusion, latents(TARGET._replace(sample=False), mean, logvar, scale), x, steps, strength)
+            x, start = partway(diffusion, latents(TARGET._replace(sample=False), mean, logvar, scale), x, steps, strength, sampler)
+        source = latents(SOURCE, mean, logvar, scale) if rule.source else None
 
-    text, blank = encode_text(prompts), encode_text([negative_prompt] * B)
-    if rule.source:
-        source = latents(SOURCE, mean, logvar, scale)
-        context, source = torch.cat([blank, blank, text]), torch.cat([torch.zeros_like(source), source, source])
-        if guidance == image_guidance == 1:
-            context, source = text, source[-B:]
+    # guidance's branches, see diffusion.guide: the words and whether the picture is given
+    if guidance == 1 and (source is None or image_guidance == 1):
+        branches = [(prompts, 1)]
     else:
-        context, source = (text, None) if guidance == 1 else (torch.cat([blank, text]), None)
-    K = len(context) // B
+        branches = [([negative_prompt] * B, 0)] + [([negative_prompt] * B, 1)] * (source is not None) + [(prompts, 1)]
+    K = len(branches)
+    context, pooled = model.encode_text([prompt for words, _ in branches for prompt in words])  # (K B, S, D)
+    added = model.added(pooled, height, width)
+    source = None if source is None else torch.cat([source * given for _, given in branches])
     row = torch.full((K * B,), model.tasks.index(task), device=device)
 
     def predict(x, t):
-        z = x.repeat(K, 1, 1, 1)
-        z = z if source is None else torch.cat([z, source], dim=1)                  # (K B, 4 or 8, h, w)
-        out = model.unet(z, t.repeat(K), context, task=row)
-        return guide(out.float().view(K, *x.shape), guidance, image_guidance)
+        z = x.to(dtype).repeat(K, 1, 1, 1)
+        z = z if source is None else torch.cat([z, source.to(dtype)], dim=1)        # (K B, 4 or 8, h, w)
+        out = model.unet(z, t.repeat(K), context, task=row, added=added)
+        return guide(out.float().view(K, *x.shape), guidance, image_guidance, guidance_rescale)
 
-    x0 = ddim(diffusion, predict, x, steps=steps, eta=eta, start=start, generators=generators, callback=callback)
-    return [to_pil(image) for image in model.vae.decode(x0 / scale)]
+    options = dict(eta=eta) if sampler == "ddim" else {}
+    x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators, callback=callback, **options)
+    return [to_pil(image) for image in model.vae.decode(x0 / scale, tile)]
+
+
+def export(model, task, folder, base):
+    """One task as a folder that diffusers opens unmodified: StableDiffusionPipeline for t2i, StableDiffusionInstructPix2PixPipeline for
+    image-to-image tasks (Stable Diffusion XL's likewise), with a model card. base: the model that was trained, for the card."""
+    folder, upcycled = Path(folder), "moe" in model.unet.config
+    if task not in model.tasks:
+        raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
+    if "routing" in model.unet.config:
+        raise UserError("a routed model masks channels at every timestep, which no other program does: it cannot be exported")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists; choose another --export-to")
+    unet = moe.fold(model.unet, task) if upcycled else model.unet
+    source = unet.config["in_channels"] > unet.config["out_channels"]
+    xl = "XL" if model.text_encoder_2 else ""
+    name = f"StableDiffusion{xl}{'InstructPix2Pix' if source else ''}Pipeline"
+    classes = dict(vae=["diffusers", "AutoencoderKL"], unet=["diffusers", "UNet2DConditionModel"], tokenizer=["transformers", "CLIPTokenizer"],
+                   text_encoder=["transformers", "CLIPTextModel"], scheduler=["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")])
+    if xl:
+        classes |= dict(tokenizer_2=["transformers", "CLIPTokenizer"], text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+                        force_zeros_for_empty_prompt=model.index.get("force_zeros_for_empty_prompt", True))
+    else:
+        classes |= dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)
+    index = {"_class_name": name, "_diffusers_version": "0.30.0", **classes}
+    if task in model.guidance:
+        index["_guidance"] = {task: model.guidance[task]}
+    replace(model, unet=unet, index=index).save(folder)
+    scales = index.get("_guidance", {}).get(task, "the defaults")
+    card = f"""---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: {'image-to-image' if source else 'text-to-image'}
+---
+The task `{task}` of a model {f"upcycled from `{base}` to {', '.join(model.tasks)} (MTU, arXiv 2503.11905); its experts are folded into plain weights" if upcycled
+        else f"trained from `{base}`"}. The licence is that of `{base}`.
+
+```python
+from diffusers import {name}
+pipe = {name}.from_pretrained("{folder.name}")
+picture = pipe("{EXAMPLES[task][1] if task in EXAMPLES else ''}"{', image=picture' if source else ''}).images[0]
+```
+
+Text and image guidance: {scales}. The same picture in the project that trained it: `python sample.py --task {task} --model {folder.name}`.
+"""
+    write_file(folder / "README.md", lambda beside: beside.write_text(card))
 
 
 def _size(model, images, height, width):
@@ -212,8 +326,10 @@ def main():
     parser.add_argument("--image", help="source picture; default: the task's example")
     parser.add_argument("--guidance", type=float, help="text scale; default the model's own, or the paper's: 7.5 for t2i and edit, 4 for inpaint")
     parser.add_argument("--image-guidance", type=float, help="image scale; default the model's own, or the paper's: 1.6 for edit, 1.5 for inpaint")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (the paper's: 20)")
-    parser.add_argument("--eta", type=float, default=0.0, help="0 deterministic DDIM, 1 as noisy as DDPM")
+    parser.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: against too strong contrast (arXiv 2305.08891: 0.7)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: what the model's scheduler names")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (the paper: 20, for SDXL 50)")
+    parser.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic, 1 as noisy as DDPM")
     parser.add_argument("--strength", type=float, help="start from --image instead of from noise, with this share of the steps (SDEdit)")
     parser.add_argument("--height", type=int, help="multiple of 8; default the model's")
     parser.add_argument("--width", type=int, help="multiple of 8; default the model's")
@@ -221,13 +337,24 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trajectory", action="store_true", help="save the denoising: a strip (x_t above, predicted x_0 below) and a GIF")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device is fast at it, fp32 for the miniature")
     parser.add_argument("--out", help="the picture; default samples/TASK.png")
+    parser.add_argument("--export", metavar="TASK", help="draw nothing; write this task of an upcycled model as a folder that diffusers opens")
+    parser.add_argument("--export-to", metavar="FOLDER", help="that folder")
     args = parser.parse_args()
 
     if not 1 <= args.num_images <= 10_000:
         raise UserError(f"--num-images {args.num_images}: from 1 to 10000")
     if not 0 <= args.seed < 2 ** 62:
         raise UserError(f"--seed {args.seed}: from 0 to 2^62")
+    if bool(args.export) != bool(args.export_to):
+        raise UserError("--export TASK and --export-to FOLDER go together")
+    if args.export:
+        index, arguments = (Path(args.model) / name for name in ("model_index.json", "arguments.json"))
+        base = read_json(arguments)["model"] if arguments.is_file() else args.model
+        export(load_model(args.model), args.export, args.export_to, base)
+        print(f"{args.export} of {args.model} -> {args.export_to}")
+        return
     image, example = EXAMPLES.get(args.task, (None, ""))
     image = args.image or image and str(ASSETS / "examples" / image)
     prompts = [prompt for prompt in args.prompt or [example] for _ in range(args.num_images)]
@@ -235,7 +362,8 @@ def main():
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: pictures are written as .png files")
     images = [open_image(image)] * len(prompts) if image else None
-    model = load_model(args.model).to(pick_device(args.device))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision)
+    model = load_model(args.model, dtype, pick_device(args.device))
 
     frames, bar = [], tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
 
@@ -245,7 +373,7 @@ def main():
             frames.append(torch.cat([x[:1], x0[:1]]))
 
     pictures = generate(model, args.task, prompts, images, args.negative_prompt, args.guidance, args.image_guidance,
-                        args.steps, args.eta, args.strength, args.height, args.width, args.seed, step)
+                        args.steps, args.eta, args.strength, args.height, args.width, args.seed, step, args.sampler, args.guidance_rescale)
     bar.close()
     arguments = {**vars(args), "prompt": prompts, "image": image}
     columns = args.num_images if len(prompts) > args.num_images > 1 else round(len(prompts) ** 0.5)

@@ -123,18 +123,19 @@ def collate(examples):
 class Denoiser(nn.Module):
     """All that trains, as one module for DDP and torch.compile: the per-sample losses of a batch."""
 
-    def __init__(self, unet, text_encoder, diffusion, train_text=False, loss_weight="none"):
+    def __init__(self, unet, text_encoder, diffusion, loss_weight="none"):
+        """text_encoder: where it trains too, else None."""
         super().__init__()
-        self.unet, self.text_encoder, self.diffusion, self.train_text, self.loss_weight = unet, text_encoder, diffusion, train_text, loss_weight
+        self.unet, self.text_encoder, self.diffusion, self.loss_weight = unet, text_encoder, diffusion, loss_weight
         self.uncertainty = UncertaintyWeight(diffusion.T).to(diffusion.alpha_bar.device) if loss_weight == "uw" else None
 
-    def forward(self, x0, source, ids, t, noise, task):
-        """x0, noise (B, 4, h, w), source likewise or None, ids (B, 77), t, task (B,) -> losses, weighted losses, both (B,)"""
-        with contextlib.nullcontext() if self.train_text else torch.no_grad():
-            context = self.text_encoder(ids)[0]
+    def forward(self, x0, source, text, t, noise, task, added=None):
+        """x0, noise (B, 4, h, w), source likewise or None, text (B, 77) ids for an encoder that trains or (B, 77, D) states, t, task (B,),
+        added SDXL's dict -> losses, weighted losses, both (B,)"""
+        context = text if self.text_encoder is None else self.text_encoder(text)[0]
 
         def model(x_t, t):  # concatenated along channels: MTU Eq. 2's Psi_C([z_t, E(c_I)])
-            return self.unet(x_t if source is None else torch.cat([x_t, source], dim=1), t, context, task=task)
+            return self.unet(x_t if source is None else torch.cat([x_t, source], dim=1), t, context, task=task, added=added)
 
         losses = self.diffusion.loss(model, x0, t, noise)
         return losses, losses * self.diffusion.weight(t, self.loss_weight) if self.uncertainty is None else self.uncertainty(losses, t)
@@ -198,7 +199,6 @@ def build_model(args, tasks):
             model.index["guidance"] = GUIDANCE
     if unknown := [task for task in tasks if task not in model.tasks]:
         raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows {', '.join(model.tasks)}")
-    model.text_encoder.requires_grad_(False)
     return model, False
 
 
@@ -267,17 +267,6 @@ def forget_after(log, step):
         write_file(log, lambda beside: beside.write_text("".join(lines)))
 
 
-def save_model(model, folder, frozen_too):
-    """The model in the Hugging Face layout. Parts that do not train are written once per start."""
-    model.unet.save_pretrained(folder / "unet")
-    if frozen_too:
-        model.vae.save_pretrained(folder / "vae")
-        model.text_encoder.save_pretrained(folder / "text_encoder")
-        model.tokenizer.save_pretrained(folder / "tokenizer")
-        write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
-        write_json(folder / "model_index.json", model.index)
-
-
 def total_loss(losses, num_tasks, batch_size):
     """MTU Eq. 2, the sum over tasks of each task's mean loss, from per-sample losses (B,) of the batch or of a part of it; the batch has
     batch_size / num_tasks samples of every task."""
@@ -288,7 +277,13 @@ def per_sample_loss(denoiser, encode, model, batch, device):
     """A collated batch -> its losses and weighted losses (B,)."""
     x0, source = encode(batch, device)
     rows = torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
-    return denoiser(x0, source, model.tokenizer(batch["prompt"]).to(device), batch["t"].to(device), batch["noise"].to(device), rows)
+    if model.text_encoder.training:
+        text, pooled = model.tokenizer(batch["prompt"]).to(device), None
+    else:
+        with torch.no_grad():
+            text, pooled = model.encode_text(batch["prompt"])
+    added = model.added(pooled, *[model.native_size] * 2)
+    return denoiser(x0, source, text, batch["t"].to(device), batch["noise"].to(device), rows, added)
 
 
 @torch.no_grad()
@@ -358,11 +353,14 @@ def main():
     args.lr = args.lr or (1e-3 if miniature else 1e-4)
     args.steps = args.steps or (5000 if scratch else 200)
     args.sample_every = max(1, args.steps // 2) if args.sample_every is None else args.sample_every
-    denoiser = Denoiser(model.unet, model.text_encoder, model.diffusion.to(device), scratch, args.loss_weight)
+    for part in (model.vae, model.text_encoder, model.text_encoder_2):
+        if part is not None and not (scratch and part is model.text_encoder):
+            part.eval().requires_grad_(False)
+    denoiser = Denoiser(model.unet, model.text_encoder if scratch else None, model.diffusion.to(device), args.loss_weight)
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
     optimizer = torch.optim.AdamW(parameter_groups(denoiser, args.weight_decay, args.lr))
-    encode = Encoder(model.vae.requires_grad_(False))
+    encode = Encoder(model.vae)
     total, trained = (sum(p.numel() for p in group) for group in (denoiser.parameters(), params.values()))
     print0(f"{trained:,} of {total:,} parameters train, on {world} x {device}")
 
@@ -469,7 +467,7 @@ def main():
                 raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
             write_json(out / "arguments.json", vars(args))
             with averaged(params, ema):
-                save_model(model, out, frozen_too=scratch or not saved)
+                model.save(out, frozen_too=scratch or not saved)  # what does not train, once per start
             saved = True
             save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))  # last: what it counts is there
             clock += time.time() - pause

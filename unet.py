@@ -38,21 +38,20 @@ FIXED = dict(
     resnet_out_scale_factor=1.0, time_embedding_type="positional", conv_in_kernel=3, conv_out_kernel=3, attention_type="default",
     class_embeddings_concat=False, addition_embed_type_num_heads=64)
 
-#     SD 1.5                                     channels -> height (of 64)
-#     down_blocks.0   2 x [resnet, attention]    320          64, downsampler -> 32
-#     down_blocks.1   2 x [resnet, attention]    640          32, downsampler -> 16
-#     down_blocks.2   2 x [resnet, attention]    1280         16, downsampler -> 8
-#     down_blocks.3   2 x [resnet]               1280         8
-#     mid_block       resnet, attention, resnet  1280         8
-#     up_blocks.0     3 x [resnet]               1280         8, upsampler -> 16
-#     up_blocks.1     3 x [resnet, attention]    1280         16, upsampler -> 32
-#     up_blocks.2     3 x [resnet, attention]    640          32, upsampler -> 64
-#     up_blocks.3     3 x [resnet, attention]    320          64
+#     SD 1.5's blocks                 channels   height (of 64)   and upwards
+#     down 0   2 x [resnet, attention]     320   64               up 3   3 x [resnet, attention]
+#     down 1   2 x [resnet, attention]     640   32               up 2   3 x [resnet, attention]
+#     down 2   2 x [resnet, attention]    1280   16               up 1   3 x [resnet, attention]
+#     down 3   2 x [resnet]               1280   8                up 0   3 x [resnet]; mid: resnet, attention, resnet
 CONFIGS = {
     "tiny": dict(sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128, attention_head_dim=2,
                  down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
     "sd15": dict(sample_size=64, cross_attention_dim=768),
+    "sdxl": dict(sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), use_linear_projection=True,
+                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048,
+                 addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
 }
 
 
@@ -366,15 +365,15 @@ class UNet(nn.Module):
         return (out, {"mid": mid, "up": x}) if return_features else out
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="unet", config=None):
-        """config: in place of the folder's own."""
+    def from_pretrained(cls, path_or_hub_id, subfolder="unet", config=None, dtype=torch.float32):
+        """config: in place of the folder's own. dtype: of the parameters in memory."""
         folder = fetch(path_or_hub_id, subfolder)
         config = config or read_json(folder / "config.json")
         if (name := config.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
             raise UserError(f"{folder} holds a {name}: sample.load_model opens it")
         with torch.device("meta"):
             unet = cls(config)
-        load_weights(unet, folder)
+        load_weights(unet, folder, dtype=dtype)
         return unet
 
     def save_pretrained(self, folder, dtype=None):
@@ -426,8 +425,8 @@ def read_json(path):
         raise UserError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'no JSON object'})") from None
 
 
-def load_weights(module, folder, rename=lambda key: key):
-    """Strictly fill a module that is on the meta device from the folder's safetensors, single or sharded; fp32, one copy in memory."""
+def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
+    """Strictly fill a module that is on the meta device from the folder's safetensors, single or sharded; one copy in memory."""
     folder, state, files = Path(folder), {}, []
     for variant in ("", ".fp16"):
         for stem in WEIGHTS:
@@ -437,13 +436,14 @@ def load_weights(module, folder, rename=lambda key: key):
                 with blaming(index):
                     files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
     if not files:
-        raise UserError(f"no weights in {folder}: looked for {' and '.join(f'{n}.safetensors' for n in WEIGHTS)}, whole or sharded")
+        raise UserError(f"no weights in {folder}: looked for {' and '.join(f'{n}.safetensors' for n in WEIGHTS)}, whole or sharded; "
+                        "pickled .bin files are not opened: let diffusers' save_pretrained write safetensors once")
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
                     value = tensors.get_tensor(key)
-                    state[rename(key)] = value.float() if value.is_floating_point() else value
+                    state[rename(key)] = value.to(dtype) if value.is_floating_point() else value
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); download or save it again") from None
     state.pop(None, None)  # what `rename` drops

@@ -10,6 +10,7 @@ Letters: B batch, C channels, H W picture, h w latent = H/f W/f.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from unet import UserError, blaming, command, fetch, load_weights, read_json, save_weights
 
@@ -28,7 +29,8 @@ def _levels(channels):
 
 CONFIGS = {
     "tiny": dict(_levels((32, 64, 128)), layers_per_block=1, norm_num_groups=16, sample_size=64),
-    "sd15": dict(_levels((128, 256, 512, 512)), layers_per_block=2, sample_size=512),
+    "sd15": dict(_levels((128, 256, 512, 512)), layers_per_block=2, sample_size=512, scaling_factor=0.18215),
+    "sdxl": dict(_levels((128, 256, 512, 512)), layers_per_block=2, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
 }
 
 
@@ -148,8 +150,39 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
+def blend(before, after, dim, extent):
+    """`after`, its first `extent` rows (dim 2) or columns (dim 3) faded in, linearly from 0, over the last ones of `before`."""
+    n = min(extent, before.shape[dim], after.shape[dim])
+    ramp = torch.arange(n, device=after.device, dtype=after.dtype).view([n if d == dim else 1 for d in range(4)]) / n
+    faded = torch.lerp(before.narrow(dim, before.shape[dim] - n, n), after.narrow(dim, 0, n), ramp)
+    return torch.cat([faded, after.narrow(dim, n, after.shape[dim] - n)], dim)
+
+
+def tiled(run, x, size, out_size):
+    """run(x) tile by tile. x: (B, C, rows, columns); a square of `size`, from which `run` makes one of `out_size`, overlaps the next by a quarter.
+
+    The tiles, their order and their blending are those of diffusers' AutoencoderKL after enable_tiling().
+    """
+    step, fade, above, strips = size - size // 4, out_size // 4, [], []
+    for i in range(0, x.shape[2], step):
+        row = []
+        for j in range(0, x.shape[3], step):
+            y = run(x[:, :, i:i + size, j:j + size])
+            y = blend(above[len(row)], y, 2, fade) if i else y
+            row.append(blend(row[-1], y, 3, fade) if j else y)
+        strips.append(torch.cat([y[:, :, :out_size - fade, :out_size - fade] for y in row], 3))
+        above = row
+    return torch.cat(strips, 2)
+
+
 class VAE(nn.Module):
-    """AutoencoderKL. config: diffusers' keys, differences from its defaults; what is not implemented is refused by name."""
+    """AutoencoderKL. config: diffusers' keys, differences from its defaults; what is not implemented is refused by name.
+
+    Weights may be of any floating dtype, inputs of another; what comes back has the input's, or autocast's. fp16 weights (or fp16 autocast)
+    compute in fp32 unless config["force_upcast"] is false. `tile`, a multiple of 4 latents, bounds the memory of a large picture by that of
+    a tile: overlapping tiles are blended, each normalised by itself, so that colours may differ a little. diffusers' enable_tiling() takes
+    vae.config["sample_size"] // vae.factor, the size of the training pictures.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -159,6 +192,9 @@ class VAE(nn.Module):
             if key not in DEFAULTS or value != FIXED.get(key, value):
                 raise UserError(f"vae config: {key} = {value!r} is not implemented")
         self.config = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if list(self.config[key] or ()) != [kind] * len(self.config["block_out_channels"]):
+                raise UserError(f"vae config: {key} = {self.config[key]!r} is not implemented, only {kind} at each of block_out_channels")
         latent, scale = self.config["latent_channels"], self.config["scaling_factor"]
         if not 0 < scale < float("inf"):
             raise UserError(f"vae config: scaling_factor = {scale!r} is not above 0")
@@ -172,30 +208,57 @@ class VAE(nn.Module):
         """Picture pixels per latent pixel, f."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
-    def encode(self, images):
-        """images (B, 3, H, W) in [-1, 1], H and W multiples of f -> mean, logvar (B, 4, H/f, W/f) of q(z | image), unscaled."""
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+    def _run(self, net, x, tile, down, up):
+        """net(x), whole or from tiles of tile * down rows and columns to tile * up, in a dtype that does not overflow."""
+        if tile is not None and (tile < 4 or tile % 4):
+            raise UserError(f"tile = {tile} is not a positive multiple of 4 latents (tiles overlap by a quarter)")
+        if not x.is_floating_point():
+            raise UserError(f"the autoencoder takes floating-point tensors, pictures in [-1, 1], not {x.dtype}")
+        dtype, device = self.quant_conv.weight.dtype, x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if self.config["force_upcast"] and torch.float16 in (dtype, autocast and torch.get_autocast_dtype(device)):
+            # SDXL's activations exceed 65504, the largest fp16: NaN, black pictures (huggingface/diffusers#7188, #9844 under autocast;
+            # huggingface.co/madebyollin/sdxl-vae-fp16-fix). fp32: bf16 would not overflow either, but keeps 8 bits of every activation.
+            dtype, weights = torch.float32, {name: p.float() for name, p in net.named_parameters()}
+
+            def run(x):
+                with torch.autocast(device, enabled=False):
+                    return functional_call(net, weights, x)
+        else:
+            run = net
+        whole = tile is None or max(x.shape[2:]) <= tile * down
+        y = run(x.to(dtype)) if whole else tiled(run, x.to(dtype), tile * down, tile * up)
+        return y if autocast else y.to(x.dtype)
+
+    def encode(self, images, tile=None):
+        """images (B, 3, H, W) in [-1, 1] -> mean, logvar (B, 4, H/f, W/f) of q(z | image), unscaled. UserError unless f divides H and W."""
+        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise UserError(f"pictures of {images.shape[3]} x {images.shape[2]} pixels: the autoencoder needs multiples of {self.factor}")
+        mean, logvar = self._run(nn.Sequential(self.encoder, self.quant_conv), images, tile, self.factor, 1).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def mode(self, images):
+    def mode(self, images, tile=None):
         """images (B, 3, H, W) -> the most likely latents (B, 4, H/f, W/f), unscaled."""
-        return self.encode(images)[0]
+        return self.encode(images, tile)[0]
 
-    def sample_latents(self, images, generator=None):
+    def sample_latents(self, images, generator=None, tile=None):
         """images (B, 3, H, W) -> a draw from q(z | image), (B, 4, H/f, W/f), unscaled. The generator is one of the CPU's."""
-        mean, logvar = self.encode(images)
+        mean, logvar = self.encode(images, tile)
         return mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator).to(mean)
 
-    def decode(self, latents):
+    def decode(self, latents, tile=None):
         """latents (B, 4, h, w), unscaled -> images (B, 3, f h, f w), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents))
+        return self._run(nn.Sequential(self.post_quant_conv, self.decoder), latents, tile, 1, self.factor)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="vae"):
+    def from_pretrained(cls, path_or_hub_id, subfolder="vae", dtype=torch.float32):
         folder = fetch(path_or_hub_id, subfolder)
+        config = read_json(folder / "config.json")
+        if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+            raise UserError(f"{folder} holds a {name}, not an AutoencoderKL")
         with torch.device("meta"), blaming(folder / "config.json"):
-            vae = cls(read_json(folder / "config.json"))
-        load_weights(vae, folder, rename=older_attention_names)
+            vae = cls(config)
+        load_weights(vae, folder, older_attention_names, dtype)
         return vae
 
     def save_pretrained(self, folder, dtype=None):

@@ -12,7 +12,7 @@ import moe
 from conftest import ROOT
 from data import ASSETS
 from sample import EXAMPLES, generate, load_model, open_image
-from unet import UserError
+from unet import CONFIGS, UserError
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,112 @@ def test_folded_edit_draws_the_same_and_what_instruct_pix2pix_draws(mtu):
     picture = Image.alpha_composite(Image.new("RGBA", images[0].size, "white"), images[0]).convert("RGB").resize((64, 64), Image.BICUBIC)
     theirs = pipe(prompts[0], image=picture, num_inference_steps=6, guidance_scale=3.0, image_guidance_scale=1.5,
                   generator=torch.Generator().manual_seed(1)).images[0]
-    error = np.abs(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)).mean()
-    assert error < 1, f"mean absolute difference {error:.3f} of 255"
+    assert difference(ours, theirs) < 1
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """SDXL's structure at reduced widths, random weights, as diffusers and transformers write it; the text towers' vocabulary is assets/tiny's."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "xl"
+    tokenizer, second = (transformers.CLIPTokenizer.from_pretrained(ASSETS / "tiny" / "tokenizer") for _ in range(2))
+    second.pad_token = "!"
+    text = dict(vocab_size=len(tokenizer), num_hidden_layers=3, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    unet = diffusers.UNet2DConditionModel(**dict(CONFIGS["sdxl"], sample_size=8, block_out_channels=(32, 64, 64), attention_head_dim=(2, 4, 4),
+                                                 transformer_layers_per_block=(1, 2, 3), cross_attention_dim=32 + 48, addition_time_embed_dim=8,
+                                                 projection_class_embeddings_input_dim=24 + 6 * 8))
+    vae = diffusers.AutoencoderKL(block_out_channels=(16, 16, 32, 32), norm_num_groups=8, sample_size=64, scaling_factor=0.13025,
+                                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                                                 timestep_spacing="leading")
+    first = transformers.CLIPTextModel(transformers.CLIPTextConfig(**text, hidden_size=32, intermediate_size=64, num_attention_heads=4))
+    bigg = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
+        **text, hidden_size=48, intermediate_size=96, num_attention_heads=4, projection_dim=24, hidden_act="gelu"))
+    diffusers.StableDiffusionXLPipeline(vae, first, bigg, tokenizer, second, unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("negative", ["", "dog face"])
+def test_sdxl_draws_diffusers_picture(sdxl, negative):
+    import diffusers
+    pipe = quiet(diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl))
+    model = load_model(sdxl)
+    assert model.diffusion.sampler == "euler" and model.native_size == 64
+    for size, guidance in ((64, 5.0), (96, 1.0)):
+        theirs = pipe("red apple!", negative_prompt=negative or None, num_inference_steps=6, guidance_scale=guidance, height=64, width=size,
+                      generator=torch.Generator().manual_seed(3)).images[0]
+        ours = generate(model, "t2i", ["red apple!"], negative_prompt=negative, guidance=guidance, steps=6, seed=3, height=64, width=size)[0]
+        assert difference(ours, theirs) < 0.5
+
+
+def test_sdxl_is_upcycled_trained_exported_and_opened_by_diffusers(sdxl, tmp_path):
+    import diffusers
+    for size, path in ((64, "a.png"), (80, "b.png")):
+        example("edit")[1][0].convert("RGB").resize((size, size)).save(tmp_path / path)
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(dict(file_name=f, source_file_name=s, text="make it blue", split=split)) + "\n"
+                                                     for f, s, split in (("a.png", "b.png", "train"), ("b.png", "a.png", "heldout"))))
+    done = run("train.py", "--model", sdxl, "--task", "edit,t2i", "--data", tmp_path, "--steps", 1, "--batch-size", 2, "--eval-size", 1,
+               "--sample-every", 0, "--lr", 1e-2, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    done = run("sample.py", "--model", tmp_path / "run", "--export", "edit", "--export-to", tmp_path / "edit")
+    assert done.returncode == 0, done.stderr
+    pipe = quiet(diffusers.StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tmp_path / "edit"))
+    picture = Image.open(tmp_path / "a.png")
+    theirs = pipe("make it blue", image=picture, num_inference_steps=4, guidance_scale=3.0, image_guidance_scale=1.5, height=64, width=64,
+                  generator=torch.Generator().manual_seed(1)).images[0]
+    for model in (tmp_path / "run", tmp_path / "edit"):
+        ours = generate(load_model(model), "edit", ["make it blue"], [picture], steps=4, guidance=3.0, image_guidance=1.5, seed=1)[0]
+        assert difference(ours, theirs) < 0.5
+
+
+@pytest.mark.parametrize("task", EXAMPLES)
+def test_an_exported_task_draws_the_same_in_diffusers(mtu, tmp_path, task):
+    import diffusers
+    done = run("sample.py", "--export", task, "--export-to", tmp_path / "x")
+    assert done.returncode == 0 and "tiny-mtu" in (tmp_path / "x" / "README.md").read_text(), done.stderr
+    prompts, images = example(task)
+    pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "x"))
+    text, image = load_model(tmp_path / "x").guidance.get(task, (1.0, 1.0))
+    options = dict(num_inference_steps=4, generator=torch.Generator().manual_seed(0), guidance_scale=text)
+    if images:
+        picture = Image.alpha_composite(Image.new("RGBA", images[0].size, "white"), images[0]).convert("RGB").resize((64, 64), Image.BICUBIC)
+        options |= dict(image=picture, image_guidance_scale=image)
+    assert type(pipe).__name__ == ("StableDiffusionInstructPix2PixPipeline" if images else "StableDiffusionPipeline")
+    theirs = pipe(prompts[0], **options).images[0]
+    for model in (mtu, load_model(tmp_path / "x")):
+        assert difference(generate(model, task, prompts, images, steps=4)[0], theirs) < 1
+    again = run("sample.py", "--export", task, "--export-to", tmp_path / "x")
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+@pytest.mark.parametrize("name, sampler", [("EulerAncestralDiscreteScheduler", "euler-a"), ("DPMSolverMultistepScheduler", "dpm++"),
+                                           ("DDPMScheduler", "ddpm")])
+def test_the_folders_scheduler_names_the_sampler(mtu, tmp_path, name, sampler):
+    """InstructPix2Pix's own folder names Euler's ancestral one."""
+    import diffusers
+    from sample import export
+    export(mtu, "edit", tmp_path / "x", "tiny")
+    scheduler = getattr(diffusers, name).from_config(mtu.scheduler)
+    scheduler.save_pretrained(tmp_path / "x" / "scheduler")
+    pipe = quiet(diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "x", scheduler=scheduler))
+    model = load_model(tmp_path / "x")
+    assert model.diffusion.sampler == sampler
+    prompts, images = example("edit")
+    picture = Image.alpha_composite(Image.new("RGBA", images[0].size, "white"), images[0]).convert("RGB").resize((64, 64), Image.BICUBIC)
+    theirs = pipe(prompts[0], image=picture, num_inference_steps=6, guidance_scale=3.0, image_guidance_scale=1.5,
+                  generator=torch.Generator().manual_seed(1)).images[0]
+    ours = generate(model, "edit", prompts, images, steps=6, guidance=3.0, image_guidance=1.5, seed=1)[0]
+    assert difference(ours, theirs) < 1
 
 
 @pytest.mark.parametrize("task", EXAMPLES)

@@ -61,7 +61,7 @@ def test_only_the_papers_list_has_changed(straight):
     assert any("attn1" in k for k in same) and any("resnets" in k for k in same) and "conv_out.weight" in same
 
 
-@pytest.mark.parametrize("after", ["save_state", "save_model"])
+@pytest.mark.parametrize("after", ["save_state", "Model.save"])
 def test_resuming_is_exact(straight, tmp_path, after):
     """4 steps equal 2 steps, an end by force, and the rest, bit for bit. Without a state yet, that is all of them again."""
     done = subprocess.run([sys.executable, "-c", f"""
@@ -164,7 +164,7 @@ def test_the_loss_is_the_sum_over_tasks_of_each_tasks_mean():
 def test_a_samples_loss_is_the_mean_square_of_what_is_missing():
     """On a model whose loss is known: a zero prediction leaves the target's own square."""
     model = load_model(ASSETS / "tiny")
-    model.unet.forward = lambda x, t, context, task=None: torch.zeros_like(x[:, :4])
+    model.unet.forward = lambda x, t, context, task=None, added=None: torch.zeros_like(x[:, :4])
     denoiser = train.Denoiser(model.unet, model.text_encoder, model.diffusion, loss_weight="p2")
     x0, noise, t = torch.randn(8, 4, 16, 16), torch.randn(8, 4, 16, 16), torch.arange(8)
     losses, weighted = denoiser(x0, None, model.tokenizer([""] * 8), t, noise, torch.zeros(8, dtype=torch.long))

@@ -14,10 +14,6 @@ from unet import CONFIGS, UNet, UserError, command, fetch, load_weights, read_js
 SMALL = dict(sample_size=16, block_out_channels=(32, 64, 64), norm_num_groups=8, layers_per_block=1, cross_attention_dim=24,
              attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
              up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
-SDXL = dict(sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=2048,
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
 SHAPES = {  # the structures of released models at reduced widths
     "sd15": dict(CONFIGS["sd15"], block_out_channels=(32, 64, 96, 96), cross_attention_dim=24),
     "tiny": CONFIGS["tiny"],
@@ -26,7 +22,7 @@ SHAPES = {  # the structures of released models at reduced widths
     "sd21": dict(SMALL, use_linear_projection=True, attention_head_dim=[2, 4, 8], upcast_attention=True),
     "sin first": dict(SMALL, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-4),
     "one level": dict(SMALL, block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)),
-    "sdxl": dict(SDXL, block_out_channels=(32, 64, 64), transformer_layers_per_block=(1, 2, 3), attention_head_dim=(2, 4, 8),
+    "sdxl": dict(CONFIGS["sdxl"], block_out_channels=(32, 64, 64), transformer_layers_per_block=(1, 2, 3), attention_head_dim=(2, 4, 8),
                  cross_attention_dim=24, addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8),
 }
 
@@ -57,8 +53,10 @@ def close(a, b, bound=1e-5):
 
 # Names, shapes, numbers
 
-@pytest.mark.parametrize("config, tensors, parameters", [(CONFIGS["sd15"], 686, 859_520_964), (SDXL, 1680, 2_567_463_684)],
-                         ids=["sd15", "sdxl"])
+@pytest.mark.parametrize("config, tensors, parameters", [
+    (CONFIGS["sd15"], 686, 859_520_964), (dict(CONFIGS["sd15"], in_channels=8), 686, 859_532_484),
+    (dict(CONFIGS["sd15"], in_channels=9), 686, 859_535_364), (CONFIGS["sdxl"], 1680, 2_567_463_684)],
+                         ids=["sd15", "instruct-pix2pix", "inpainting", "sdxl"])
 def test_names_and_shapes_are_those_of_the_checkpoints(config, tensors, parameters):
     with torch.device("meta"):
         ours = {k: v.shape for k, v in UNet(config).state_dict().items()}
