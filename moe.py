@@ -124,7 +124,8 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
     in_channels: per task; default 4 for "t2i" (the latent's), 8 for image-to-image tasks, which an InstructPix2Pix base has already; the
         mask and the masked picture of a 9-channel inpainting base are left behind.
     task_dim, router_dim: widths of the task embedding and of the routers' hidden layer; default the text width, 768 for SD 1.5 and at most,
-    which gives the paper's printed 158M trainable and 869M in all, 2.6B for SDXL (the paper states neither).
+    which gives the paper's printed 158M trainable and 869M in all, and its 2.6B in all for SDXL (the paper states neither; its 1.5B trainable
+    for SDXL would need routers of 2048, and these 2.9B in all).
     """
     config, latent = unet.config, unet.config["out_channels"]
     if "moe" in config:

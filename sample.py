@@ -9,6 +9,8 @@
 import argparse
 import json
 import math
+import os
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -338,6 +340,7 @@ def main():
     parser.add_argument("--trajectory", action="store_true", help="save the denoising: a strip (x_t above, predicted x_0 below) and a GIF")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device is fast at it, fp32 for the miniature")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: pays for many pictures of one size")
     parser.add_argument("--out", help="the picture; default samples/TASK.png")
     parser.add_argument("--export", metavar="TASK", help="draw nothing; write this task of an upcycled model as a folder that diffusers opens")
     parser.add_argument("--export-to", metavar="FOLDER", help="that folder")
@@ -363,7 +366,9 @@ def main():
         raise UserError(f"--out {out}: pictures are written as .png files")
     images = [open_image(image)] * len(prompts) if image else None
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision)
-    model = load_model(args.model, dtype, pick_device(args.device))
+    device = pick_device(args.device)
+    model = load_model(args.model, dtype, device)
+    model.unet.forward = compiled(model.unet.forward, device) if args.compile else model.unet.forward
 
     frames, bar = [], tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
 
@@ -388,6 +393,13 @@ def main():
         first, *rest = [f[1] for f in decoded]
         first.save(strip.with_suffix(".gif"), save_all=True, append_images=rest, duration=[120] * len(rest) + [1500], loop=0)
         print(f"denoising -> {strip} and {strip.with_suffix('.gif')}")
+
+
+def compiled(module, device):
+    """torch.compile; UserError where that cannot work."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile on CPU needs a C++ compiler (g++), and there is none here; leave --compile out")
+    return torch.compile(module)
 
 
 def pick_device(name=None):

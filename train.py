@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import moe
 from data import ASSETS, SOURCE, TARGET, TASKS, latents
 from diffusion import UncertaintyWeight
 from routing import MODES, add_routing
-from sample import Model, generate, grid, load_model, pick_device
+from sample import Model, compiled, generate, grid, load_model, pick_device
 from unet import CONFIGS, UNet, UserError, command, write_file, write_json
 from vae import VAE
 
@@ -410,9 +409,7 @@ def main():
     run = denoiser
     if world > 1:
         run = nn.parallel.DistributedDataParallel(denoiser, device_ids=[local_rank] if device.type == "cuda" else None)
-    if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise UserError("--compile on CPU needs a C++ compiler (g++), and there is none here; leave --compile out")
-    run = torch.compile(run) if args.compile else run
+    run = compiled(run, device) if args.compile else run
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     first = rank * per_rank
     batches = [range(step * args.batch_size + first + m, step * args.batch_size + first + m + micro)

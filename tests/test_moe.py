@@ -229,7 +229,7 @@ def test_a_nine_channel_base_draws_from_text_and_its_mask_is_left_behind():
 
 @pytest.mark.parametrize("name, experts, total, trained", [("sd15", 4, 869, 158), ("sdxl", 1, 2600, 1272)])
 def test_sizes_are_the_papers(name, experts, total, trained):
-    """Section 6.1: 869M and 158M for SD 1.5, 2.6B for SDXL (how many of these train, it does not say)."""
+    """Section 6.1: 869M and 158M for SD 1.5; 2.6B for SDXL, whose 1.5B trainable do not fit that: 1.27B are counted here."""
     with torch.device("meta"):
         unet = moe.upcycle(UNet(CONFIGS[name]), num_experts=experts)
     numbers = [sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)]

@@ -1,5 +1,6 @@
 """Drawing: the shipped models, diffusers' picture, seeds, sizes, bad input."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -107,6 +108,31 @@ def test_sdxl_draws_diffusers_picture(sdxl, negative):
                       generator=torch.Generator().manual_seed(3)).images[0]
         ours = generate(model, "t2i", ["red apple!"], negative_prompt=negative, guidance=guidance, steps=6, seed=3, height=64, width=size)[0]
         assert difference(ours, theirs) < 0.5
+
+
+def test_a_hub_id_is_downloaded_part_by_part(sdxl, tmp_path, monkeypatch):
+    """Through a stand-in for the hub's download call; the same picture as from the folder."""
+    import huggingface_hub
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        assert name == "owner/xl"
+        for file in (f.relative_to(sdxl) for f in sdxl.rglob("*") if f.is_file()):
+            if any(file.match(p) for p in allow_patterns) and not any(file.match(p) for p in ignore_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                shutil.copy(sdxl / file, tmp_path / file)
+        return tmp_path
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    a, b = (generate(load_model(name), "t2i", ["pizza"], steps=2)[0] for name in (sdxl, "owner/xl"))
+    assert a.tobytes() == b.tobytes()
+
+
+def test_half_precision_draws_nearly_the_same(mtu):
+    """Weights and arithmetic in bf16."""
+    prompts, images = example("edit")
+    model = load_model(ASSETS / "tiny-mtu", torch.bfloat16)
+    assert {p.dtype for p in model.unet.parameters()} == {p.dtype for p in model.vae.parameters()} == {torch.bfloat16}
+    a, b = (generate(m, "edit", prompts, images, steps=4)[0] for m in (mtu, model))
+    assert 0 < difference(a, b) < 5
 
 
 def test_sdxl_is_upcycled_trained_exported_and_opened_by_diffusers(sdxl, tmp_path):
