@@ -3,8 +3,8 @@
     python tests/benchmark.py --size sd15 --runs 5
 
 Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
-the U-Net upcycled to four experts against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain
-one. Latents are 32 x 32.
+the autoencoder likewise; a whole picture of assets/tiny in 20 guided steps against diffusers' pipeline; the U-Net upcycled to four experts
+against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain one. Latents are 32 x 32.
 """
 import argparse
 import statistics
@@ -16,8 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import moe  # noqa: E402
+from data import ASSETS  # noqa: E402
 from routing import add_routing  # noqa: E402
+from sample import generate, load_model  # noqa: E402
 from unet import CONFIGS, UNet  # noqa: E402
+from vae import CONFIGS as VAE_CONFIGS, VAE  # noqa: E402
 
 
 def ratio(name, ours, theirs, runs):
@@ -41,7 +44,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1)
     args = parser.parse_args()
-    from diffusers import UNet2DConditionModel
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
     config, B = CONFIGS[args.size], args.batch_size
     torch.manual_seed(0)
@@ -68,6 +71,21 @@ def main():
     ratio("forward", forward(a), forward(b), args.runs)
     ratio("forward and backward", step(a, ours), step(b, theirs), args.runs)
     theirs = b = None
+
+    vae = VAE(VAE_CONFIGS[args.size])
+    vae_theirs = AutoencoderKL(**{k: v for k, v in vae.config.items() if not k.startswith("_")})
+    vae_theirs.load_state_dict(vae.state_dict())
+    latents = torch.randn(B, 4, 32, 32)
+    pictures = torch.randn(B, 3, 32 * vae.factor, 32 * vae.factor).clamp(-1, 1)
+    ratio("autoencoder: encode", forward(lambda: vae.encode(pictures)), forward(lambda: vae_theirs.encode(pictures)), args.runs)
+    ratio("autoencoder: decode", forward(lambda: vae.decode(latents)), forward(lambda: vae_theirs.decode(latents)), args.runs)
+    vae = vae_theirs = None
+
+    model, pipe = load_model(ASSETS / "tiny"), StableDiffusionPipeline.from_pretrained(ASSETS / "tiny", low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    ratio("assets/tiny: a picture, 20 guided steps", lambda: generate(model, "t2i", ["pizza"] * B, guidance=3.0, steps=20),
+          lambda: pipe(["pizza"] * B, guidance_scale=3.0, num_inference_steps=20), args.runs)
+    model = pipe = None
 
     with torch.device("meta"):
         routed = UNet(config)
