@@ -175,8 +175,7 @@ class Transformer2DModel(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, cond):                                                 # (B, C, H, W)
-        h = self.norm(x)
-        h = h if self.linear else self.proj_in(h)
+        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = h.permute(0, 2, 3, 1).flatten(1, 2).contiguous()                    # (B, L, C)
         h = self.proj_in(h) if self.linear else h
         for transformer_block in self.transformer_blocks:
@@ -286,17 +285,17 @@ def checked(config):
 
     for key, value in config.items():
         need(key in DEFAULTS or key.startswith("_") or (value == FIXED[key] if key in FIXED else value is None), key)
-    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim"):
+    numbers = ["in_channels", "out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim"]
+    for key in numbers + ["sample_size"] * (c["sample_size"] is not None):
         need(count(c[key]), key)
     for key, kinds in (("flip_sin_to_cos", [bool]), ("use_linear_projection", [bool]), ("norm_eps", [float, int]), ("freq_shift", [float, int])):
         need(type(c[key]) in kinds, key)
-    need(c["sample_size"] is None or count(c["sample_size"]), "sample_size")
-    widths, groups = c["block_out_channels"], c["norm_num_groups"]
-    need(isinstance(widths, (list, tuple)) and widths and all(count(w) and w % groups == 0 for w in widths), "block_out_channels",
-         "norm_num_groups")
+    widths = c["block_out_channels"]
+    need(isinstance(widths, (list, tuple)) and widths and all(count(w) and w % c["norm_num_groups"] == 0 for w in widths),
+         "block_out_channels", "norm_num_groups")
     for key, side in (("down_block_types", "Down"), ("up_block_types", "Up")):
-        names = f"{side}Block2D", f"CrossAttn{side}Block2D"
-        need(isinstance(c[key], (list, tuple)) and len(c[key]) == len(widths) and all(name in names for name in c[key]), key)
+        need(isinstance(c[key], (list, tuple)) and len(c[key]) == len(widths)
+             and all(n in (f"{side}Block2D", f"CrossAttn{side}Block2D") for n in c[key]), key)
     for key in ("transformer_layers_per_block", "attention_head_dim"):
         need(len(per_level(c, key)) == len(widths) and all(map(count, per_level(c, key))), key)
     extra = "addition_time_embed_dim", "projection_class_embeddings_input_dim"
@@ -315,7 +314,7 @@ class UNet(nn.Module):
         depths, heads = per_level(c, "transformer_layers_per_block"), per_level(c, "attention_head_dim")  # heads, whatever its name
         down = [depths[i] if "CrossAttn" in c["down_block_types"][i] else 0 for i in range(n)]
         up = [depths[-1 - i] if "CrossAttn" in c["up_block_types"][i] else 0 for i in range(n)]
-        E = 4 * widths[0]
+        E, rev = 4 * widths[0], widths[::-1]
         self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], E)
         self.add_embedding = TimestepEmbedding(c["projection_class_embeddings_input_dim"], E) if c["addition_embed_type"] else None
@@ -323,7 +322,6 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList([
             DownBlock(widths[max(i - 1, 0)], widths[i], down[i], heads[i], i == n - 1, c) for i in range(n)])
         self.mid_block = MidBlock(widths[-1], depths[-1], heads[-1], c)
-        rev = widths[::-1]
         self.up_blocks = nn.ModuleList([
             UpBlock(rev[max(i - 1, 0)], rev[i], rev[min(i + 1, n - 1)], up[i], heads[-1 - i], i == n - 1, c) for i in range(n)])
         self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], widths[0], c["norm_eps"])
@@ -395,11 +393,10 @@ def fetch(path_or_hub_id, subfolder):
             raise UserError(f"no model folder at {name} (a hub id has the form owner/name)")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-        inside = f"{subfolder}/" if subfolder else ""
-        wanted = [f"{inside}*{end}" for end in (".json", ".txt", ".safetensors")] if subfolder else ["model_index.json"]
+        wanted = [f"{subfolder}/*{end}" for end in (".json", ".txt", ".safetensors")] if subfolder else ["model_index.json"]
         try:
             for ignored in (["non_ema", "fp16"], ["non_ema"]):  # the second time, half precision: it may be all there is
-                root = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=[f"{inside}*.{i}.*" for i in ignored]))
+                root = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=[f"{subfolder}/*.{i}.*" for i in ignored]))
                 if not subfolder or any((root / subfolder).glob("*.safetensors")):
                     break
         except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -422,23 +419,26 @@ def read_json(path):
     try:
         return {**json.loads(Path(path).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'no JSON object'})") from None
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'no JSON object'})") from None
+
+
+def weight_files(folder):
+    """The folder's safetensors, whole or sharded, in full precision if there is a choice."""
+    for variant in ("", ".fp16"):
+        for stem in WEIGHTS:
+            if (file := Path(folder) / f"{stem}{variant}.safetensors").is_file():
+                return [file]
+            if (index := Path(folder) / f"{stem}.safetensors.index{variant}.json").is_file():
+                with blaming(index):
+                    return sorted({Path(folder) / name for name in read_json(index)["weight_map"].values()})
+    raise UserError(f"no weights in {folder}: looked for {' and '.join(f'{n}.safetensors' for n in WEIGHTS)}, whole or sharded; "
+                    "pickled .bin files are not opened: let diffusers' save_pretrained write safetensors once")
 
 
 def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
-    """Strictly fill a module that is on the meta device from the folder's safetensors, single or sharded; one copy in memory."""
-    folder, state, files = Path(folder), {}, []
-    for variant in ("", ".fp16"):
-        for stem in WEIGHTS:
-            if not files and (file := folder / f"{stem}{variant}.safetensors").is_file():
-                files = [file]
-            elif not files and (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
-                with blaming(index):
-                    files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    if not files:
-        raise UserError(f"no weights in {folder}: looked for {' and '.join(f'{n}.safetensors' for n in WEIGHTS)}, whole or sharded; "
-                        "pickled .bin files are not opened: let diffusers' save_pretrained write safetensors once")
-    for file in files:
+    """Strictly fill a module that is on the meta device from the folder's safetensors; one copy in memory."""
+    state = {}
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
@@ -485,8 +485,8 @@ def command(main):
     except (UserError, SafetensorError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
-        signs = "not enough memory", "can't allocate memory", "size calculation overflowed"
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(words in str(error) for words in signs):
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
+                words in str(error) for words in ("not enough memory", "can't allocate memory", "size calculation overflowed")):
             raise
         message = "out of memory; take fewer or smaller pictures, and for training a smaller --device-batch-size or --gradient-checkpointing"
     except OSError as error:  # a full disk, a read-only folder, a file where a folder should be
