@@ -81,6 +81,7 @@ class Model:
             module.to(device)
         return self
 
+    @torch.no_grad()
     def encode_text(self, prompts):
         """list of B strings -> context (B, S, D), pooled (B, P) or None.
 
@@ -174,7 +175,7 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
 
 @torch.no_grad()
 def generate(model, task, prompts, images=None, negative_prompt="", guidance=None, image_guidance=None, steps=20, eta=0.0, strength=None,
-             height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0):
+             height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None):
     """Draw one picture per prompt -> list of PIL images. Picture i has seed `seed + i`, whatever the batch around it.
 
     images: PIL pictures, one per prompt: the source of an image-to-image task, or with strength in (0, 1] the start (SDEdit).
@@ -184,6 +185,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     callback(i, t, x_t, x0): each step's latents, scaled.
     sampler: a name in diffusion.SAMPLERS; default the one that the folder's scheduler names. eta: DDIM's noise.
     guidance_rescale: see diffusion.guide.
+    ensemble: N models of one kind; the U-Net of number floor(t N / T) makes step t (DeMe Eq. 7).
     """
     if isinstance(prompts, str) or images and len(images) != len(prompts):
         raise ValueError("prompts is a list of strings, images a list of as many pictures")
@@ -238,12 +240,26 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     def predict(x, t):
         z = x.to(dtype).repeat(K, 1, 1, 1)
         z = z if source is None else torch.cat([z, source.to(dtype)], dim=1)        # (K B, 4 or 8, h, w)
-        out = model.unet(z, t.repeat(K), context, task=row, added=added)
+        unet = ensemble[int(t[0]) * len(ensemble) // diffusion.T].unet if ensemble else model.unet
+        out = unet(z, t.repeat(K), context, task=row, added=added)
         return guide(out.float().view(K, *x.shape), guidance, image_guidance, guidance_rescale)
 
     options = dict(eta=eta) if sampler == "ddim" else {}
     x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators, callback=callback, **options)
     return [to_pil(image) for image in model.vae.decode(x0 / scale, tile)]
+
+
+def pipeline_index(model):
+    """The model_index.json with which diffusers opens a model that is not upcycled: the class of the whole and of each part."""
+    xl = "XL" if model.text_encoder_2 else ""
+    edits = "InstructPix2Pix" if model.unet.config["in_channels"] > model.unet.config["out_channels"] else ""
+    index = dict(_class_name=f"StableDiffusion{xl}{edits}Pipeline", _diffusers_version="0.30.0", vae=["diffusers", "AutoencoderKL"],
+                 unet=["diffusers", "UNet2DConditionModel"], tokenizer=["transformers", "CLIPTokenizer"],
+                 text_encoder=["transformers", "CLIPTextModel"], scheduler=["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")])
+    if xl:
+        return index | dict(tokenizer_2=["transformers", "CLIPTokenizer"], text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+                            force_zeros_for_empty_prompt=model.index.get("force_zeros_for_empty_prompt", True))
+    return index | dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)
 
 
 def export(model, task, folder, base):
@@ -257,17 +273,8 @@ def export(model, task, folder, base):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; choose another --export-to")
     unet = moe.fold(model.unet, task) if upcycled else model.unet
-    source = unet.config["in_channels"] > unet.config["out_channels"]
-    xl = "XL" if model.text_encoder_2 else ""
-    name = f"StableDiffusion{xl}{'InstructPix2Pix' if source else ''}Pipeline"
-    classes = dict(vae=["diffusers", "AutoencoderKL"], unet=["diffusers", "UNet2DConditionModel"], tokenizer=["transformers", "CLIPTokenizer"],
-                   text_encoder=["transformers", "CLIPTextModel"], scheduler=["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")])
-    if xl:
-        classes |= dict(tokenizer_2=["transformers", "CLIPTokenizer"], text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
-                        force_zeros_for_empty_prompt=model.index.get("force_zeros_for_empty_prompt", True))
-    else:
-        classes |= dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)
-    index = {"_class_name": name, "_diffusers_version": "0.30.0", **classes}
+    index = pipeline_index(replace(model, unet=unet))
+    name, source = index["_class_name"], unet.config["in_channels"] > unet.config["out_channels"]
     if task in model.guidance:
         index["_guidance"] = {task: model.guidance[task]}
     replace(model, unet=unet, index=index).save(folder)
@@ -340,6 +347,7 @@ def main():
     parser.add_argument("--trajectory", action="store_true", help="save the denoising: a strip (x_t above, predicted x_0 below) and a GIF")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device is fast at it, fp32 for the miniature")
+    parser.add_argument("--ensemble", nargs="+", metavar="MODEL", help="DeMe before merging: copies fine-tuned for equal ranges of timesteps, from t = 0 on")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: pays for many pictures of one size")
     parser.add_argument("--out", help="the picture; default samples/TASK.png")
     parser.add_argument("--export", metavar="TASK", help="draw nothing; write this task of an upcycled model as a folder that diffusers opens")
@@ -368,6 +376,9 @@ def main():
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision)
     device = pick_device(args.device)
     model = load_model(args.model, dtype, device)
+    ensemble = [load_model(path, dtype, device) for path in args.ensemble or ()]
+    if any(copy.unet.config != model.unet.config for copy in ensemble):
+        raise UserError(f"--ensemble: the models are not all of the kind of {args.model}")
     model.unet.forward = compiled(model.unet.forward, device) if args.compile else model.unet.forward
 
     frames, bar = [], tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
@@ -378,7 +389,7 @@ def main():
             frames.append(torch.cat([x[:1], x0[:1]]))
 
     pictures = generate(model, args.task, prompts, images, args.negative_prompt, args.guidance, args.image_guidance,
-                        args.steps, args.eta, args.strength, args.height, args.width, args.seed, step, args.sampler, args.guidance_rescale)
+                        args.steps, args.eta, args.strength, args.height, args.width, args.seed, step, args.sampler, args.guidance_rescale, ensemble)
     bar.close()
     arguments = {**vars(args), "prompt": prompts, "image": image}
     columns = args.num_images if len(prompts) > args.num_images > 1 else round(len(prompts) ** 0.5)

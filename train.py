@@ -9,9 +9,11 @@ are a function of (seed, step, k) alone. The same command again resumes. Letters
 """
 import argparse
 import contextlib
+import copy
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,12 @@ from tqdm import tqdm
 
 import clip
 import data
+import merge
 import moe
 from data import ASSETS, SOURCE, TARGET, TASKS, latents
 from diffusion import UncertaintyWeight
 from routing import MODES, add_routing
-from sample import Model, compiled, generate, grid, load_model, pick_device
+from sample import Model, compiled, generate, grid, load_model, pick_device, pipeline_index
 from unet import CONFIGS, UNet, UserError, command, write_file, write_json
 from vae import VAE
 
@@ -64,6 +67,10 @@ def get_args():
     p.add_argument("--routing", choices=MODES, help="dtr: each timestep sees its window of channels; random: the control. Default: none")
     p.add_argument("--alpha", type=float, default=4.0, help="of --routing: the window moves with t to this power (the paper: 4)")
     p.add_argument("--beta", type=float, default=0.8, help="of --routing: share of channels that a timestep sees (the paper: 0.8)")
+    p.add_argument("--t-range", type=int, nargs=2, metavar=("START", "END"), help="DeMe: fine-tune for timesteps START <= t < END. Default: all alike")
+    p.add_argument("--p-global", type=float, default=0.3, help="of --t-range: share of samples from all timesteps (the official code: 0.3)")
+    p.add_argument("--consistency", type=float, default=1.0, help="of --t-range: weight of staying near the pretrained output (the paper: 1)")
+    p.add_argument("--projection", action="store_true", help="of --t-range: channel projections after convolutions, folded on saving")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
@@ -80,9 +87,11 @@ def get_args():
 class Examples(torch.utils.data.Dataset):
     """Example i is sample k = i mod B of step i div B: picture, words, dropout, timestep and noise follow from (seed, step, k)."""
 
-    def __init__(self, datasets, batch_size, seed, num_timesteps, latent_shape):
-        self.tasks, self.datasets = list(datasets), datasets
+    def __init__(self, datasets, batch_size, seed, num_timesteps, latent_shape, t_range=None, p_global=0.0):
+        self.tasks, self.datasets, self.t_range, self.p_global = list(datasets), datasets, t_range, p_global
         self.batch_size, self.seed, self.T, self.latent_shape = batch_size, seed, num_timesteps, latent_shape
+        if t_range:  # a mistake shows now
+            merge.sample_timesteps(t_range, num_timesteps, p_global, np.random.default_rng(0), 1)
 
     def __getitem__(self, i):
         step, k = divmod(i, self.batch_size)
@@ -90,7 +99,8 @@ class Examples(torch.utils.data.Dataset):
         task = self.tasks[k % len(self.tasks)]
         dataset = self.datasets[task]
         example = self.condition(dataset.get(int(rng.integers(len(dataset))), rng), task, rng.random())
-        return self.noised(example, int(rng.integers(self.T)), int(rng.integers(2 ** 62)))
+        t = rng.integers(self.T) if self.t_range is None else merge.sample_timesteps(self.t_range, self.T, self.p_global, rng, 1)[0]
+        return self.noised(example, int(t), int(rng.integers(2 ** 62)))
 
     def held_out(self, datasets, count):
         """Fixed examples, timesteps (spread evenly) and noise, `count` per task, in the tasks' order again and again."""
@@ -122,10 +132,11 @@ def collate(examples):
 class Denoiser(nn.Module):
     """All that trains, as one module for DDP and torch.compile: the per-sample losses of a batch."""
 
-    def __init__(self, unet, text_encoder, diffusion, loss_weight="none"):
-        """text_encoder: where it trains too, else None."""
+    def __init__(self, unet, text_encoder, diffusion, loss_weight="none", teacher=None, consistency=0.0):
+        """text_encoder: where it trains too, else None. teacher: the frozen pretrained U-Net of DeMe Eq. 5."""
         super().__init__()
         self.unet, self.text_encoder, self.diffusion, self.loss_weight = unet, text_encoder, diffusion, loss_weight
+        self.teacher, self.consistency = teacher, consistency
         self.uncertainty = UncertaintyWeight(diffusion.T).to(diffusion.alpha_bar.device) if loss_weight == "uw" else None
 
     def forward(self, x0, source, text, t, noise, task, added=None):
@@ -134,10 +145,17 @@ class Denoiser(nn.Module):
         context = text if self.text_encoder is None else self.text_encoder(text)[0]
 
         def model(x_t, t):  # concatenated along channels: MTU Eq. 2's Psi_C([z_t, E(c_I)])
-            return self.unet(x_t if source is None else torch.cat([x_t, source], dim=1), t, context, task=task, added=added)
+            z = x_t if source is None else torch.cat([x_t, source], dim=1)
+            out.append(self.unet(z, t, context, task=task, added=added))
+            if self.teacher is not None and torch.is_grad_enabled():
+                with torch.no_grad():
+                    out.append(self.teacher(z, t, context, task=task, added=added))
+            return out[0]
 
+        out = []
         losses = self.diffusion.loss(model, x0, t, noise)
-        return losses, losses * self.diffusion.weight(t, self.loss_weight) if self.uncertainty is None else self.uncertainty(losses, t)
+        weighted = losses * self.diffusion.weight(t, self.loss_weight) if self.uncertainty is None else self.uncertainty(losses, t)
+        return losses, weighted if len(out) == 1 else weighted + self.consistency * merge.consistency_loss(*out)  # DeMe Eq. 5
 
 
 class Encoder:
@@ -184,16 +202,13 @@ def build_model(args, tasks):
         tokenizer = clip.Tokenizer.train(prompts, vocab_size=2048)
         text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[clip.BOS],
                            eos_token_id=tokenizer.vocab[clip.EOS])
-        index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "scheduler": ["diffusers", "DDIMScheduler"],
-                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-                 "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-                 "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-        return Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), clip.CLIPText(text_config), tokenizer, SCHEDULER, index), True
+        model = Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), clip.CLIPText(text_config), tokenizer, SCHEDULER, {})
+        return replace(model, index=pipeline_index(model)), True
     model = load_model(args.model)
     model.index.pop("base", None)  # a run folder is whole
     if "moe" not in model.unet.config and tasks != ["t2i"]:
         moe.upcycle(model.unet, tasks, args.num_experts, args.expert_init, args.expert_width, args.top_k)
-        model.index = {"_class_name": "UpcycledPipeline"}
+        model.index = {k: v for k, v in model.index.items() if k == "force_zeros_for_empty_prompt"} | {"_class_name": "UpcycledPipeline"}
         if model.native_size <= 64:
             model.index["guidance"] = GUIDANCE
     if unknown := [task for task in tasks if task not in model.tasks]:
@@ -222,12 +237,12 @@ def lr_factor(step, args):
 @contextlib.contextmanager
 def averaged(params, ema):
     """The weight average in place of the weights."""
-    backup = {name: p.detach().clone() for name, p in params.items()}
-    for name, p in params.items():
-        p.data.copy_(ema[name])
+    def swap():
+        for name, p in params.items():
+            p.data, ema[name] = ema[name], p.data
+    swap()
     yield
-    for name, p in params.items():
-        p.data.copy_(backup[name])
+    swap()
 
 
 def save_state(path, params, ema, optimizer, scalars):
@@ -276,11 +291,8 @@ def per_sample_loss(denoiser, encode, model, batch, device):
     """A collated batch -> its losses and weighted losses (B,)."""
     x0, source = encode(batch, device)
     rows = torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
-    if model.text_encoder.training:
-        text, pooled = model.tokenizer(batch["prompt"]).to(device), None
-    else:
-        with torch.no_grad():
-            text, pooled = model.encode_text(batch["prompt"])
+    trains, prompts = model.text_encoder.training, batch["prompt"]
+    text, pooled = (model.tokenizer(prompts).to(device), None) if trains else model.encode_text(prompts)
     added = model.added(pooled, *[model.native_size] * 2)
     return denoiser(x0, source, text, batch["t"].to(device), batch["noise"].to(device), rows, added)
 
@@ -298,11 +310,11 @@ def held_out_loss(denoiser, encode, model, examples, batch_size, device):
 
 def sample_grid(model, datasets, columns, seed, path):
     """Held-out examples, a row of sources, of samples and of targets per task."""
-    rows, steps = [], 20
+    rows = []
     for task, dataset in datasets.items():
         chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
         sources = [data.to_pil(e["source"]) for e in chosen] if "source" in chosen[0] else None
-        samples = generate(model, task, [e["prompt"] for e in chosen], sources, steps=steps, seed=seed)
+        samples = generate(model, task, [e["prompt"] for e in chosen], sources, seed=seed)
         rows += (sources or []) + samples + [data.to_pil(e["target"]) for e in chosen]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(rows, columns).save(path)
@@ -320,10 +332,8 @@ def main():
 
     # What is asked
     tasks = list(TASKS) if args.task == "all" else args.task.split(",")
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise UserError(f"unknown task {', '.join(unknown)}; the tasks are {', '.join(TASKS)}, or all")
-    if len(set(tasks)) < len(tasks):
-        raise UserError(f"--task {args.task} names a task twice")
+    if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
+        raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(TASKS)}, or all")
     for name in ("steps", "batch_size", "device_batch_size", "save_every", "log_every", "eval_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
@@ -338,6 +348,8 @@ def main():
     if args.batch_size % (len(tasks)) or args.batch_size % world or per_rank % micro:
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(tasks)} tasks, of {world} processes and of "
                         "--device-batch-size")
+    if args.t_range is None and args.projection or not 0 <= args.consistency < float("inf"):
+        raise UserError(f"--projection goes with --t-range, and --consistency {args.consistency} is at least 0")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -352,16 +364,18 @@ def main():
     args.lr = args.lr or (1e-3 if miniature else 1e-4)
     args.steps = args.steps or (5000 if scratch else 200)
     args.sample_every = max(1, args.steps // 2) if args.sample_every is None else args.sample_every
-    for part in (model.vae, model.text_encoder, model.text_encoder_2):
-        if part is not None and not (scratch and part is model.text_encoder):
-            part.eval().requires_grad_(False)
-    denoiser = Denoiser(model.unet, model.text_encoder if scratch else None, model.diffusion.to(device), args.loss_weight)
+    for part in filter(None, [model.vae, model.text_encoder_2] + [model.text_encoder] * (not scratch)):
+        part.eval().requires_grad_(False)
+    teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
+    if args.projection:
+        merge.add_projections(model.unet)
+    denoiser = Denoiser(model.unet, model.text_encoder if scratch else None, model.diffusion.to(device), args.loss_weight, teacher, args.consistency)
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
     optimizer = torch.optim.AdamW(parameter_groups(denoiser, args.weight_decay, args.lr))
     encode = Encoder(model.vae)
-    total, trained = (sum(p.numel() for p in group) for group in (denoiser.parameters(), params.values()))
-    print0(f"{trained:,} of {total:,} parameters train, on {world} x {device}")
+    trained, frozen = (sum(p.numel() for p in group) for group in (params.values(), [p for p in model.unet.parameters() if not p.requires_grad]))
+    print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, on {world} x {device}")
 
     # Data
     if args.loss_weight == "v" and model.scheduler.get("prediction_type") == "v_prediction":
@@ -373,24 +387,24 @@ def main():
         return data.Folder(args.data, task, split, model.native_size) if args.data else data.builtin(task, split)
 
     latent_shape = (model.unet.config["out_channels"], *[model.unet.config["sample_size"]] * 2)
-    examples = Examples({task: dataset(task, "train") for task in tasks}, args.batch_size, args.seed, model.diffusion.T, latent_shape)
+    examples = Examples({task: dataset(task, "train") for task in tasks}, args.batch_size, args.seed, model.diffusion.T, latent_shape,
+                        args.t_range, args.p_global)
     held_out = {task: dataset(task, "heldout") for task in tasks}
     fixed = list(examples.held_out(held_out, args.eval_size))
 
     # Resume
     out, start, before = Path(args.out), 0, None
     state = out / "state" / "state.safetensors"
-    settings = {k: getattr(args, k) for k in ("task", "model", "vae", "data", "batch_size", "lr", "lr_schedule", "warmup", "steps", "seed",
-                                              "loss_weight", "num_experts", "expert_init", "expert_width", "top_k", "routing", "alpha",
-                                              "beta", "weight_decay", "ema", "precision", "eval_size")}
+    settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
+        "out", "device", "device_batch_size", "workers", "compile", "gradient_checkpointing", "save_every", "sample_every", "log_every")}
     for key in ("model", "vae", "data"):  # the same folder under another name, or after the checkout moved, is the same
         if settings[key] and Path(settings[key]).exists():
             path = Path(settings[key]).resolve()
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
     if not scratch:
         del settings["vae"]
-    if args.lr_schedule == "constant":  # then a run may be made longer
-        del settings["steps"]
+    for key in ["steps"] * (args.lr_schedule == "constant") + ["p_global", "consistency"] * (args.t_range is None):
+        del settings[key]  # a run at constant lr may be made longer
     if state.exists():
         scalars = load_state(state, params, ema, optimizer, settings)
         start, before = scalars["step"], scalars["before"]
@@ -416,9 +430,10 @@ def main():
                for step in range(start, args.steps) for m in range(0, per_rank, micro)]
     loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                                               persistent_workers=args.workers > 0))
-    sums, clock, saved = torch.zeros(len(tasks) * BINS, 2, device=device), time.time(), False
+    sums, busy, saved = torch.zeros(len(tasks) * BINS, 2, device=device), 0.0, False
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
     for step in bar:
+        began = time.time()
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(step, args)
         for m in range(0, per_rank, micro):
@@ -440,39 +455,34 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         decay = min(args.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+        done, busy = step + 1, busy + time.time() - began
 
-        done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             if world > 1:
                 dist.all_reduce(sums)
             total, count = sums.view(len(tasks), BINS, 2).cpu().unbind(-1)
             mean = {task: (total[i].sum() / count[i].sum()).item() for i, task in enumerate(tasks)}
-            bins = {task: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())]
-                    for i, task in enumerate(tasks)}
-            speed = count.sum().item() / (time.time() - clock)
+            bins = {task: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())] for i, task in enumerate(tasks)}
+            speed = count.sum().item() / busy
             bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
             if rank == 0:
                 out.mkdir(parents=True, exist_ok=True)
                 with open(out / "log.jsonl", "a") as f:
                     f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), grad_norm=norm.item(),
                                             images_per_s=round(speed, 2))) + "\n")
-            sums.zero_()
-            clock = time.time()
+            sums, busy = torch.zeros_like(sums), 0.0
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            pause = time.time()
             if not all(e.isfinite().all() for e in ema.values()):
                 raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
             write_json(out / "arguments.json", vars(args))
             with averaged(params, ema):
-                model.save(out, frozen_too=scratch or not saved)  # what does not train, once per start
+                whole = replace(model, unet=merge.fold_projections(model.unet)) if args.projection else model
+                whole.save(out, frozen_too=scratch or not saved)  # what does not train, once per start
             saved = True
             save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))  # last: what it counts is there
-            clock += time.time() - pause
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
-            pause = time.time()
             with averaged(params, ema):
                 sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
-            clock += time.time() - pause
 
     with averaged(params, ema):
         after = held_out_loss(denoiser, encode, model, fixed, args.batch_size, device)

@@ -128,6 +128,21 @@ def test_a_hub_id_is_downloaded_part_by_part(sdxl, tmp_path, monkeypatch):
     assert a.tobytes() == b.tobytes()
 
 
+def test_an_ensemble_gives_each_step_to_the_copy_of_its_range(tiny):
+    called = []
+
+    class Copy:
+        def __init__(self, name):
+            self.name, self.unet = name, self
+
+        def __call__(self, z, t, *args, **kwargs):
+            called.append((self.name, int(t[0])))
+            return tiny.unet(z, t, *args, **kwargs)
+    alone = generate(tiny, "t2i", ["pizza"], steps=8)[0]
+    assert generate(tiny, "t2i", ["pizza"], steps=8, ensemble=[Copy(i) for i in range(4)])[0].tobytes() == alone.tobytes()
+    assert called == [(t * 4 // 1000, t) for t in tiny.diffusion.timesteps(8)] and {name for name, _ in called} == {0, 1, 2, 3}
+
+
 def test_half_precision_draws_nearly_the_same(mtu):
     """Weights and arithmetic in bf16."""
     prompts, images = example("edit")

@@ -172,6 +172,38 @@ def test_a_samples_loss_is_the_mean_square_of_what_is_missing():
     assert torch.allclose(weighted, losses * model.diffusion.weight(t, "p2"))
 
 
+def test_consistency_is_towards_the_frozen_pretrained_network():
+    """DeMe Eq. 5: nothing at the start; afterwards the distance of the two outputs, with its weight, and no gradient into the teacher."""
+    import copy
+    model = load_model(ASSETS / "tiny")
+    teacher = copy.deepcopy(model.unet).requires_grad_(False)
+    denoiser = train.Denoiser(model.unet, None, model.diffusion, teacher=teacher, consistency=3.0)
+    x0, noise, t, text = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 77, 128)
+    losses, weighted = denoiser(x0, None, text, t, noise, None)
+    assert torch.equal(losses, weighted)
+    with torch.no_grad():
+        model.unet.conv_out.bias += 0.5
+    losses, weighted = denoiser(x0, None, text, t, noise, None)
+    assert torch.allclose(weighted - losses, torch.full((2,), 3 * 0.25), atol=1e-4)
+    weighted.sum().backward()
+    assert all(p.grad is None for p in teacher.parameters()) and model.unet.conv_in.weight.grad.abs().max() > 0
+
+
+def test_a_range_is_trained_and_saved_without_projections(tmp_path):
+    """Bit for bit also over an interruption; the folder is an ordinary Stable Diffusion."""
+    options = ["--task", "t2i", "--t-range", 0, 250, "--p-global", 0, "--projection", "--lr-schedule", "constant"]
+    run(tmp_path / "a", *options, "--steps", 4)
+    assert all(bins["t2i"][0] is not None and bins["t2i"][1:] == [None] * 3 for bins in (r["loss_by_t"] for r in log(tmp_path / "a")))
+    run(tmp_path / "b", *options, "--steps", 2)
+    run(tmp_path / "b", *options, "--steps", 4)
+    a, b, base = weights(tmp_path / "a"), weights(tmp_path / "b"), weights(ASSETS / "tiny")
+    assert a.keys() == base.keys() and all(torch.equal(a[k], b[k]) for k in a) and any((a[k] - base[k].float()).abs().max() > 1e-4 for k in a)
+    state = load_file(tmp_path / "a" / "state" / "state.safetensors")
+    projections = [k for k in state if k.startswith("param/") and k.endswith(".projection")]
+    assert len(projections) == 15 and all((state[k] - torch.eye(len(state[k]))).abs().max() > 0 for k in projections)
+    assert load_model(tmp_path / "a").tasks == ["t2i"]
+
+
 def test_learned_loss_weights_train_and_resume(tmp_path):
     run(tmp_path / "a", "--task", "all", "--steps", 4, "--loss-weight", "uw")
     a = load_file(tmp_path / "a" / "state" / "state.safetensors")["param/uncertainty.s"]
@@ -226,7 +258,9 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--task", "colorize"], "colorize"), (["--model", "nowhere"], "nowhere"), (["--task", "edit", "--model", "scratch"], "scratch"),
     (["--batch-size", "6"], "--batch-size"), (["--data", "nowhere"], "metadata.jsonl"), (["--num-experts", "7"], "evenly"),
-    (["--device", "nonsense"], "nonsense"), (["--task", "edit,edit"], "twice"), (["--eval-size", "0"], "--eval-size")])
+    (["--device", "nonsense"], "nonsense"), (["--task", "edit,edit"], "twice"), (["--eval-size", "0"], "--eval-size"),
+    (["--task", "t2i", "--t-range", "500", "1200"], "500 1200"), (["--task", "t2i", "--t-range", "5", "5"], "5 5"),
+    (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"), (["--consistency", "-1"], "consistency")])
 def test_a_mistake_is_one_line_and_exit_2(tmp_path, arguments, words):
     done = run(tmp_path / "run", "--steps", 1, *arguments, check=False)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
