@@ -273,27 +273,29 @@ def export(model, task, folder, base):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; choose another --export-to")
     unet = moe.fold(model.unet, task) if upcycled else model.unet
-    index = pipeline_index(replace(model, unet=unet))
+    index, base = pipeline_index(replace(model, unet=unet)), Path(base).name if Path(base).exists() else base
     name, source = index["_class_name"], unet.config["in_channels"] > unet.config["out_channels"]
     if task in model.guidance:
         index["_guidance"] = {task: model.guidance[task]}
     replace(model, unet=unet, index=index).save(folder)
-    scales = index.get("_guidance", {}).get(task, "the defaults")
+    how = f"trained from `{base}`"
+    if upcycled:
+        how = f"upcycled from `{base}` to {', '.join(model.tasks)} (MTU, arXiv 2503.11905); its experts are folded into plain weights"
+    given, scales = ", image=picture" if source else "", index.get("_guidance", {}).get(task, "the defaults")
     card = f"""---
 base_model: {base}
 library_name: diffusers
-pipeline_tag: {'image-to-image' if source else 'text-to-image'}
+pipeline_tag: {"image-to-image" if source else "text-to-image"}
 ---
-The task `{task}` of a model {f"upcycled from `{base}` to {', '.join(model.tasks)} (MTU, arXiv 2503.11905); its experts are folded into plain weights" if upcycled
-        else f"trained from `{base}`"}. The licence is that of `{base}`.
+The task `{task}` of a model {how}. The licence is that of `{base}`.
 
 ```python
 from diffusers import {name}
 pipe = {name}.from_pretrained("{folder.name}")
-picture = pipe("{EXAMPLES[task][1] if task in EXAMPLES else ''}"{', image=picture' if source else ''}).images[0]
+picture = pipe("{EXAMPLES.get(task, ("", ""))[1]}"{given}).images[0]
 ```
 
-Text and image guidance: {scales}. The same picture in the project that trained it: `python sample.py --task {task} --model {folder.name}`.
+Text and image guidance: {scales}. In the project that trained it: `python sample.py --task {task} --model {folder.name}`.
 """
     write_file(folder / "README.md", lambda beside: beside.write_text(card))
 
@@ -347,7 +349,7 @@ def main():
     parser.add_argument("--trajectory", action="store_true", help="save the denoising: a strip (x_t above, predicted x_0 below) and a GIF")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device is fast at it, fp32 for the miniature")
-    parser.add_argument("--ensemble", nargs="+", metavar="MODEL", help="DeMe before merging: copies fine-tuned for equal ranges of timesteps, from t = 0 on")
+    parser.add_argument("--ensemble", nargs="+", metavar="MODEL", help="DeMe before merging: copies tuned for equal timestep ranges, from t = 0 on")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: pays for many pictures of one size")
     parser.add_argument("--out", help="the picture; default samples/TASK.png")
     parser.add_argument("--export", metavar="TASK", help="draw nothing; write this task of an upcycled model as a folder that diffusers opens")
