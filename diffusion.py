@@ -231,7 +231,8 @@ def ddim(diffusion, model, x, steps=50, eta=0.0, start=0, generators=None, callb
 
 @torch.no_grad()
 def ddpm(diffusion, model, x, steps=50, start=0, generators=None, callback=None):
-    """DDPM's ancestral sampling, as `ddim`. The variance is the posterior's, or beta where the config says fixed_large."""
+    """DDPM's ancestral sampling (Algorithm 2), as `ddim`. The variance is the posterior's, or beta where the config says fixed_large; the
+    last step adds no noise (diffusers does, with fixed_large, where it starts above t = 0)."""
     visited = diffusion.timesteps(steps) + [-1]
     for i, (t, prev) in enumerate(zip(visited[start:], visited[start + 1:])):
         batch_t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
@@ -266,6 +267,8 @@ def visits(diffusion, steps, sampler="ddim"):
     elif sampler.startswith("dpm++") and spacing == "leading":
         t = np.arange(1, steps + 1)[::-1] * (T // (steps + 1)) + diffusion.config["steps_offset"]
     whole = t.astype(int)
+    if len(set(whole)) < steps and sampler == "dpm++":
+        raise UserError(f"steps = {steps}: {sampler} would visit a timestep twice; take fewer")
     visited = sigma[whole].astype(float) if (whole == t).all() else np.interp(t, np.arange(T), sigma)
     if sampler.endswith("-karras"):
         first, last = (visited[0], visited[-1]) if sampler.startswith("euler") else (sigma[-1], sigma[0])
@@ -280,7 +283,7 @@ def euler(diffusion, model, x, steps=50, start=0, generators=None, callback=None
     """Euler's method for the probability flow, as `ddim` but in y = x / sqrt(alpha_bar) = x0 + sigma eps, where dy / dsigma = eps.
 
     sampler: "euler" (Karras et al., Algorithm 2 without churn), "euler-karras", or "euler-a", which goes further down and adds fresh noise.
-    model gets t as fp32.
+    model gets t as fp32. The config's clip_sample is for ddim and ddpm alone, as in diffusers.
     """
     t, sigma = visits(diffusion, steps, sampler)
     root = (sigma ** 2 + 1).sqrt()
@@ -332,6 +335,8 @@ def partway(diffusion, x0, noise, steps, strength, sampler="ddim"):
     if run < 1:
         raise UserError(f"strength = {strength} leaves none of {steps} steps to run; choose strength from "
                         f"{math.ceil(1000 / steps) / 1000:g} to 1")
+    if run == steps and sampler.startswith("euler") and diffusion.config["timestep_spacing"] != "leading":
+        return x0 / sigma[0] + noise, 0  # euler takes what starts at 0 for noise of size sigma
     level = torch.atan(sigma[steps - run])  # sigma = tan, so that infinity, pure noise, is a number
     return level.cos() * x0 + level.sin() * noise, steps - run
 

@@ -12,18 +12,27 @@ Letters: N copies, T timesteps, C channels, P projection.
 """
 import argparse
 import copy
+import json
 import math
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from unet import UserError, command, fetch, read_json, weight_files, write_file
+from unet import UserError, command, fetch, read_json, weight_files, write_file, write_json
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", "tokenizer", "tokenizer_2", "scheduler")
+WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+         "F8_E4M3": 1, "F8_E5M2": 1}  # bytes, by safetensors' names
+# keys of a config.json that say nothing of the weights' meaning
+NOT_THE_NETWORK = {"dtype", "torch_dtype", "transformers_version", "architectures", "use_cache", "sample_size", "bos_token_id", "eos_token_id",
+                   "pad_token_id"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,15 +54,16 @@ def sample_timesteps(t_range, T, p_global, rng, size, antithetic=False):
     if not (0 <= start < end <= T and 0 <= p_global <= 1):
         raise UserError(f"timestep range {start} {end} with a global share of {p_global}: 0 <= start < end <= {T}, the share from 0 to 1")
     everywhere = rng.random(1 if antithetic else size) < p_global
-    low, high = everywhere * 0 + ~everywhere * start, everywhere * T + ~everywhere * end
+    low, high = np.where(everywhere, 0, start), np.where(everywhere, T, end)
     if not antithetic:
         return rng.integers(low, high)
     half = rng.integers(low, high, size=size - size // 2)
-    return torch.cat([torch.from_numpy(half), torch.from_numpy(high + low - 1 - half)])[:size].numpy()
+    return np.concatenate([half, high + low - 1 - half])[:size]
 
 
 def consistency_loss(prediction, teacher):
-    """Eq. 5's second term per sample: predictions (B, ...) of the copy and of the frozen pretrained network -> (B,), in fp32."""
+    """Eq. 5's second term per sample: predictions (B, ...) of the copy and of the frozen pretrained network -> (B,), in fp32. Of whatever the
+    network predicts: the noise in the paper; of v it is the noise's over alpha_bar, as in the first term."""
     return (prediction.float() - teacher.float()).square().flatten(1).mean(1)
 
 
@@ -107,11 +117,11 @@ def task_vector(base, tuned):
 
 
 def merge(base, vectors, weights):
-    """Eq. 8: state dict, list of N task vectors, N weights -> state dict of the base's types; sums are taken in fp32."""
+    """Eq. 8: state dict, list of N task vectors of its floating-point tensors, N weights -> state dict of the base's types; sums in fp32."""
     if len(vectors) != len(weights) or not all(map(math.isfinite, weights)):
         raise UserError(f"{len(weights)} weights for {len(vectors)} models: as many, and finite")
     merged = dict(base)
-    for key in {key for vector in vectors for key in vector}:
+    for key in (key for key, value in base.items() if value.is_floating_point()):
         total = base[key].float()
         for w, vector in zip(weights, vectors):
             total = total + w * vector[key]
@@ -119,25 +129,56 @@ def merge(base, vectors, weights):
     return merged
 
 
-def merged_tensors(base, tuned, weights):
-    """Folders of one part -> (key, merged tensor) one after another, which needs the memory of one tensor of each."""
-    def where(folder):
-        places = {}
-        for file in weight_files(folder):
-            with safe_open(file, framework="pt") as f:
-                places |= dict.fromkeys(f.keys(), file)
-        return places
+def spelling(part):
+    """What turns the older key names of a part into those that are written today; None drops a key."""
+    if part == "vae":
+        from vae import older_attention_names
+        return older_attention_names
+    if part.startswith("text_encoder") or part == "image_encoder":
+        from clip import prefixed
+        return lambda key: prefixed(key, "vision_model." if part == "image_encoder" else "text_model.")
+    return str
 
-    def read(places, key):  # opened anew for each tensor: a mapped file's pages would count as memory until it is closed
-        if key not in places:
-            return {}
-        with safe_open(places[key], framework="pt") as f:
-            return {key: f.get_tensor(key).clone()}
 
-    first, others = where(base), [where(folder) for folder in tuned]
-    for key in sorted(set(first).union(*others)):
-        own = read(first, key)
-        yield key, merge(own, [task_vector(own, read(places, key)) for places in others], weights)[key]
+def places(folder, rename=str):
+    """key -> file, the key there, dtype and shape, of a folder's safetensors."""
+    found = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as f:
+            found |= {rename(key): (file, key, f.get_slice(key).get_dtype(), f.get_slice(key).get_shape()) for key in f.keys()}
+    return {key: place for key, place in found.items() if key is not None}
+
+
+def read(found, key):
+    """{key: tensor}, or {} where it is not. The file is opened anew: a mapped file's pages count as memory until it is closed."""
+    if key not in found:
+        return {}
+    file, own, *_ = found[key]
+    with safe_open(file, framework="pt") as f:
+        return {key: f.get_tensor(own).clone()}
+
+
+def merge_files(base, tuned, weights, out, rename=str):
+    """Eq. 8 on the weights in folders, into the file `out`, tensor by tensor: one tensor of each model in memory at a time.
+
+    safetensors' own save_file wants them all, and copies them; the format is 8 bytes for the header's length, the header, the tensors' bytes.
+    """
+    first, others = places(base, rename), [places(folder, rename) for folder in tuned]
+    keys = sorted(set(first).union(*others), key=lambda key: (-SIZES[first[key][2]] if key in first else 0, key))  # so that all lie aligned
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key in keys:
+        if key in first:
+            _, _, dtype, shape = first[key]
+            start, end = end, end + SIZES[dtype] * math.prod(shape)
+            header[key] = dict(dtype=dtype, shape=shape, data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(out, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            own = read(first, key)
+            merged = merge(own, [task_vector(own, read(found, key)) for found in others], weights)[key]
+            f.write(merged.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def search_weights(score, n, grid=tuple(i / 10 for i in range(11)), rounds=5):
@@ -150,7 +191,8 @@ def search_weights(score, n, grid=tuple(i / 10 for i in range(11)), rounds=5):
 
     def known(weights):
         if weights not in scores:
-            scores[weights] = score(weights)
+            value = score(weights)
+            scores[weights] = value if math.isfinite(value) else math.inf
         return scores[weights]
 
     for _ in range(rounds):
@@ -172,26 +214,34 @@ def merge_folders(base, tuned, weights, out):
         raise UserError(f"{len(weights)} weights for {len(tuned)} models: give as many")
 
     def parts(path):
-        root = fetch(path, "")
-        return [part for part in PARTS if ((root / part).is_dir() if Path(path).is_dir() else read_json(root / "model_index.json").get(part))]
+        root, index = fetch(path, ""), read_json(fetch(path, "") / "model_index.json")
+        return [part for part in PARTS if ((root / part).is_dir() if Path(path).is_dir() else (index.get(part) or [None])[0])]
 
-    beside = out.with_name(out.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
+    if not parts(base):
+        raise UserError(f"{base} holds none of {', '.join(PARTS)}: there is nothing to merge")
+    index = read_json(fetch(base, "") / "model_index.json")
+    for part in ("safety_checker", "feature_extractor", "image_encoder"):
+        if part in index and part not in parts(base):  # not copied, so that nobody looks for it
+            index |= {part: [None, None]} | ({"requires_safety_checker": False} if part == "safety_checker" else {})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + ".part-"))
     try:
+        if "base" in index and (Path(base) / index["base"]).exists():  # where the other parts are, as seen from the new place
+            index["base"] = os.path.relpath(Path(base) / index["base"], out)
         for part in parts(base):
             folder, others = fetch(base, part), [fetch(path, part) if part in parts(path) else fetch(base, part) for path in tuned]
             shutil.copytree(folder, beside / part, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", "*.part"))
-            if not any(folder.glob("*.safetensors")):
+            if part in WITHOUT_WEIGHTS:
                 continue
-            config = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_") and k != "dtype"}
+            name = ("model" if weight_files(folder)[0].name.startswith("model") else "diffusion_pytorch_model") + ".safetensors"
+            config = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_") and k not in NOT_THE_NETWORK}
             for other in others:
                 theirs = read_json(other / "config.json")
                 if differ := [k for k in config if k in theirs and theirs[k] != config[k]]:
                     raise UserError(f"{other} and {folder} are different networks: {differ[0]} = {theirs[differ[0]]!r} and {config[differ[0]]!r}")
-            name = ("model" if weight_files(folder)[0].name.startswith("model") else "diffusion_pytorch_model") + ".safetensors"
-            tensors = dict(merged_tensors(folder, others, weights))
-            write_file(beside / part / name, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        shutil.copy(fetch(base, "") / "model_index.json", beside)
+            write_file(beside / part / name, lambda path: merge_files(folder, others, weights, path, spelling(part)))
+        write_json(beside / "model_index.json", index)
+        beside.chmod(0o755)
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

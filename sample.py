@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,16 +130,26 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
         if "base" in index:
             base = folder / index["base"] if (folder / index["base"]).exists() else index["base"]
         for text_scale, image_scale in (index.get("guidance") or index.get("_guidance") or {}).values():
-            text_scale + image_scale
+            math.isfinite(text_scale + image_scale)
 
     def place(part):
-        return path_or_hub_id if "base" not in index or (folder / part).exists() else base
+        if "base" not in index or (folder / part).is_dir():
+            return path_or_hub_id
+        if not folder.is_dir():  # on the hub
+            try:
+                fetch(path_or_hub_id, part)
+                return path_or_hub_id
+            except UserError as error:
+                if "has no folder" not in str(error):
+                    raise
+        return base
 
     config = read_json(fetch(place("unet"), "unet") / "config.json")
     device, routing = torch.device(device), config.pop("routing", None)
     if dtype is None:
-        fast = device.type == "cuda" or device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtype = torch.bfloat16 if fast and (config.get("sample_size") or 64) > 16 else torch.float32
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+                device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        dtype = torch.bfloat16 if fast and config.get("sample_size") != 16 else torch.float32
     if "moe" not in config and routing:
         config.pop("_class_name")
     unet = (moe if "moe" in config else UNet).from_pretrained(place("unet"), config=config, dtype=dtype)
@@ -165,7 +176,7 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
              "the U-Net's projection_class_embeddings_input_dim and the pooled text's width with six numbers"),
             (all(max(t.vocab.values()) < e.config["vocab_size"] for t, e in texts), "the tokenizer's vocabulary and the text encoder's"),
             (all(t.length <= e.config["max_position_embeddings"] for t, e in texts), "the tokenizer's length and the text encoder's positions"),
-            (routing is None or routing["num_steps"] == T, "the routing's num_steps and the scheduler's num_train_timesteps")):
+            (routing is None or unet.config["routing"]["num_steps"] == T, "the routing's num_steps and the scheduler's num_train_timesteps")):
         if not fits:
             raise UserError(f"{path_or_hub_id}: cannot draw with {parts}" + (" that differ" if " and " in parts else ""))
     for module in (model.unet, model.vae, *[encoder for _, encoder in texts]):
@@ -185,7 +196,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     callback(i, t, x_t, x0): each step's latents, scaled.
     sampler: a name in diffusion.SAMPLERS; default the one that the folder's scheduler names. eta: DDIM's noise.
     guidance_rescale: see diffusion.guide.
-    ensemble: N models of one kind; the U-Net of number floor(t N / T) makes step t (DeMe Eq. 7).
+    ensemble: N U-Nets of the model's kind; number floor(t N / T) makes step t (DeMe Eq. 7).
     """
     if isinstance(prompts, str) or images and len(images) != len(prompts):
         raise ValueError("prompts is a list of strings, images a list of as many pictures")
@@ -209,7 +220,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError(f"sampler {sampler}, eta {eta}, guidance rescale {guidance_rescale}: the samplers are {', '.join(SAMPLERS)}; only ddim "
                         "has an eta; the rescale goes from 0 to 1")
     height, width = _size(model, images, height, width)
-    for prompt in prompts:
+    for prompt in (*prompts, negative_prompt):
         if dropped := model.tokenizer.dropped(prompt):
             print(f"warning: the prompt is longer than 77 tokens; not seen: {' '.join(dropped)}", file=sys.stderr)
 
@@ -240,7 +251,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     def predict(x, t):
         z = x.to(dtype).repeat(K, 1, 1, 1)
         z = z if source is None else torch.cat([z, source.to(dtype)], dim=1)        # (K B, 4 or 8, h, w)
-        unet = ensemble[int(t[0]) * len(ensemble) // diffusion.T].unet if ensemble else model.unet
+        unet = ensemble[int(t[0]) * len(ensemble) // diffusion.T] if ensemble else model.unet
         out = unet(z, t.repeat(K), context, task=row, added=added)
         return guide(out.float().view(K, *x.shape), guidance, image_guidance, guidance_rescale)
 
@@ -253,7 +264,8 @@ def pipeline_index(model):
     """The model_index.json with which diffusers opens a model that is not upcycled: the class of the whole and of each part."""
     xl = "XL" if model.text_encoder_2 else ""
     edits = "InstructPix2Pix" if model.unet.config["in_channels"] > model.unet.config["out_channels"] else ""
-    index = dict(_class_name=f"StableDiffusion{xl}{edits}Pipeline", _diffusers_version="0.30.0", vae=["diffusers", "AutoencoderKL"],
+    index = {"_guidance": model.guidance} if model.guidance else {}
+    index |= dict(_class_name=f"StableDiffusion{xl}{edits}Pipeline", _diffusers_version="0.30.0", vae=["diffusers", "AutoencoderKL"],
                  unet=["diffusers", "UNet2DConditionModel"], tokenizer=["transformers", "CLIPTokenizer"],
                  text_encoder=["transformers", "CLIPTextModel"], scheduler=["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")])
     if xl:
@@ -264,7 +276,7 @@ def pipeline_index(model):
 
 def export(model, task, folder, base):
     """One task as a folder that diffusers opens unmodified: StableDiffusionPipeline for t2i, StableDiffusionInstructPix2PixPipeline for
-    image-to-image tasks (Stable Diffusion XL's likewise), with a model card. base: the model that was trained, for the card."""
+    image-to-image tasks (Stable Diffusion XL's likewise), with a model card. base: what was trained, for the card; None: nothing, it is new."""
     folder, upcycled = Path(folder), "moe" in model.unet.config
     if task not in model.tasks:
         raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
@@ -273,21 +285,19 @@ def export(model, task, folder, base):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; choose another --export-to")
     unet = moe.fold(model.unet, task) if upcycled else model.unet
-    index, base = pipeline_index(replace(model, unet=unet)), Path(base).name if Path(base).exists() else base
+    index, base = pipeline_index(replace(model, unet=unet)), Path(base).name if base and Path(base).exists() else base
     name, source = index["_class_name"], unet.config["in_channels"] > unet.config["out_channels"]
-    if task in model.guidance:
-        index["_guidance"] = {task: model.guidance[task]}
-    replace(model, unet=unet, index=index).save(folder)
-    how = f"trained from `{base}`"
+    index["_guidance"] = {task: scales for name, scales in model.guidance.items() if name == task}
+    how = "trained" if base is None else f"trained from `{base}`"
     if upcycled:
         how = f"upcycled from `{base}` to {', '.join(model.tasks)} (MTU, arXiv 2503.11905); its experts are folded into plain weights"
     given, scales = ", image=picture" if source else "", index.get("_guidance", {}).get(task, "the defaults")
+    about, licence = ("", "") if base is None else (f"base_model: {base}\n", f" The licence is that of `{base}`.")
     card = f"""---
-base_model: {base}
-library_name: diffusers
+{about}library_name: diffusers
 pipeline_tag: {"image-to-image" if source else "text-to-image"}
 ---
-The task `{task}` of a model {how}. The licence is that of `{base}`.
+The task `{task}` of a model {how}.{licence}
 
 ```python
 from diffusers import {name}
@@ -297,7 +307,15 @@ picture = pipe("{EXAMPLES.get(task, ("", ""))[1]}"{given}).images[0]
 
 Text and image guidance: {scales}. In the project that trained it: `python sample.py --task {task} --model {folder.name}`.
 """
-    write_file(folder / "README.md", lambda beside: beside.write_text(card))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".part-"))
+    try:  # all of it or nothing
+        replace(model, unet=unet, index=index).save(beside)
+        write_file(beside / "README.md", lambda path: path.write_text(card))
+        beside.chmod(0o755)
+        beside.replace(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _size(model, images, height, width):
@@ -306,8 +324,8 @@ def _size(model, images, height, width):
     multiple, longer = 8 if model.native_size % 8 == 0 else model.vae.factor, max(ratio_h, ratio_w)
     height = max(multiple, round(model.native_size * ratio_h / longer / multiple) * multiple) if height is None else height
     width = max(multiple, round(model.native_size * ratio_w / longer / multiple) * multiple) if width is None else width
-    if height % multiple or width % multiple or height < multiple or width < multiple:
-        raise UserError(f"height {height} and width {width} must be multiples of {multiple}")
+    if height % multiple or width % multiple or not (multiple <= height <= 8192 and multiple <= width <= 8192):
+        raise UserError(f"height {height} and width {width} must be multiples of {multiple}, up to 8192")
     return height, width
 
 
@@ -363,9 +381,9 @@ def main():
     if bool(args.export) != bool(args.export_to):
         raise UserError("--export TASK and --export-to FOLDER go together")
     if args.export:
-        index, arguments = (Path(args.model) / name for name in ("model_index.json", "arguments.json"))
-        base = read_json(arguments)["model"] if arguments.is_file() else args.model
-        export(load_model(args.model), args.export, args.export_to, base)
+        model, arguments = load_model(args.model), Path(args.model) / "arguments.json"
+        base = read_json(arguments).get("model", args.model) if arguments.is_file() else model.index.get("base", args.model)
+        export(model, args.export, args.export_to, None if base == "scratch" else base)
         print(f"{args.export} of {args.model} -> {args.export_to}")
         return
     image, example = EXAMPLES.get(args.task, (None, ""))
@@ -378,10 +396,13 @@ def main():
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision)
     device = pick_device(args.device)
     model = load_model(args.model, dtype, device)
-    ensemble = [load_model(path, dtype, device) for path in args.ensemble or ()]
-    if any(copy.unet.config != model.unet.config for copy in ensemble):
+    copies = [load_model(path, dtype, device) for path in args.ensemble or ()]
+    if any(copy.unet.config != model.unet.config or copy.scheduler != model.scheduler for copy in copies):
         raise UserError(f"--ensemble: the models are not all of the kind of {args.model}")
-    model.unet.forward = compiled(model.unet.forward, device) if args.compile else model.unet.forward
+    ensemble = [copy.unet for copy in copies]
+    for unet in (ensemble or [model.unet]) if args.compile else ():
+        unet.forward = compiled(unet.forward, device)
+    copies = None
 
     frames, bar = [], tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
 
@@ -408,11 +429,11 @@ def main():
         print(f"denoising -> {strip} and {strip.with_suffix('.gif')}")
 
 
-def compiled(module, device):
+def compiled(run, device):
     """torch.compile; UserError where that cannot work."""
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile on CPU needs a C++ compiler (g++), and there is none here; leave --compile out")
-    return torch.compile(module)
+    return torch.compile(run)
 
 
 def pick_device(name=None):

@@ -59,7 +59,7 @@ def get_args():
     p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW, on weight matrices only (the paper: 0.01 for SDXL)")
     p.add_argument("--ema", type=float, default=0.9999, help="largest decay of the weight average; (1 + step) / (10 + step) before")
-    p.add_argument("--loss-weight", choices=("none", "v", "min-snr", "p2", "uw"), default="none", help="of timesteps (MTU: none); v counts noisy steps more; uw learns them")
+    p.add_argument("--loss-weight", choices=("none", "v", "min-snr", "p2", "uw"), default="none", help="of timesteps (MTU: none); uw learns them")
     p.add_argument("--num-experts", type=int, default=4, help="N, experts per FFN (the paper: 4 for SD 1.5, 1 for SDXL)")
     p.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve", help="preserve equals the dense network at step 0")
     p.add_argument("--expert-width", type=float, help="the paper's G, as a share of the FFN's width; default 1/N")
@@ -67,7 +67,7 @@ def get_args():
     p.add_argument("--routing", choices=MODES, help="dtr: each timestep sees its window of channels; random: the control. Default: none")
     p.add_argument("--alpha", type=float, default=4.0, help="of --routing: the window moves with t to this power (the paper: 4)")
     p.add_argument("--beta", type=float, default=0.8, help="of --routing: share of channels that a timestep sees (the paper: 0.8)")
-    p.add_argument("--t-range", type=int, nargs=2, metavar=("START", "END"), help="DeMe: fine-tune for timesteps START <= t < END. Default: all alike")
+    p.add_argument("--t-range", type=int, nargs=2, metavar=("START", "END"), help="DeMe: tune for timesteps START <= t < END. Default: all alike")
     p.add_argument("--p-global", type=float, default=0.3, help="of --t-range: share of samples from all timesteps (the official code: 0.3)")
     p.add_argument("--consistency", type=float, default=1.0, help="of --t-range: weight of staying near the pretrained output (the paper: 1)")
     p.add_argument("--projection", action="store_true", help="of --t-range: channel projections after convolutions, folded on saving")
@@ -140,8 +140,8 @@ class Denoiser(nn.Module):
         self.uncertainty = UncertaintyWeight(diffusion.T).to(diffusion.alpha_bar.device) if loss_weight == "uw" else None
 
     def forward(self, x0, source, text, t, noise, task, added=None):
-        """x0, noise (B, 4, h, w), source likewise or None, text (B, 77) ids for an encoder that trains or (B, 77, D) states, t, task (B,),
-        added SDXL's dict -> losses, weighted losses, both (B,)"""
+        """x0, noise, source or None (B, 4, h, w), text (B, 77) ids if its encoder trains, else states (B, 77, D), t, task (B,), added SDXL's
+        dict -> losses, weighted losses, both (B,). Eq. 5's second term stands beside the weighted loss."""
         context = text if self.text_encoder is None else self.text_encoder(text)[0]
 
         def model(x_t, t):  # concatenated along channels: MTU Eq. 2's Psi_C([z_t, E(c_I)])
@@ -195,22 +195,26 @@ class Encoder:
 def build_model(args, tasks):
     """The model to train and whether its text encoder trains too."""
     if args.model == "scratch":
-        if tasks != ["t2i"]:
-            raise UserError("--model scratch trains the base: use --task t2i, then --task all --model on the result")
+        if tasks != ["t2i"] or args.t_range:
+            raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result")
         datasets = [data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")]
         prompts = [dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 3)]
         tokenizer = clip.Tokenizer.train(prompts, vocab_size=2048)
         text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[clip.BOS],
                            eos_token_id=tokenizer.vocab[clip.EOS])
         model = Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), clip.CLIPText(text_config), tokenizer, SCHEDULER, {})
-        return replace(model, index=pipeline_index(model)), True
+        return replace(model, index=pipeline_index(model) | {"_guidance": {"t2i": GUIDANCE["t2i"]}}), True
     model = load_model(args.model)
     model.index.pop("base", None)  # a run folder is whole
-    if "moe" not in model.unet.config and tasks != ["t2i"]:
+    upcycles = "moe" not in model.unet.config and tasks != ["t2i"]
+    if args.t_range and (upcycles or args.routing):
+        raise UserError("--t-range fine-tunes a model that can do its tasks already: train that first, then --model on it")
+    if upcycles:
         moe.upcycle(model.unet, tasks, args.num_experts, args.expert_init, args.expert_width, args.top_k)
-        model.index = {k: v for k, v in model.index.items() if k == "force_zeros_for_empty_prompt"} | {"_class_name": "UpcycledPipeline"}
-        if model.native_size <= 64:
-            model.index["guidance"] = GUIDANCE
+        kept = {k: v for k, v in model.index.items() if k == "force_zeros_for_empty_prompt"}
+        model.index = kept | {"_class_name": "UpcycledPipeline"} | ({"guidance": GUIDANCE} if model.native_size <= 64 else {})
+    elif "_class_name" not in model.unet.config:  # an ordinary U-Net; parts that the base's index names besides are not written
+        model.index = pipeline_index(model)
     if unknown := [task for task in tasks if task not in model.tasks]:
         raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows {', '.join(model.tasks)}")
     return model, False
@@ -259,9 +263,8 @@ def load_state(path, params, ema, optimizer, settings):
     try:
         with safe_open(path, "pt") as f:
             scalars, keys = json.loads(f.metadata()["scalars"]), set(f.keys())
-            changed = [f"--{k.replace('_', '-')} was {scalars['settings'].get(k)!r}, is now {v!r}" for k, v in settings.items()
-                       if scalars["settings"].get(k) != v]
-            if changed:
+            if changed := [f"--{k.replace('_', '-')} was {scalars['settings'].get(k)!r}, is now {v!r}" for k, v in settings.items()
+                           if scalars["settings"].get(k) != v]:
                 raise UserError(f"{path.parent.parent} was begun with other settings: {'; '.join(changed)}. Give those, or another --out")
             for name, p in params.items():
                 p.data.copy_(f.get_tensor(f"param/{name}").view_as(p))
@@ -276,8 +279,7 @@ def load_state(path, params, ema, optimizer, settings):
 def forget_after(log, step):
     """Lines of log.jsonl that steps after the checkpoint wrote: they come again."""
     if log.exists():
-        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        lines = [line for line in whole if json.loads(line)["step"] <= step]
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
         write_file(log, lambda beside: beside.write_text("".join(lines)))
 
 
@@ -367,8 +369,7 @@ def main():
     for part in filter(None, [model.vae, model.text_encoder_2] + [model.text_encoder] * (not scratch)):
         part.eval().requires_grad_(False)
     teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
-    if args.projection:
-        merge.add_projections(model.unet)
+    model.unet = merge.add_projections(model.unet) if args.projection else model.unet
     denoiser = Denoiser(model.unet, model.text_encoder if scratch else None, model.diffusion.to(device), args.loss_weight, teacher, args.consistency)
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
@@ -403,7 +404,7 @@ def main():
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
     if not scratch:
         del settings["vae"]
-    for key in ["steps"] * (args.lr_schedule == "constant") + ["p_global", "consistency"] * (args.t_range is None):
+    for key in ["steps"] * (args.lr_schedule == "constant") + ["p_global", "consistency", "projection"] * (args.t_range is None):
         del settings[key]  # a run at constant lr may be made longer
     if state.exists():
         scalars = load_state(state, params, ema, optimizer, settings)

@@ -257,19 +257,23 @@ def test_every_sampler_returns_x0_from_the_true_noise(sampler):
     assert [i for i, _ in seen] == list(range(20)) and [t for _, t in seen] == sorted((t for _, t in seen), reverse=True)
 
 
+@pytest.mark.parametrize("strength, spacing", [(0.6, "leading"), (0.6, "linspace"), (1.0, "leading"), (1.0, "linspace"), (1.0, "trailing")])
 @pytest.mark.parametrize("sampler", ["euler", "euler-a", "dpm++"])
-def test_starting_from_a_picture_equals_diffusers(sampler):
+def test_starting_from_a_picture_equals_diffusers(sampler, strength, spacing):
     diffusers = pytest.importorskip("diffusers")
     x0, noise = batch(2, 4, 8, 8)
     name = REFERENCES[sampler]
-    scheduler = getattr(diffusers, name)(**{k: v for k, v in LATENTS.items() if k in ("beta_start", "beta_end", "beta_schedule", "steps_offset")})
+    scheduler = getattr(diffusers, name)(timestep_spacing=spacing, **{
+        k: v for k, v in LATENTS.items() if k in ("beta_start", "beta_end", "beta_schedule", "steps_offset")})
     d = Diffusion.from_config(dict(scheduler.config) | {"_class_name": name})
     scheduler.set_timesteps(20)
     pipe = type("", (), dict(scheduler=scheduler))()
-    timesteps, _ = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps(pipe, 20, 0.6, "cpu")
-    x, start = partway(d, x0, noise, 20, 0.6, sampler)
+    timesteps, _ = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps(pipe, 20, strength, "cpu")
+    x, start = partway(d, x0, noise, 20, strength, sampler)
+    first = []
+    SAMPLERS[sampler](d, lambda x, t: first.append(x) or network(x, t), x, 20, start=start, generators=seeded([0, 1]))
     y = scheduler.add_noise(x0, noise, timesteps[:1].repeat(2))
-    assert torch.allclose(x, scheduler.scale_model_input(y, timesteps[0]), atol=1e-5)
+    assert torch.allclose(first[0], scheduler.scale_model_input(y, timesteps[0]), atol=1e-5)
     for t in timesteps:
         y = scheduler.step(network(scheduler.scale_model_input(y, t), t.expand(2)), t, y, **(
             dict(generator=seeded([0, 1])) if sampler == "euler-a" else {})).prev_sample
@@ -365,6 +369,12 @@ def test_cuda_draws_the_same_picture():
 def test_what_is_not_implemented_is_refused_by_name(changes, word):
     with pytest.raises(UserError, match=word):
         make(**changes)
+
+
+def test_a_timestep_visited_twice_is_refused():
+    for spacing in ("leading", "linspace"):
+        with pytest.raises(UserError, match="twice"):
+            SAMPLERS["dpm++"](make(timestep_spacing=spacing, steps_offset=0), network, torch.randn(1, 4, 8, 8), 1000)
 
 
 def test_bad_numbers_are_refused_by_name():

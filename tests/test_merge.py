@@ -1,7 +1,9 @@
 """merge.py: ranges, timesteps, projections that fold, and the algebra of merging, on tensors and on folders."""
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +141,7 @@ def test_the_search_finds_the_best_weights_of_the_grid():
     best, value = search_weights(score, 2)
     assert best == (0.3, 0.8) and value == score(best) and len(set(calls[:-1])) == len(calls) - 1  # nothing is scored twice
     assert search_weights(lambda w: 1.0, 3)[0] == (1 / 3,) * 3  # what does not help is left
+    assert search_weights(lambda w: float("nan") if w[0] > 0.2 else w[0], 1)[0] == (0.0,)
 
 
 # ---- folders ----
@@ -168,6 +171,9 @@ def folders(tmp_path):
 def test_folders_merge_as_state_dicts_do(folders):
     """Whole and sharded files; what only the base has is the base's."""
     base, *tuned = (load_file(folders / name / "unet/diffusion_pytorch_model.safetensors") for name in "ABC")
+    for name, state in zip("ABC", (base, *tuned)):  # mixed types, as checkpoints have
+        state |= {k: v.half() for k, v in state.items() if "norm" in k} | dict(a_step=torch.tensor(7))
+        save_file(state, folders / name / "unet/diffusion_pytorch_model.safetensors")
     keys = sorted(base)
     file = folders / "B/unet/diffusion_pytorch_model.safetensors"
     file.unlink()
@@ -182,9 +188,46 @@ def test_folders_merge_as_state_dicts_do(folders):
     assert done.returncode == 0, done.stderr
     expected = combined(base, tuned, [0.3, 0.5])
     out = load_file(folders / "E/unet/diffusion_pytorch_model.safetensors")
-    assert out.keys() == expected.keys() and all(torch.equal(out[k], expected[k]) for k in out)
-    assert UNet.from_pretrained(folders / "E").config["cross_attention_dim"] == 24 and (folders / "E/model_index.json").is_file()
+    assert out.keys() == expected.keys() and all(torch.equal(out[k], expected[k]) and out[k].dtype == base[k].dtype for k in out)
+    assert (folders / "E/model_index.json").is_file()
     assert load_file(folders / "E/vae/diffusion_pytorch_model.safetensors")["w"].tolist() == [1, 1, 1]
+
+
+def test_older_spellings_of_the_same_network_merge(tmp_path):
+    """The base as Stable Diffusion 1.5 lies on the hub, the copy as train.py writes it; files that no part of the folder answers for."""
+    from clip import CLIPText
+    from vae import VAE
+    torch.manual_seed(0)
+    text = CLIPText(dict(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, projection_dim=8))
+    vae = VAE(dict(block_out_channels=[8], down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"], norm_num_groups=8))
+    for name in "AB":
+        save(tmp_path / name, 0)
+        text.save_pretrained(tmp_path / name / "text_encoder")
+        vae.save_pretrained(tmp_path / name / "vae")
+    a = tmp_path / "A"
+    old = {k.removeprefix("text_model."): v for k, v in text.state_dict().items()} | {"embeddings.position_ids": torch.arange(77)[None]}
+    save_file(old, a / "text_encoder/model.safetensors")
+    new = dict(to_q="query", to_k="key", to_v="value")
+    old = {".".join(new.get(w, w) for w in k.replace("to_out.0", "proj_attn").split(".")): v for k, v in vae.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in old.items()}, a / "vae/diffusion_pytorch_model.safetensors")
+    config = json.loads((a / "text_encoder/config.json").read_text())
+    (a / "text_encoder/config.json").write_text(json.dumps(config | dict(transformers_version="4.21", torch_dtype="float32")))
+    (tmp_path / "B/text_encoder/config.json").write_text(json.dumps(config | dict(transformers_version="4.38")))
+    (a / "model_index.json").write_text(json.dumps(dict(safety_checker=["x", "Y"], feature_extractor=["x", "Z"], unet=["diffusers", "U"])))
+    done = command("--base", a, "--tuned", tmp_path / "B", "--weights", 0.5, "--out", tmp_path / "E")
+    assert done.returncode == 0, done.stderr
+    assert load_file(tmp_path / "E/text_encoder/model.safetensors").keys() == text.state_dict().keys()
+    assert all(torch.equal(v, vae.state_dict()[k]) for k, v in load_file(tmp_path / "E/vae/diffusion_pytorch_model.safetensors").items())
+    index = json.loads((tmp_path / "E/model_index.json").read_text())
+    assert index["safety_checker"] == index["feature_extractor"] == [None, None] and index["unet"] == ["diffusers", "U"]
+
+
+def test_a_folder_that_points_to_its_base_still_does(tmp_path):
+    done = command("--base", ROOT / "assets/tiny-mtu", "--tuned", ROOT / "assets/tiny-mtu", "--weights", 1, "--out", tmp_path / "x/E")
+    assert done.returncode == 0, done.stderr
+    from sample import load_model
+    a, b = load_model(tmp_path / "x/E"), load_model(ROOT / "assets/tiny-mtu")
+    assert all(torch.equal(a.unet.state_dict()[k], v) for k, v in b.unet.state_dict().items()) and a.tasks == b.tasks
 
 
 def other_network(folder):
@@ -195,7 +238,9 @@ def other_network(folder):
 @pytest.mark.parametrize("prepare, weights, words", [
     (other_network, [1], "attention_head_dim"), (lambda f: None, [1, 2], "2 weights for 1"),
     (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut"), [1], "header"),
-    (lambda f: (f.parent / "E").mkdir(), [1], "exists")])
+    (lambda f: (f.parent / "E").mkdir(), [1], "exists"),
+    (lambda f: (f.parent / "A/unet/diffusion_pytorch_model.safetensors").rename(f.parent / "A/unet/diffusion_pytorch_model.bin"), [1], ".bin"),
+    (lambda f: [shutil.rmtree(f.parent / "A" / part) for part in ("unet", "vae")], [1], "nothing to merge")])
 def test_a_mistake_is_one_line_and_nothing_is_written(folders, prepare, weights, words):
     prepare(folders / "B")
     files = sorted(folders.rglob("*"))
@@ -209,6 +254,7 @@ def test_a_missing_copy_is_named(folders):
     assert done.returncode == 2 and "nowhere" in done.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_number_of_models(tmp_path):
     """80 MB a file, four of them: at most 1.5 files above what loading the libraries takes."""
     size = 80
@@ -219,9 +265,10 @@ def test_memory_does_not_grow_with_the_number_of_models(tmp_path):
             (tmp_path / name / file).write_text("{}")
 
     def peak(*args):
-        code = f"import sys, resource, merge\nsys.argv = ['merge.py', *{list(map(str, args))!r}]\n" + (
-            "merge.main()\n" if args else "") + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        code = f"import sys, merge\nsys.argv = ['merge.py', *{list(map(str, args))!r}]\n" + (
+            "merge.main()\n" if args else "") + "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         return int(done.stdout.split()[-1]) / 1024
     used = peak("--base", tmp_path / "A", "--tuned", *[tmp_path / n for n in "BCDE"], "--weights", 1, 2, 3, 4, "--out", tmp_path / "X") - peak()
     assert used < 1.5 * size, used

@@ -128,12 +128,23 @@ def test_a_hub_id_is_downloaded_part_by_part(sdxl, tmp_path, monkeypatch):
     assert a.tobytes() == b.tobytes()
 
 
+def test_a_model_on_the_hub_that_points_to_its_base_keeps_its_own_unet(tmp_path, monkeypatch):
+    import huggingface_hub
+    folders = {"owner/mtu": ASSETS / "tiny-mtu", "owner/tiny": ASSETS / "tiny"}
+    shutil.copytree(ASSETS / "tiny-mtu", tmp_path / "mtu")
+    index = json.loads((tmp_path / "mtu/model_index.json").read_text())
+    (tmp_path / "mtu/model_index.json").write_text(json.dumps(index | {"base": "owner/tiny"}))
+    folders["owner/mtu"] = tmp_path / "mtu"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **patterns: folders[name])
+    assert load_model("owner/mtu").tasks == ["t2i", "edit", "sr", "inpaint"]
+
+
 def test_an_ensemble_gives_each_step_to_the_copy_of_its_range(tiny):
     called = []
 
     class Copy:
         def __init__(self, name):
-            self.name, self.unet = name, self
+            self.name = name
 
         def __call__(self, z, t, *args, **kwargs):
             called.append((self.name, int(t[0])))
@@ -176,7 +187,7 @@ def test_sdxl_is_upcycled_trained_exported_and_opened_by_diffusers(sdxl, tmp_pat
 def test_an_exported_task_draws_the_same_in_diffusers(mtu, tmp_path, task):
     import diffusers
     done = run("sample.py", "--export", task, "--export-to", tmp_path / "x")
-    assert done.returncode == 0 and "tiny-mtu" in (tmp_path / "x" / "README.md").read_text(), done.stderr
+    assert done.returncode == 0 and "from `../tiny`" in (tmp_path / "x" / "README.md").read_text(), done.stderr
     prompts, images = example(task)
     pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "x"))
     text, image = load_model(tmp_path / "x").guidance.get(task, (1.0, 1.0))

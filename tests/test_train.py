@@ -260,7 +260,9 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
     (["--batch-size", "6"], "--batch-size"), (["--data", "nowhere"], "metadata.jsonl"), (["--num-experts", "7"], "evenly"),
     (["--device", "nonsense"], "nonsense"), (["--task", "edit,edit"], "twice"), (["--eval-size", "0"], "--eval-size"),
     (["--task", "t2i", "--t-range", "500", "1200"], "500 1200"), (["--task", "t2i", "--t-range", "5", "5"], "5 5"),
-    (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"), (["--consistency", "-1"], "consistency")])
+    (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"),
+    (["--t-range", "0", "500"], "train that first"), (["--task", "t2i", "--model", "scratch", "--t-range", "0", "500"], "scratch trains the base"),
+    (["--consistency", "-1"], "consistency")])
 def test_a_mistake_is_one_line_and_exit_2(tmp_path, arguments, words):
     done = run(tmp_path / "run", "--steps", 1, *arguments, check=False)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
