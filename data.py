@@ -57,6 +57,40 @@ def latents(rule, mean, logvar, scaling_factor, noise=None):
     return z * scaling_factor if rule.scaled else z
 
 
+class Encoder:
+    """A training batch's pictures to latents with a frozen VAE. Small data sets repeat their pictures: what was encoded before is kept, up to a limit."""
+
+    def __init__(self, vae, limit=256 * 2 ** 20):
+        self.vae, self.kept, self.limit = vae, {}, limit
+
+    @torch.no_grad()
+    def moments(self, pictures, device, together=4):
+        """Always `together` at a time, so that a picture's latent does not depend on what else is kept: fp32 sums differ with the shape."""
+        keys = [hash(p.numpy().tobytes()) for p in pictures]
+        new = {key: p for key, p in zip(keys, pictures) if key not in self.kept}
+        encoded = {}
+        for i in range(0, len(new), together):
+            some = list(new.items())[i:i + together]
+            some += some[-1:] * (together - len(some))
+            mean, logvar = self.vae.encode(torch.stack([p for _, p in some]).to(device))
+            encoded.update(zip([key for key, _ in some], torch.stack([mean, logvar], dim=1).float().cpu()))  # (2, 4, h, w) each
+        out = torch.stack([encoded[k] if k in encoded else self.kept[k] for k in keys]).to(device)
+        if len(self.kept) * out[0].nbytes < self.limit:
+            self.kept.update(encoded)
+        return out[:, 0], out[:, 1]
+
+    def __call__(self, batch, device):
+        """-> x0 (B, 4, h, w), source (B, 4, h, w) with zeros where a sample has none or it was dropped, or None where no sample has one"""
+        scale = self.vae.config["scaling_factor"]
+        x0 = latents(TARGET, *self.moments(batch["target"], device), scale, batch["sample_noise"].to(device))
+        rows = [i for i, s in enumerate(batch["source"]) if s is not None]
+        if not rows:
+            return x0, None
+        source = torch.zeros_like(x0)
+        source[rows] = latents(SOURCE, *self.moments([batch["source"][i] for i in rows], device), scale)
+        return x0, source * batch["keep"].to(device)[:, None, None, None]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Emoji: two styles of the same 1,911 pictures plus skin-tone variants, 64 x 64 on white
 

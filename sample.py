@@ -338,6 +338,18 @@ def grid(pictures, columns):
     return sheet
 
 
+def sample_grid(model, datasets, columns, seed, path):
+    """Held-out examples, a row of sources, of samples and of targets per task."""
+    rows = []
+    for task, dataset in datasets.items():
+        chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
+        sources = [to_pil(e["source"]) for e in chosen] if "source" in chosen[0] else None
+        samples = generate(model, task, [e["prompt"] for e in chosen], sources, seed=seed)
+        rows += (sources or []) + samples + [to_pil(e["target"]) for e in chosen]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(rows, columns).save(path)
+
+
 def save_png(picture, path, arguments):
     """The picture with the run's arguments in its metadata."""
     info = PngInfo()

@@ -28,10 +28,10 @@ import clip
 import data
 import merge
 import moe
-from data import ASSETS, SOURCE, TARGET, TASKS, latents
+from data import ASSETS, TASKS, Encoder
 from diffusion import UncertaintyWeight
 from routing import MODES, add_routing
-from sample import Model, compiled, generate, grid, load_model, pick_device, pipeline_index
+from sample import Model, compiled, load_model, pick_device, pipeline_index, sample_grid
 from unet import CONFIGS, UNet, UserError, command, write_file, write_json
 from vae import VAE
 
@@ -68,9 +68,10 @@ def get_args():
     p.add_argument("--alpha", type=float, default=4.0, help="of --routing: the window moves with t to this power (the paper: 4)")
     p.add_argument("--beta", type=float, default=0.8, help="of --routing: share of channels that a timestep sees (the paper: 0.8)")
     p.add_argument("--t-range", type=int, nargs=2, metavar=("START", "END"), help="DeMe: tune for timesteps START <= t < END. Default: all alike")
-    p.add_argument("--p-global", type=float, default=0.3, help="of --t-range: share of samples from all timesteps (the official code: 0.3)")
-    p.add_argument("--consistency", type=float, default=1.0, help="of --t-range: weight of staying near the pretrained output (the paper: 1)")
-    p.add_argument("--projection", action="store_true", help="of --t-range: channel projections after convolutions, folded on saving")
+    p.add_argument("--decouple", type=int, metavar="N", help="DeMe as a whole: N ranges, a copy for each, weights searched, merged; --out runs/deme")
+    p.add_argument("--p-global", type=float, default=0.3, help="of both: share of samples from all timesteps (the official code: 0.3)")
+    p.add_argument("--consistency", type=float, default=1.0, help="of both: weight of staying near the pretrained output (the paper: 1)")
+    p.add_argument("--projection", action="store_true", help="of both: channel projections after convolutions, folded on saving")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
@@ -156,40 +157,6 @@ class Denoiser(nn.Module):
         losses = self.diffusion.loss(model, x0, t, noise)
         weighted = losses * self.diffusion.weight(t, self.loss_weight) if self.uncertainty is None else self.uncertainty(losses, t)
         return losses, weighted if len(out) == 1 else weighted + self.consistency * merge.consistency_loss(*out)  # DeMe Eq. 5
-
-
-class Encoder:
-    """Pictures to latents with the frozen VAE. Small data sets repeat their pictures: what was encoded before is kept, up to a limit."""
-
-    def __init__(self, vae, limit=256 * 2 ** 20):
-        self.vae, self.kept, self.limit = vae, {}, limit
-
-    @torch.no_grad()
-    def moments(self, pictures, device, together=4):
-        """Always `together` at a time, so that a picture's latent does not depend on what else is kept: fp32 sums differ with the shape."""
-        keys = [hash(p.numpy().tobytes()) for p in pictures]
-        new = {key: p for key, p in zip(keys, pictures) if key not in self.kept}
-        encoded = {}
-        for i in range(0, len(new), together):
-            some = list(new.items())[i:i + together]
-            some += some[-1:] * (together - len(some))
-            mean, logvar = self.vae.encode(torch.stack([p for _, p in some]).to(device))
-            encoded.update(zip([key for key, _ in some], torch.stack([mean, logvar], dim=1).float().cpu()))  # (2, 4, h, w) each
-        out = torch.stack([encoded[k] if k in encoded else self.kept[k] for k in keys]).to(device)
-        if len(self.kept) * out[0].nbytes < self.limit:
-            self.kept.update(encoded)
-        return out[:, 0], out[:, 1]
-
-    def __call__(self, batch, device):
-        """-> x0 (B, 4, h, w), source (B, 4, h, w) with zeros where a sample has none or it was dropped, or None where no sample has one"""
-        scale = self.vae.config["scaling_factor"]
-        x0 = latents(TARGET, *self.moments(batch["target"], device), scale, batch["sample_noise"].to(device))
-        rows = [i for i, s in enumerate(batch["source"]) if s is not None]
-        if not rows:
-            return x0, None
-        source = torch.zeros_like(x0)
-        source[rows] = latents(SOURCE, *self.moments([batch["source"][i] for i in rows], device), scale)
-        return x0, source * batch["keep"].to(device)[:, None, None, None]
 
 
 def build_model(args, tasks):
@@ -300,26 +267,63 @@ def per_sample_loss(denoiser, encode, model, batch, device):
 
 
 @torch.no_grad()
-def held_out_loss(denoiser, encode, model, examples, batch_size, device):
-    """Mean loss per task on fixed examples, timesteps and noise."""
-    losses = {}
-    for i in range(0, len(examples), batch_size):
-        batch = collate(examples[i:i + batch_size])
-        for task, loss in zip(batch["task"], per_sample_loss(denoiser, encode, model, batch, device)[0].tolist()):
-            losses.setdefault(task, []).append(loss)
-    return {task: float(np.mean(values)) for task, values in losses.items()}
+def held_out_losses(denoiser, encode, model, examples, batch_size, device):
+    """The loss of each of the fixed examples, which have their timesteps and noise: (M,)"""
+    batches = [collate(examples[i:i + batch_size]) for i in range(0, len(examples), batch_size)]
+    return np.array([loss for batch in batches for loss in per_sample_loss(denoiser, encode, model, batch, device)[0].tolist()])
 
 
-def sample_grid(model, datasets, columns, seed, path):
-    """Held-out examples, a row of sources, of samples and of targets per task."""
-    rows = []
-    for task, dataset in datasets.items():
-        chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
-        sources = [data.to_pil(e["source"]) for e in chosen] if "source" in chosen[0] else None
-        samples = generate(model, task, [e["prompt"] for e in chosen], sources, seed=seed)
-        rows += (sources or []) + samples + [data.to_pil(e["target"]) for e in chosen]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid(rows, columns).save(path)
+def mean_by_task(examples, losses):
+    tasks = np.array([example["task"] for example in examples])
+    return {task: float(losses[tasks == task].mean()) for task in dict.fromkeys(tasks.tolist())}
+
+
+def open_data(args, model, tasks):
+    """-> the training examples, the held-out data sets per task, fixed examples of these."""
+    if not args.data and model.native_size != 64:
+        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
+    train, held_out = ({task: data.Folder(args.data, task, split, model.native_size) if args.data else data.builtin(task, split)
+                        for task in tasks} for split in ("train", "heldout"))
+    u = model.unet.config
+    examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (u["out_channels"], u["sample_size"], u["sample_size"]),
+                        args.t_range, args.p_global)
+    return examples, held_out, list(examples.held_out(held_out, args.eval_size))
+
+
+def decouple(args, device, rank, world):
+    """DeMe as a whole: one copy a timestep range (each a run of its own, which resumes), the weights of Eq. 8 searched on one half of the
+    held-out examples, the merged model, and a table of losses on the other half."""
+    out, N, tasks = Path(args.out or "runs/deme"), args.decouple, list(TASKS) if args.task == "all" else args.task.split(",")
+    if args.t_range or args.model == "scratch" or args.eval_size < 2 * N:
+        raise UserError(f"--decouple makes the ranges itself, of a pretrained --model, and needs --eval-size {2 * N} or more")
+    model = load_model(args.model, device=device)
+    T, ranges, copies = model.diffusion.T, merge.timestep_ranges(model.diffusion.T, N), [out / f"range-{i}" for i in range(N)]
+    for t_range, folder in zip(ranges, copies):
+        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), device, rank, world)
+    if rank > 0:
+        return
+    fixed = open_data(args, model, tasks)[2]
+    part, searched = np.array([e["t"] for e in fixed]) * N // T, np.arange(len(fixed)) // len(tasks) % 2 == 0
+    denoiser, encode = Denoiser(model.unet, None, model.diffusion.to(device)), Encoder(model.vae)
+    base = {key: value.cpu().clone() for key, value in model.unet.state_dict().items()}
+    vectors = [merge.task_vector(base, load_model(folder).unet.state_dict()) for folder in copies]
+
+    def losses(weights):
+        model.unet.load_state_dict(merge.merge(base, vectors, list(weights)))
+        return held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
+
+    rows = {"before": losses([0] * N)} | {f"copy {i}": losses(np.eye(N)[i]) for i in range(N)}
+    rows["ensemble (Eq. 7)"] = np.choose(part, [rows[f"copy {i}"] for i in range(N)])
+    rows["merged, 1/N each"] = losses([1 / N] * N)
+    weights, _ = merge.search_weights(lambda w: losses(w)[searched].mean(), N)
+    rows["merged, searched"] = losses(weights)
+    replace(model, index=load_model(copies[0]).index).save(out / "merged")
+    table = {name: [row[~searched & (part == i)].mean() for i in range(N)] + [row[~searched].mean()] for name, row in rows.items()}
+    write_json(out / "merge.json", dict(ranges=ranges, weights=weights, losses=table))
+    print(" " * 20 + "".join(f"{f'{a}..{b - 1}':>12}" for a, b in ranges) + f"{'all':>12}")
+    for name, row in table.items():
+        print(f"{name:<20}" + "".join(f"{value:>12.4f}" for value in row))
+    print(f"weights {weights}; saved in {out / 'merged'}. Next: python sample.py --task {tasks[0]} --model {out / 'merged'}")
 
 
 def main():
@@ -330,6 +334,13 @@ def main():
     device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    (decouple if args.decouple is not None else train)(args, device, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def train(args, device, rank, world):
+    """One run, resumed if it was begun."""
     print0 = tqdm.write if rank == 0 else lambda *_: None
 
     # What is asked
@@ -381,17 +392,7 @@ def main():
     # Data
     if args.loss_weight == "v" and model.scheduler.get("prediction_type") == "v_prediction":
         raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} predicts v already")
-    if not args.data and model.native_size != 64:
-        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
-
-    def dataset(task, split):
-        return data.Folder(args.data, task, split, model.native_size) if args.data else data.builtin(task, split)
-
-    latent_shape = (model.unet.config["out_channels"], *[model.unet.config["sample_size"]] * 2)
-    examples = Examples({task: dataset(task, "train") for task in tasks}, args.batch_size, args.seed, model.diffusion.T, latent_shape,
-                        args.t_range, args.p_global)
-    held_out = {task: dataset(task, "heldout") for task in tasks}
-    fixed = list(examples.held_out(held_out, args.eval_size))
+    examples, held_out, fixed = open_data(args, model, tasks)
 
     # Resume
     out, start, before = Path(args.out), 0, None
@@ -418,12 +419,12 @@ def main():
         forget_after(out / "log.jsonl", start)
     if start >= args.steps:
         print0(f"{out} is finished ({start} steps); to train on from it: --model {out} with another --out")
-    before = before or held_out_loss(denoiser, encode, model, fixed, args.batch_size, device)
+    before = before or mean_by_task(fixed, held_out_losses(denoiser, encode, model, fixed, args.batch_size, device))
 
     # The loop
     run = denoiser
     if world > 1:
-        run = nn.parallel.DistributedDataParallel(denoiser, device_ids=[local_rank] if device.type == "cuda" else None)
+        run = nn.parallel.DistributedDataParallel(denoiser, device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None)
     run = compiled(run, device) if args.compile else run
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     first = rank * per_rank
@@ -486,14 +487,12 @@ def main():
                 sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
 
     with averaged(params, ema):
-        after = held_out_loss(denoiser, encode, model, fixed, args.batch_size, device)
+        after = mean_by_task(fixed, held_out_losses(denoiser, encode, model, fixed, args.batch_size, device))
     print0("held-out loss      before    after")
     for task in tasks:
         print0(f"{task:<16}{before[task]:>9.4f}{after[task]:>9.4f}")
     print0(f"saved in {out} (samples in {out / 'samples'}). "
            f"Next: python sample.py --task {'edit' if 'edit' in tasks else tasks[0]} --model {out}")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

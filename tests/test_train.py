@@ -92,7 +92,7 @@ def test_steps_after_the_checkpoint_leave_the_log(tmp_path):
 def test_a_latent_does_not_depend_on_what_else_is_kept():
     dataset, vae = data.builtin("t2i", "train"), load_model(ASSETS / "tiny").vae
     pictures = [dataset[i]["target"] for i in range(0, 40, 2)]
-    fresh, warm = train.Encoder(vae), train.Encoder(vae)
+    fresh, warm = data.Encoder(vae), data.Encoder(vae)
     for n in (3, 7):
         warm.moments(pictures[n:n + 2], "cpu")
     assert all(torch.equal(a, b) for a, b in zip(fresh.moments(pictures, "cpu"), warm.moments(pictures, "cpu")))
@@ -204,6 +204,23 @@ def test_a_range_is_trained_and_saved_without_projections(tmp_path):
     assert load_model(tmp_path / "a").tasks == ["t2i"]
 
 
+def test_deme_as_a_whole(tmp_path):
+    """Copies, search, table and merged model from one command; again, it trains nothing anew."""
+    options = ["--task", "t2i", "--decouple", 2, "--steps", 2, "--eval-size", 8, "--lr", 1e-3, "--projection"]
+    done = run(tmp_path / "deme", *options)
+    told = json.loads((tmp_path / "deme/merge.json").read_text())
+    assert told["ranges"] == [[0, 500], [500, 1000]] and len(told["weights"]) == 2 and "ensemble (Eq. 7)" in done.stdout
+    losses = told["losses"]
+    assert losses["ensemble (Eq. 7)"][:2] == [losses["copy 0"][0], losses["copy 1"][1]]
+    copies = [weights(tmp_path / f"deme/range-{i}") for i in range(2)]
+    base, merged = weights(ASSETS / "tiny"), weights(tmp_path / "deme/merged")
+    for key in ("conv_in.weight", "mid_block.resnets.0.conv2.bias"):
+        expected = base[key].float() + sum(w * (c[key] - base[key].float()) for w, c in zip(told["weights"], copies))
+        assert torch.allclose(merged[key], expected, atol=1e-6) and not torch.equal(copies[0][key], copies[1][key])
+    assert "finished" in run(tmp_path / "deme", *options).stdout and json.loads((tmp_path / "deme/merge.json").read_text()) == told
+    assert load_model(tmp_path / "deme/merged").tasks == ["t2i"]
+
+
 def test_learned_loss_weights_train_and_resume(tmp_path):
     run(tmp_path / "a", "--task", "all", "--steps", 4, "--loss-weight", "uw")
     a = load_file(tmp_path / "a" / "state" / "state.safetensors")["param/uncertainty.s"]
@@ -215,7 +232,7 @@ def test_encoding_follows_the_tasks_rules():
     vae = load_model(ASSETS / "tiny").vae
     pictures = [data.builtin("edit", "heldout")[i]["source"] for i in (0, 5)]
     batch = dict(target=torch.stack(pictures), source=[None, pictures[0]], sample_noise=torch.randn(2, 4, 16, 16), keep=torch.tensor([1.0, 1.0]))
-    encode = train.Encoder(vae)
+    encode = data.Encoder(vae)
     x0, source = encode(batch, "cpu")
     again = encode(batch, "cpu")  # from what was kept
     mean, logvar = vae.encode(torch.stack(pictures))
@@ -261,7 +278,8 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
     (["--device", "nonsense"], "nonsense"), (["--task", "edit,edit"], "twice"), (["--eval-size", "0"], "--eval-size"),
     (["--task", "t2i", "--t-range", "500", "1200"], "500 1200"), (["--task", "t2i", "--t-range", "5", "5"], "5 5"),
     (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"),
-    (["--t-range", "0", "500"], "train that first"), (["--task", "t2i", "--model", "scratch", "--t-range", "0", "500"], "scratch trains the base"),
+    (["--t-range", "0", "500"], "train that first"), (["--decouple", "0"], "timestep ranges"), (["--decouple", "40"], "--eval-size 80"),
+    (["--decouple", "2", "--model", "scratch"], "pretrained"), (["--task", "t2i", "--model", "scratch", "--t-range", "0", "500"], "scratch trains the base"),
     (["--consistency", "-1"], "consistency")])
 def test_a_mistake_is_one_line_and_exit_2(tmp_path, arguments, words):
     done = run(tmp_path / "run", "--steps", 1, *arguments, check=False)
