@@ -292,6 +292,7 @@ def export(model, task, folder, base):
     if upcycled:
         how = f"upcycled from `{base}` to {', '.join(model.tasks)} (MTU, arXiv 2503.11905); its experts are folded into plain weights"
     given, scales = ", image=picture" if source else "", index.get("_guidance", {}).get(task, "the defaults")
+    code = f"from diffusers import {name}\npipe = {name}.from_pretrained(\"{folder.name}\")\n"
     about, licence = ("", "") if base is None else (f"base_model: {base}\n", f" The licence is that of `{base}`.")
     card = f"""---
 {about}library_name: diffusers
@@ -300,9 +301,7 @@ pipeline_tag: {"image-to-image" if source else "text-to-image"}
 The task `{task}` of a model {how}.{licence}
 
 ```python
-from diffusers import {name}
-pipe = {name}.from_pretrained("{folder.name}")
-picture = pipe("{EXAMPLES.get(task, ("", ""))[1]}"{given}).images[0]
+{code}picture = pipe("{EXAMPLES.get(task, ("", ""))[1]}"{given}).images[0]
 ```
 
 Text and image guidance: {scales}. In the project that trained it: `python sample.py --task {task} --model {folder.name}`.

@@ -432,7 +432,7 @@ def weight_files(folder):
                 with blaming(index):
                     return sorted({Path(folder) / name for name in read_json(index)["weight_map"].values()})
     raise UserError(f"no weights in {folder}: looked for {' and '.join(f'{n}.safetensors' for n in WEIGHTS)}, whole or sharded; "
-                    "pickled .bin files are not opened: let diffusers' save_pretrained write safetensors once")
+                    ".bin files, which run code when opened, are not: let diffusers' save_pretrained write safetensors once")
 
 
 def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):

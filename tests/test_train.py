@@ -14,6 +14,7 @@ import train
 from conftest import ROOT
 from data import ASSETS, TASKS
 from sample import load_model
+from unet import command
 
 QUICK = ["--batch-size", "8", "--eval-size", "2", "--sample-every", "0", "--save-every", "2", "--log-every", "1", "--warmup", "1"]
 
@@ -281,7 +282,10 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
     (["--t-range", "0", "500"], "train that first"), (["--decouple", "0"], "timestep ranges"), (["--decouple", "40"], "--eval-size 80"),
     (["--decouple", "2", "--model", "scratch"], "pretrained"), (["--task", "t2i", "--model", "scratch", "--t-range", "0", "500"], "scratch trains the base"),
     (["--consistency", "-1"], "consistency")])
-def test_a_mistake_is_one_line_and_exit_2(tmp_path, arguments, words):
-    done = run(tmp_path / "run", "--steps", 1, *arguments, check=False)
-    assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_a_mistake_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, "--out", str(tmp_path / "run"), "--steps", "1", *arguments])
+    with pytest.raises(SystemExit) as end:
+        command(train.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and words in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
