@@ -6,6 +6,7 @@
 
 An example is a dict: prompt (str), target (3, H, W) and, for image-to-image tasks, source (3, H, W), floats in [-1, 1].
 """
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -58,7 +59,7 @@ def latents(rule, mean, logvar, scaling_factor, noise=None):
 
 
 class Encoder:
-    """A training batch's pictures to latents with a frozen VAE. Small data sets repeat their pictures: what was encoded before is kept, up to a limit."""
+    """A training batch's pictures to latents with a frozen VAE. Small data sets repeat their pictures: what was encoded is kept, up to a limit."""
 
     def __init__(self, vae, limit=256 * 2 ** 20):
         self.vae, self.kept, self.limit = vae, {}, limit
@@ -205,7 +206,7 @@ class Builtin(torch.utils.data.Dataset):
     """builtin(task, split)[i]; `get(i, rng)` draws the random parts (words, places, degradation) anew, [i] draws them from i."""
 
     def __init__(self, task, split):
-        self.task, self.rows = task, [e for e in Sheet.load() if held_out(e.concept) == (split == "heldout")]
+        self.task, self.split, self.rows = task, split, _rows(split)
         self.items = getattr(self, f"_{task}_items")()
 
     def __len__(self):
@@ -220,7 +221,10 @@ class Builtin(torch.utils.data.Dataset):
     # t2i: caption -> picture
 
     def _t2i_items(self):
-        self.changes = self._edit_items()
+        self.changes = _changes(self.split)
+        return self._pictures()
+
+    def _pictures(self):
         return [(e, style) for e in self.rows for style in STYLES]
 
     def _t2i(self, item, rng):
@@ -247,20 +251,7 @@ class Builtin(torch.utils.data.Dataset):
     # edit: skin tone, gender, colour
 
     def _edit_items(self):
-        items, groups = [], {}
-        for e in self.rows:
-            tones = [t for t in e.cells if t in TONES]
-            items += [Change("tone", TONES[a], TONES[b], e.name, e.cells[a], e.cells[b], s)
-                      for a in tones for b in tones if a != b for s in STYLES]
-            groups.setdefault(e.concept, []).append(e)
-        for group in groups.values():
-            for kind, word in (("gender", "person"), ("colour", "colour")):
-                named = [e for e in group if getattr(e, word)]
-                if len({getattr(e, word) for e in named}) < len(named):  # ambiguous, as couples are
-                    continue
-                items += [Change(kind, getattr(a, word), getattr(b, word), a.name, a.cells[t], b.cells[t], s)
-                          for a in named for b in named if a is not b for t in a.cells if t in b.cells for s in STYLES]
-        return [change for change in items if not Sheet.same(change.style, change.source, change.target)]
+        return _changes(self.split)
 
     def _edit(self, change, rng):
         source, target = (to_tensor(on_white(Sheet.picture(change.style, cell))) for cell in (change.source, change.target))
@@ -269,7 +260,7 @@ class Builtin(torch.utils.data.Dataset):
     # sr: degraded -> clean
 
     def _sr_items(self):
-        return [(e, style) for e in self.rows for style in STYLES]
+        return self._pictures()
 
     def _sr(self, item, rng):
         e, style = item
@@ -279,7 +270,7 @@ class Builtin(torch.utils.data.Dataset):
     # inpaint: two objects on one canvas, remove one
 
     def _inpaint_items(self):
-        return [(e, style) for e in self.rows for style in STYLES]
+        return self._pictures()
 
     def _inpaint(self, item, rng):
         e, style = item
@@ -293,6 +284,28 @@ class Builtin(torch.utils.data.Dataset):
         while other.concept == e.concept:
             other = self.rows[rng.integers(len(self.rows))]
         return other
+
+
+def _rows(split):
+    return [e for e in Sheet.load() if held_out(e.concept) == (split == "heldout")]
+
+
+@functools.lru_cache
+def _changes(split):
+    """Every pair that an instruction of WORDS tells; both edit and t2i draw from it."""
+    items, groups = [], {}
+    for e in _rows(split):
+        tones = [t for t in e.cells if t in TONES]
+        items += [Change("tone", TONES[a], TONES[b], e.name, e.cells[a], e.cells[b], s) for a in tones for b in tones if a != b for s in STYLES]
+        groups.setdefault(e.concept, []).append(e)
+    for group in groups.values():
+        for kind, word in (("gender", "person"), ("colour", "colour")):
+            named = [e for e in group if getattr(e, word)]
+            if len({getattr(e, word) for e in named}) < len(named):  # ambiguous, as couples are
+                continue
+            items += [Change(kind, getattr(a, word), getattr(b, word), a.name, a.cells[t], b.cells[t], s)
+                      for a in named for b in named if a is not b for t in a.cells if t in b.cells for s in STYLES]
+    return [change for change in items if not Sheet.same(change.style, change.source, change.target)]
 
 
 def _places(rng):

@@ -26,8 +26,8 @@ from safetensors import safe_open
 
 from unet import UserError, command, fetch, read_json, weight_files, write_file, write_json
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", "tokenizer", "tokenizer_2", "scheduler")
 WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", *WITHOUT_WEIGHTS)
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
          "F8_E4M3": 1, "F8_E5M2": 1}  # bytes, by safetensors' names
 # keys of a config.json that say nothing of the weights' meaning
@@ -213,32 +213,34 @@ def merge_folders(base, tuned, weights, out):
     if len(weights) != len(tuned):
         raise UserError(f"{len(weights)} weights for {len(tuned)} models: give as many")
 
-    def parts(path):
-        root, index = fetch(path, ""), read_json(fetch(path, "") / "model_index.json")
-        return [part for part in PARTS if ((root / part).is_dir() if Path(path).is_dir() else (index.get(part) or [None])[0])]
+    def read_index(path):
+        root = fetch(path, "")
+        index = read_json(root / "model_index.json")
+        return index, [part for part in PARTS if ((root / part).is_dir() if Path(path).is_dir() else (index.get(part) or [None])[0])]
 
-    if not parts(base):
+    (index, parts), theirs = read_index(base), [read_index(path)[1] for path in tuned]
+    if not parts:
         raise UserError(f"{base} holds none of {', '.join(PARTS)}: there is nothing to merge")
-    index = read_json(fetch(base, "") / "model_index.json")
     for part in ("safety_checker", "feature_extractor", "image_encoder"):
-        if part in index and part not in parts(base):  # not copied, so that nobody looks for it
+        if part in index and part not in parts:  # not copied, so that nobody looks for it
             index |= {part: [None, None]} | ({"requires_safety_checker": False} if part == "safety_checker" else {})
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + ".part-"))
     try:
         if "base" in index and (Path(base) / index["base"]).exists():  # where the other parts are, as seen from the new place
             index["base"] = os.path.relpath(Path(base) / index["base"], out)
-        for part in parts(base):
-            folder, others = fetch(base, part), [fetch(path, part) if part in parts(path) else fetch(base, part) for path in tuned]
+        for part in parts:
+            folder = fetch(base, part)
+            others = [fetch(path, part) if part in own else folder for path, own in zip(tuned, theirs)]
             shutil.copytree(folder, beside / part, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", "*.part"))
             if part in WITHOUT_WEIGHTS:
                 continue
             name = ("model" if weight_files(folder)[0].name.startswith("model") else "diffusion_pytorch_model") + ".safetensors"
             config = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_") and k not in NOT_THE_NETWORK}
             for other in others:
-                theirs = read_json(other / "config.json")
-                if differ := [k for k in config if k in theirs and theirs[k] != config[k]]:
-                    raise UserError(f"{other} and {folder} are different networks: {differ[0]} = {theirs[differ[0]]!r} and {config[differ[0]]!r}")
+                told = read_json(other / "config.json")
+                if differ := [k for k in config if k in told and told[k] != config[k]]:
+                    raise UserError(f"{other} and {folder} are different networks: {differ[0]} = {told[differ[0]]!r} and {config[differ[0]]!r}")
             write_file(beside / part / name, lambda path: merge_files(folder, others, weights, path, spelling(part)))
         write_json(beside / "model_index.json", index)
         beside.chmod(0o755)

@@ -71,6 +71,12 @@ class Model:
         return self.index.get("guidance") or self.index.get("_guidance") or {}
 
     @property
+    def texts(self):
+        """Tokenizer and encoder, once or, for SDXL, twice."""
+        pairs = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
+        return [pair for pair in pairs if pair[1] is not None]
+
+    @property
     def parts(self):
         """Folder -> what is saved there, without the U-Net."""
         parts = dict(vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, text_encoder_2=self.text_encoder_2,
@@ -78,7 +84,7 @@ class Model:
         return {name: part for name, part in parts.items() if part is not None}
 
     def to(self, device):
-        for module in (self.unet, self.vae, self.text_encoder, self.text_encoder_2 or self.text_encoder):
+        for module in (self.unet, self.vae, *[encoder for _, encoder in self.texts]):
             module.to(device)
         return self
 
@@ -90,8 +96,7 @@ class Model:
         force_zeros_for_empty_prompt, in training as in drawing.
         """
         device = self.text_encoder.text_model.final_layer_norm.weight.device
-        states = [encoder(tokenizer(prompts).to(device)) for tokenizer, encoder in (
-            (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)) if encoder is not None]
+        states = [encoder(tokenizer(prompts).to(device)) for tokenizer, encoder in self.texts]
         if len(states) == 1:
             return states[0][0], None
         context, pooled = torch.cat([penultimate for _, penultimate, _ in states], dim=-1), states[1][2]
@@ -163,7 +168,7 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
                   CLIPText.from_pretrained(place("text_encoder_2"), "text_encoder_2", dtype) if xl else None,
                   Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2") if xl else None)
     u, T = unet.config, model.diffusion.T
-    texts = [(model.tokenizer, model.text_encoder)] + [(model.tokenizer_2, model.text_encoder_2)] * xl
+    texts = model.texts
     pooled = model.text_encoder_2.width if xl else 0
     for fits, parts in (
             (u["sample_size"] is not None, "the U-Net's sample_size, which is null"),
@@ -263,7 +268,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
 def pipeline_index(model):
     """The model_index.json with which diffusers opens a model that is not upcycled: the class of the whole and of each part."""
     xl = "XL" if model.text_encoder_2 else ""
-    edits = "InstructPix2Pix" if model.unet.config["in_channels"] > model.unet.config["out_channels"] else ""
+    edits = "" if model.tasks == ["t2i"] else "InstructPix2Pix"
     index = {"_guidance": model.guidance} if model.guidance else {}
     index |= dict(_class_name=f"StableDiffusion{xl}{edits}Pipeline", _diffusers_version="0.30.0", vae=["diffusers", "AutoencoderKL"],
                  unet=["diffusers", "UNet2DConditionModel"], tokenizer=["transformers", "CLIPTokenizer"],
@@ -284,9 +289,9 @@ def export(model, task, folder, base):
         raise UserError("a routed model masks channels at every timestep, which no other program does: it cannot be exported")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; choose another --export-to")
-    unet = moe.fold(model.unet, task) if upcycled else model.unet
-    index, base = pipeline_index(replace(model, unet=unet)), Path(base).name if base and Path(base).exists() else base
-    name, source = index["_class_name"], unet.config["in_channels"] > unet.config["out_channels"]
+    plain = replace(model, unet=moe.fold(model.unet, task)) if upcycled else model
+    index, base = pipeline_index(plain), Path(base).name if base and Path(base).exists() else base
+    name, source = index["_class_name"], plain.tasks != ["t2i"]
     index["_guidance"] = {task: scales for name, scales in model.guidance.items() if name == task}
     how = "trained" if base is None else f"trained from `{base}`"
     if upcycled:
@@ -309,7 +314,7 @@ Text and image guidance: {scales}. In the project that trained it: `python sampl
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".part-"))
     try:  # all of it or nothing
-        replace(model, unet=unet, index=index).save(beside)
+        replace(plain, index=index).save(beside)
         write_file(beside / "README.md", lambda path: path.write_text(card))
         beside.chmod(0o755)
         beside.replace(folder)

@@ -290,23 +290,24 @@ def open_data(args, model, tasks):
     return examples, held_out, list(examples.held_out(held_out, args.eval_size))
 
 
-def decouple(args, device, rank, world):
+def decouple(args, tasks, device, rank, world):
     """DeMe as a whole: one copy a timestep range (each a run of its own, which resumes), the weights of Eq. 8 searched on one half of the
     held-out examples, the merged model, and a table of losses on the other half."""
-    out, N, tasks = Path(args.out or "runs/deme"), args.decouple, list(TASKS) if args.task == "all" else args.task.split(",")
+    out, N = Path(args.out or "runs/deme"), args.decouple
     if args.t_range or args.model == "scratch" or args.eval_size < 2 * N:
         raise UserError(f"--decouple makes the ranges itself, of a pretrained --model, and needs --eval-size {2 * N} or more")
     model = load_model(args.model, device=device)
     T, ranges, copies = model.diffusion.T, merge.timestep_ranges(model.diffusion.T, N), [out / f"range-{i}" for i in range(N)]
     for t_range, folder in zip(ranges, copies):
-        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), device, rank, world)
+        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world)
     if rank > 0:
         return
     fixed = open_data(args, model, tasks)[2]
     part, searched = np.array([e["t"] for e in fixed]) * N // T, np.arange(len(fixed)) // len(tasks) % 2 == 0
     denoiser, encode = Denoiser(model.unet, None, model.diffusion.to(device)), Encoder(model.vae)
     base = {key: value.cpu().clone() for key, value in model.unet.state_dict().items()}
-    vectors = [merge.task_vector(base, load_model(folder).unet.state_dict()) for folder in copies]
+    tuned = [load_model(folder) for folder in copies]
+    vectors = [merge.task_vector(base, one.unet.state_dict()) for one in tuned]
 
     def losses(weights):
         model.unet.load_state_dict(merge.merge(base, vectors, list(weights)))
@@ -317,7 +318,7 @@ def decouple(args, device, rank, world):
     rows["merged, 1/N each"] = losses([1 / N] * N)
     weights, _ = merge.search_weights(lambda w: losses(w)[searched].mean(), N)
     rows["merged, searched"] = losses(weights)
-    replace(model, index=load_model(copies[0]).index).save(out / "merged")
+    replace(model, index=tuned[0].index).save(out / "merged")
     table = {name: [row[~searched & (part == i)].mean() for i in range(N)] + [row[~searched].mean()] for name, row in rows.items()}
     write_json(out / "merge.json", dict(ranges=ranges, weights=weights, losses=table))
     print(" " * 20 + "".join(f"{f'{a}..{b - 1}':>12}" for a, b in ranges) + f"{'all':>12}")
@@ -334,19 +335,19 @@ def main():
     device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    (decouple if args.decouple is not None else train)(args, device, rank, world)
+    tasks = list(TASKS) if args.task == "all" else args.task.split(",")
+    if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
+        raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(TASKS)}, or all")
+    (decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
 
 
-def train(args, device, rank, world):
+def train(args, tasks, device, rank, world):
     """One run, resumed if it was begun."""
     print0 = tqdm.write if rank == 0 else lambda *_: None
 
     # What is asked
-    tasks = list(TASKS) if args.task == "all" else args.task.split(",")
-    if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
-        raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(TASKS)}, or all")
     for name in ("steps", "batch_size", "device_batch_size", "save_every", "log_every", "eval_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
