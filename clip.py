@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from unet import UserError, blaming, fetch, load_weights, read_json, save_weights, write_file
+from folders import UserError, blaming, fetch, load_weights, read_json, save_weights, write_file
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")

@@ -1,6 +1,6 @@
 """Tasks and pictures: what each task's input is, the built-in emoji data, and a plain folder reader.
 
-    TASKS      one row a task (MTU, arXiv 2503.11905, section 6.1): the source's scaling, the prompt, dropout, guidance
+    TASKS      one row a task: the source's scaling, the prompt, dropout, guidance; ALL: MTU's four (arXiv 2503.11905, section 6.1)
     builtin    (task, split) -> a dataset over 1,911 emoji in two drawing styles; whole concepts are held out
     Folder     images + metadata.jsonl, for your own pictures
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-from unet import UserError
+from folders import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -47,7 +47,9 @@ TASKS = {
     "edit":    Task(SOURCE, "an instruction",                (0.05, 0.05, 0.05), 7.5, 1.6),
     "sr":      Task(SOURCE, "empty",                         (0.00, 0.00, 0.00), 1.0, 1.0),
     "inpaint": Task(SOURCE, '"remove the <object>", no mask', (0.05, 0.05, 0.05), 4.0, 1.5),
+    "uncond":  Task(None,   "empty",                         (0.00, 0.00, 0.00), 1.0, 1.0),  # not MTU's: pixels, for DDPM's and ADM's U-Nets
 }
+ALL = ("t2i", "edit", "sr", "inpaint")
 
 SDXL_GUIDANCE = {"t2i": (5.0, 1.0), "edit": (10.0, 1.5), "sr": (1.0, 1.0), "inpaint": (4.0, 1.5)}  # the paper's, text and image scale
 
@@ -205,8 +207,8 @@ def to_pil(image):
 class Builtin(torch.utils.data.Dataset):
     """builtin(task, split)[i]; `get(i, rng)` draws the random parts (words, places, degradation) anew, [i] draws them from i."""
 
-    def __init__(self, task, split):
-        self.task, self.split, self.rows = task, split, _rows(split)
+    def __init__(self, task, split, size=64):
+        self.task, self.split, self.size, self.rows = task, split, size, _rows(split)
         self.items = getattr(self, f"_{task}_items")()
 
     def __len__(self):
@@ -247,6 +249,16 @@ class Builtin(torch.utils.data.Dataset):
                         target=to_tensor(on_white(Sheet.picture(change.style, change.target))))
         tone = _tone(e, rng)
         return dict(prompt=caption(e, tone, style), target=to_tensor(on_white(Sheet.picture(style, e.cells[tone]))))
+
+    # uncond: pictures of any size
+
+    def _uncond_items(self):
+        return self._pictures()
+
+    def _uncond(self, item, rng):
+        e, style = item
+        picture = on_white(Sheet.picture(style, e.cells[_tone(e, rng)]))
+        return dict(prompt="", target=to_tensor(picture.resize((self.size, self.size), Image.LANCZOS)))
 
     # edit: skin tone, gender, colour
 
@@ -349,13 +361,13 @@ def caption(e, tone, style):
     return f"{e.name}{tones}, {style} style"
 
 
-def builtin(task, split):
-    """The built-in data set of a task; split is "train" or "heldout"."""
+def builtin(task, split, size=64):
+    """The built-in data set of a task; split is "train" or "heldout". size: of uncond's pictures, the others are 64 x 64."""
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
     if split not in ("train", "heldout"):
         raise UserError(f"unknown split {split!r}; use train or heldout")
-    return Builtin(task, split)
+    return Builtin(task, split, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +395,7 @@ class Folder(torch.utils.data.Dataset):
 
         {"file_name": "target.jpg", "text": "a caption or an instruction", "source_file_name": "source.jpg"}
 
-    text is absent for sr; source_file_name is for edit and inpaint (sr makes its own). Pictures are cropped to a centred square and
+    text is absent for sr and uncond; source_file_name is for edit and inpaint (sr makes its own). Pictures are cropped to a centred square and
     resized to size x size pixels. Lines with "split": "heldout" are held out; where no line has a split, one file name in ten is.
     """
 
@@ -406,7 +418,7 @@ class Folder(torch.utils.data.Dataset):
                 str(row).encode()  # half a surrogate pair is no text
             except ValueError as error:
                 raise UserError(f"{path} line {number} is not JSON ({error})") from None
-            wanted = ["file_name"] + ["text"] * (task != "sr") + ["source_file_name"] * (task in ("edit", "inpaint"))
+            wanted = ["file_name"] + ["text"] * (TASKS[task].prompt != "empty") + ["source_file_name"] * (task in ("edit", "inpaint"))
             if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in wanted):
                 raise UserError(f"{path} line {number}: {task} needs {', '.join(wanted)}, as text")
             if row.get("split", "train") not in ("train", "heldout"):
@@ -439,4 +451,4 @@ class Folder(torch.utils.data.Dataset):
             example["source"] = to_tensor(degrade(target, rng))
         elif TASKS[self.task].source:
             example["source"] = to_tensor(self._picture(row["source_file_name"]))
-        return dict(prompt="" if self.task == "sr" else row["text"], target=to_tensor(target), **example)
+        return dict(prompt="" if TASKS[self.task].prompt == "empty" else row["text"], target=to_tensor(target), **example)

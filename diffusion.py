@@ -3,6 +3,7 @@
     DDPM    Ho et al. 2020, arXiv 2006.11239             DDIM    Song et al. 2020, arXiv 2010.02502
     Euler   Karras et al. 2022, arXiv 2206.00364         DPM++   Lu et al. 2022, arXiv 2211.01095
     v       Salimans and Ho 2022, arXiv 2202.00512       guidance with an image    InstructPix2Pix, arXiv 2211.09800
+    variance that is learned         improved DDPM, Nichol and Dhariwal 2021, arXiv 2102.09672
     MTU     the multi-task loss, here per sample: the sum over tasks of its Eq. 2 belongs to whoever mixes the tasks
 
 Timesteps run over 0..T-1 as in diffusers: alpha_bar[0] is the level after the first noising step, and no index means "clean".
@@ -16,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from unet import UserError, blaming
+from folders import UserError, blaming
 
 # diffusers' DDIMScheduler; Stable Diffusion's own file overrides nearly all of it, so build from the model's config
 DEFAULTS = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
@@ -30,7 +31,8 @@ CLASSES = {"DDIMScheduler": ({}, "ddim"), "DDPMScheduler": ({}, "ddpm"), "PNDMSc
 CHOICES = dict(beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"), prediction_type=("epsilon", "v_prediction"),
                timestep_spacing=("leading", "linspace", "trailing"), thresholding=(False,), use_karras_sigmas=(False, True),
                use_exponential_sigmas=(False,), use_beta_sigmas=(False,), interpolation_type=("linear",), timestep_type=("discrete",),
-               variance_type=("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None), final_sigmas_type=("zero",),
+               variance_type=("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range", None),
+               final_sigmas_type=("zero",),
                sigma_min=(None,), sigma_max=(None,), solver_order=(2,), algorithm_type=("dpmsolver++",), solver_type=("midpoint",),
                lambda_min_clipped=(-math.inf, "-Infinity"), use_lu_lambdas=(False,), use_flow_sigmas=(False,), use_dynamic_shifting=(False,))
 # PNDM's warm-up; numbers of thresholding and of flows; DPM++'s last step, which is of first order anyway when it ends at sigma = 0
@@ -119,8 +121,33 @@ class Diffusion:
         The target is eps, as in the paper, or v. `model(x_t, t)` closes over its conditions. MTU prints the norm without the square; the
         square is meant, as in DDPM.
         """
-        prediction = model(self.add_noise(x0, noise, t), t)
+        prediction = model(self.add_noise(x0, noise, t), t)[:, :x0.shape[1]]  # a second half of the channels tells the variance
         return (self.target(x0, noise, t) - prediction.float()).square().flatten(1).mean(1)
+
+    def variance_loss(self, prediction, x0, x_t, t):
+        """What trains the second half of prediction's 2 C channels, v in [-1, 1]: one term of the variational bound (improved DDPM Eqs. 4 to 6)
+        in bits per dimension, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of 8-bit pixels -> (B,).
+
+        No gradient reaches the first half. Times T it estimates L_vlb; L_hybrid = loss + 0.001 L_vlb (Eq. 16).
+        """
+        a = self.alpha_bar.to(t.device)
+        a_prev = torch.cat([torch.ones_like(a[:1]), a[:-1]])
+        predicted, v = prediction.float().chunk(2, dim=1)
+        signal, sigma = self._signal_noise(t, x0)
+        x0_hat, _ = self.solved(predicted.detach(), x_t, signal, sigma)
+        at, before = (y[t].view(-1, 1, 1, 1) for y in (a, a_prev))
+        beta = 1 - at / before
+        late = t.clamp(min=1)  # at t = 0 the posterior's variance is zero: that of t = 1 bounds from below, as in the official code
+        low = ((1 - a[late] / a_prev[late]) * (1 - a_prev[late]) / (1 - a[late])).log().view(-1, 1, 1, 1)
+        log_var = learned_variance(v, low, beta.log())
+        gap = before.sqrt() * beta / (1 - at) * (x0 - x0_hat)  # of the means, DDPM Eq. 7
+        kl = 0.5 * (log_var - low - 1 + torch.exp(low - log_var) + gap ** 2 * torch.exp(-log_var))
+        # a pixel is 2 / 255 wide, those at the ends reach to infinity (DDPM Eq. 13)
+        upper, lower = ((gap + end) * torch.exp(-0.5 * log_var) for end in (1 / 255, -1 / 255))
+        ndtr, inside = torch.special.ndtr, x0.abs() < 0.999
+        p = torch.where(inside, ndtr(upper) - ndtr(lower), torch.where(x0 < 0, ndtr(upper), ndtr(-lower)))
+        bits = torch.where((t == 0).view(-1, 1, 1, 1), -p.clamp(min=1e-12).log(), kl) / math.log(2)
+        return bits.flatten(1).mean(1)
 
     def weight(self, t, kind="none"):
         """What multiplies the loss of samples at t (B,) -> (B,), snr = alpha_bar / (1 - alpha_bar). On the loss of predicted noise:
@@ -150,6 +177,7 @@ class Diffusion:
 
     def solved(self, prediction, x_t, signal, sigma):
         """x_t = signal x0 + sigma eps and the prediction of eps or of v = signal eps - sigma x0 -> x0, eps."""
+        prediction = prediction[:, :x_t.shape[1]]
         if self.config["prediction_type"] == "epsilon":
             return (x_t - sigma * prediction) / signal, prediction  # DDIM Eq. 9
         return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t  # Salimans and Ho, appendix D
@@ -170,6 +198,12 @@ class Diffusion:
         if out[0] >= self.T:
             raise UserError(f"steps = {steps} with steps_offset = {offset} asks for timestep {out[0]} of 0..{self.T - 1}; take fewer steps")
         return out
+
+
+def learned_variance(v, low, high):
+    """v in [-1, 1] and the logarithms of the smallest and the largest variance -> the variance's logarithm (improved DDPM Eq. 15)."""
+    share = (v + 1) / 2
+    return share * high + (1 - share) * low
 
 
 class UncertaintyWeight(torch.nn.Module):
@@ -231,17 +265,20 @@ def ddim(diffusion, model, x, steps=50, eta=0.0, start=0, generators=None, callb
 
 @torch.no_grad()
 def ddpm(diffusion, model, x, steps=50, start=0, generators=None, callback=None):
-    """DDPM's ancestral sampling (Algorithm 2), as `ddim`. The variance is the posterior's, or beta where the config says fixed_large; the
-    last step adds no noise (diffusers does, with fixed_large, where it starts above t = 0)."""
+    """DDPM's ancestral sampling (Algorithm 2), as `ddim`. The variance is the posterior's, beta where the config says fixed_large, what the
+    second half of the model's channels tells where it says learned_range; the last step adds no noise (diffusers does, with fixed_large, where
+    it starts above t = 0)."""
     visited = diffusion.timesteps(steps) + [-1]
     for i, (t, prev) in enumerate(zip(visited[start:], visited[start + 1:])):
         batch_t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
-        x0, _ = diffusion.to_x0_eps(model(x, batch_t), x, batch_t)
+        prediction = model(x, batch_t)
+        x0, _ = diffusion.to_x0_eps(prediction, x, batch_t)
         a, a_prev = diffusion.alpha_bar[t], diffusion.alpha_bar[prev] if prev >= 0 else torch.ones_like(diffusion.alpha_bar[0])
         beta = 1 - a / a_prev
+        var, kind, C = beta * (1 - a_prev) / (1 - a), str(diffusion.config["variance_type"]), x.shape[1]
         x = a_prev.sqrt() * beta / (1 - a) * x0 + (a / a_prev).sqrt() * (1 - a_prev) / (1 - a) * x  # DDPM Eq. 7
         if prev >= 0:
-            var = beta if "large" in str(diffusion.config["variance_type"]) else beta * (1 - a_prev) / (1 - a)
+            var = beta if "large" in kind else learned_variance(prediction[:, C:], var.log(), beta.log()).exp() if "learned" in kind else var
             x = x + var.sqrt() * randn(x.shape, generators, x.device)
         if callback is not None:
             callback(i, t, x, x0)

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 
-from unet import UserError, command, fetch, read_json, weight_files, write_file, write_json
+from folders import UserError, command, fetch, new_folder, read_json, weight_files, write_file, write_json
 
 WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", *WITHOUT_WEIGHTS)
@@ -224,9 +223,7 @@ def merge_folders(base, tuned, weights, out):
     for part in ("safety_checker", "feature_extractor", "image_encoder"):
         if part in index and part not in parts:  # not copied, so that nobody looks for it
             index |= {part: [None, None]} | ({"requires_safety_checker": False} if part == "safety_checker" else {})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + ".part-"))
-    try:
+    with new_folder(out) as beside:
         if "base" in index and (Path(base) / index["base"]).exists():  # where the other parts are, as seen from the new place
             index["base"] = os.path.relpath(Path(base) / index["base"], out)
         for part in parts:
@@ -243,10 +240,6 @@ def merge_folders(base, tuned, weights, out):
                     raise UserError(f"{other} and {folder} are different networks: {differ[0]} = {told[differ[0]]!r} and {config[differ[0]]!r}")
             write_file(beside / part / name, lambda path: merge_files(folder, others, weights, path, spelling(part)))
         write_json(beside / "model_index.json", index)
-        beside.chmod(0o755)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def main():

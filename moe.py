@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import CONFIGS, BasicTransformerBlock, UNet, UserError, blaming, command, fetch, load_weights, read_json
+from folders import UserError, blaming, command, fetch, load_weights, read_json
+from unet import CONFIGS, BasicTransformerBlock, UNet
 
 TASKS = ("t2i", "edit", "sr", "inpaint")  # data.TASKS' names; a method does not import the data
 
@@ -130,6 +131,9 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
     config, latent = unet.config, unet.config["out_channels"]
     if "moe" in config:
         raise UserError(f"this U-Net is upcycled already, to {', '.join(config['moe']['tasks'])}; add_task adds another")
+    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
+    if not blocks:
+        raise UserError("this U-Net has no feed-forward networks to cut experts from; MTU upcycles Stable Diffusion's")
     width = 1 / max(num_experts, 1) if expert_width is None else expert_width
     k = num_experts if top_k is None else top_k
     if (num_experts < 1 or not 0 < width < math.inf or init not in ("preserve", "literal") or not 1 <= k <= num_experts
@@ -141,7 +145,6 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
     channels = {task: (in_channels or {}).get(task, latent if task == "t2i" else 2 * latent) for task in tasks}
     if min(channels.values()) < latent:
         raise UserError(f"in_channels={channels}: a task has at least the {latent} channels of the noisy latent")
-    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
     for inner in {block.ff.net[2].in_features for block in blocks}:
         copies = width * num_experts
         if not math.isclose(inner * width, round(inner * width)) or (init == "preserve" and not math.isclose(copies, round(copies))):

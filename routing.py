@@ -6,8 +6,9 @@
 Near timesteps share most channels, distant ones few: a prior on which denoising tasks are alike, without a parameter. t is the original
 timestep, 0..T-1, also where sampling visits only some. The control R-TR draws the C_b channels of each timestep and block at random.
 
-The paper's networks are DiT and ADM. In Stable Diffusion's U-Net each residual block is treated as ADM's and each transformer block as
-DiT's: the mask meets what enters the update, the skip path stays whole, each mask is built for its block's own width.
+The paper's networks are DiT and ADM (adm.py; its attention, a residual block as well, is masked alike, which the paper does not say). In Stable
+Diffusion's U-Net each residual block is treated as ADM's and each transformer block as DiT's: the mask meets what enters the update, the skip
+path stays whole, each mask is built for its block's own width.
 
     python routing.py                      draws both masks (timestep x channel) and prints how much timesteps share
 
@@ -16,7 +17,9 @@ Letters: B batch, L positions, C channels, T timesteps.
 import torch
 import torch.nn as nn
 
-from unet import BasicTransformerBlock, ResnetBlock2D, UserError, command
+from folders import UserError, command
+from unet import BasicTransformerBlock, ResnetBlock2D
+from vae import Attention
 
 MODES = ("dtr", "random")
 
@@ -64,12 +67,27 @@ class RoutedResnetBlock2D(ResnetBlock2D):
         return self.skip(x) + self.update(m * x, cond)
 
 
+class RoutedAttention(Attention):
+    """ADM's attention: out = x + update(m * x)"""
+
+    def forward(self, x, cond):                                                 # (B, C, H, W)
+        m = self.mask(cond.t).to(x.dtype)[:, :, None, None]
+        return x + self.update(m * x)
+
+
 class RoutedTransformerBlock(BasicTransformerBlock):
     """r = m * x, then r = r + update(r) for each update in turn, out = r + (1 - m) * x: x plus the updates, the first of which sees m * x."""
 
     def forward(self, x, cond):                                                 # (B, L, C)
         m = self.mask(cond.t).to(x.dtype)[:, None]
         return super().forward(m * x, cond) + (1 - m) * x
+
+
+ROUTED = {  # class of a block -> its routed class, the width of its input
+    ResnetBlock2D: (RoutedResnetBlock2D, lambda block: block.norm1.num_channels),
+    Attention: (RoutedAttention, lambda block: block.group_norm.num_channels),
+    BasicTransformerBlock: (RoutedTransformerBlock, lambda block: block.norm1.normalized_shape[0]),
+}
 
 
 def add_routing(unet, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0):
@@ -83,14 +101,12 @@ def add_routing(unet, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0):
         raise UserError(f"cannot route with alpha={alpha}, beta={beta}, mode={mode!r}, num_steps={num_steps}: "
                         f"alpha above 0, beta in (0, 1], mode {' or '.join(MODES)}, at least 2 timesteps")
     device = unet.conv_out.weight.device
-    blocks = [m for m in unet.modules() if isinstance(m, (ResnetBlock2D, BasicTransformerBlock))]
-    masks = [Mask((m.norm1.num_channels if isinstance(m, ResnetBlock2D) else m.norm1.normalized_shape[0]), i, alpha, beta, mode, num_steps, seed)
-             for i, m in enumerate(blocks)]
-    for block, mask in zip(blocks, masks):
-        block.__class__ = RoutedResnetBlock2D if isinstance(block, ResnetBlock2D) else RoutedTransformerBlock
-        block.mask = mask.to(device)
+    blocks = [(m, kind) for m in unet.modules() for kind in ROUTED if isinstance(m, kind)]
+    masks = [Mask(ROUTED[kind][1](m), i, alpha, beta, mode, num_steps, seed) for i, (m, kind) in enumerate(blocks)]
+    for (block, kind), mask in zip(blocks, masks):
+        block.__class__, block.mask = ROUTED[kind][0], mask.to(device)
     unet.config["routing"] = dict(alpha=alpha, beta=beta, mode=mode, num_steps=num_steps, seed=seed)
-    unet.config.setdefault("_class_name", "RoutedUNet")  # so that no other loader opens the folder and draws wrong pictures
+    unet.config.setdefault("_class_name", f"Routed{type(unet).__name__}")  # so that no other loader opens the folder and draws wrong pictures
     return unet
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,28 +21,32 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import moe
+from adm import UNet2D
 from clip import CLIPText, Tokenizer
 from data import ASSETS, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
+from folders import UserError, blaming, command, fetch, new_folder, read_json, write_file, write_json
 from routing import add_routing
-from unet import UNet, UserError, blaming, command, fetch, read_json, write_file, write_json
-from vae import VAE
+from unet import UNet
+from vae import VAE, Pixels
 
 EXAMPLES = {  # what a task draws when nothing is given
     "t2i": (None, "red apple, google style"),
     "edit": ("edit.png", "give it dark skin"),
     "sr": ("sr.png", ""),
     "inpaint": ("inpaint.png", "remove the thumbs up sign on the left"),
+    "uncond": (None, ""),
 }
+PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "RoutedPipeline2D")
 
 
 @dataclass
 class Model:
-    """Everything that drawing needs. index is the folder's model_index.json."""
+    """Everything that drawing needs. index is the folder's model_index.json. A UNet2D has neither autoencoder nor text."""
     unet: UNet
-    vae: VAE
-    text_encoder: CLIPText
-    tokenizer: Tokenizer
+    vae: VAE | Pixels
+    text_encoder: CLIPText | None
+    tokenizer: Tokenizer | None
     scheduler: dict
     index: dict
     text_encoder_2: CLIPText | None = None   # SDXL
@@ -59,6 +62,8 @@ class Model:
         image-to-image tasks, it does not say."""
         if "moe" in self.unet.config:
             return self.unet.config["moe"]["tasks"]
+        if isinstance(self.unet, UNet2D):
+            return ["uncond"]
         return ["t2i"] if self.unet.config["in_channels"] == self.unet.config["out_channels"] else ["edit", "sr", "inpaint"]
 
     @property
@@ -81,7 +86,7 @@ class Model:
         """Folder -> what is saved there, without the U-Net."""
         parts = dict(vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, text_encoder_2=self.text_encoder_2,
                      tokenizer_2=self.tokenizer_2)
-        return {name: part for name, part in parts.items() if part is not None}
+        return {name: part for name, part in parts.items() if part is not None and not isinstance(part, Pixels)}
 
     def to(self, device):
         for module in (self.unet, self.vae, *[encoder for _, encoder in self.texts]):
@@ -90,11 +95,13 @@ class Model:
 
     @torch.no_grad()
     def encode_text(self, prompts):
-        """list of B strings -> context (B, S, D), pooled (B, P) or None.
+        """list of B strings -> context (B, S, D), pooled (B, P) or None; None and None without a text encoder.
 
         SDXL reads both encoders' penultimate states side by side and the second's pooled state; "" is all zeros where the folder says
         force_zeros_for_empty_prompt, in training as in drawing.
         """
+        if not self.texts:
+            return None, None
         device = self.text_encoder.text_model.final_layer_norm.weight.device
         states = [encoder(tokenizer(prompts).to(device)) for tokenizer, encoder in self.texts]
         if len(states) == 1:
@@ -149,8 +156,11 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
                     raise
         return base
 
+    device = torch.device(device)
+    if index.get("_class_name") in PIXEL_PIPELINES:
+        return load_pixels(path_or_hub_id, index, dtype or torch.float32).to(device)
     config = read_json(fetch(place("unet"), "unet") / "config.json")
-    device, routing = torch.device(device), config.pop("routing", None)
+    routing = config.pop("routing", None)
     if dtype is None:
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                 device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -189,6 +199,32 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     return model.to(device)
 
 
+def load_pixels(path_or_hub_id, index, dtype=torch.float32):
+    """load_model for a U-Net without text, on pixels. Its parts may lie beside model_index.json, as google/ddpm-cifar10-32's do."""
+    try:
+        inside, folder = "unet", fetch(path_or_hub_id, "unet")
+    except UserError:
+        inside, folder = "", fetch(path_or_hub_id, "")
+    config = read_json(folder / "config.json")
+    routing = config.pop("routing", None)
+    config["_class_name"] = config.get("_class_name", "").replace("RoutedUNet2D", "UNet2DModel")
+    unet = UNet2D.from_pretrained(path_or_hub_id, inside, config, dtype).eval()
+    if routing:
+        with blaming(f'{path_or_hub_id}: unet/config.json, "routing"'):
+            add_routing(unet, **routing)
+    scheduler = read_json(fetch(path_or_hub_id, "scheduler" if inside else "") / "scheduler_config.json")
+    model, c = Model(unet, Pixels(unet.config["sample_size"]), None, None, scheduler, index), unet.config
+    learned = scheduler.get("variance_type") == "learned_range"
+    for fits, parts in ((c["sample_size"] is not None, "sample_size, which is null"),
+                        (c["in_channels"] == 3, f"in_channels = {c['in_channels']}: 3 are"),
+                        (c["out_channels"] == 3 * (1 + learned), f"out_channels = {c['out_channels']}: 3 are, 6 with variance_type learned_range"),
+                        (c["num_class_embeds"] is None, "num_class_embeds: no command gives classes"),
+                        (routing is None or c["routing"]["num_steps"] == model.diffusion.T, "routing for another num_train_timesteps")):
+        if not fits:
+            raise UserError(f"{path_or_hub_id}: cannot draw with the U-Net's {parts}")
+    return model
+
+
 @torch.no_grad()
 def generate(model, task, prompts, images=None, negative_prompt="", guidance=None, image_guidance=None, steps=20, eta=0.0, strength=None,
              height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None):
@@ -225,14 +261,14 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError(f"sampler {sampler}, eta {eta}, guidance rescale {guidance_rescale}: the samplers are {', '.join(SAMPLERS)}; only ddim "
                         "has an eta; the rescale goes from 0 to 1")
     height, width = _size(model, images, height, width)
-    for prompt in (*prompts, negative_prompt):
+    for prompt in (*prompts, negative_prompt) if model.tokenizer else ():
         if dropped := model.tokenizer.dropped(prompt):
             print(f"warning: the prompt is longer than 77 tokens; not seen: {' '.join(dropped)}", file=sys.stderr)
 
     dtype, scale = model.unet.conv_out.weight.dtype, model.vae.config["scaling_factor"]
     side = model.vae.config["sample_size"]  # above twice the autoencoder's own size its memory, not the U-Net's, is the limit: tiles
     tile = side // model.vae.factor // 4 * 4 if max(height, width) > 2 * side else None
-    shape = (B, model.unet.config["out_channels"], height // model.vae.factor, width // model.vae.factor)
+    shape = (B, model.vae.config["latent_channels"], height // model.vae.factor, width // model.vae.factor)
     generators = seeded(range(seed, seed + B))
     x, start, source = randn(shape, generators, device), 0, None
     if images:
@@ -258,7 +294,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         z = z if source is None else torch.cat([z, source.to(dtype)], dim=1)        # (K B, 4 or 8, h, w)
         unet = ensemble[int(t[0]) * len(ensemble) // diffusion.T] if ensemble else model.unet
         out = unet(z, t.repeat(K), context, task=row, added=added)
-        return guide(out.float().view(K, *x.shape), guidance, image_guidance, guidance_rescale)
+        return guide(out.float().unflatten(0, (K, B)), guidance, image_guidance, guidance_rescale)
 
     options = dict(eta=eta) if sampler == "ddim" else {}
     x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators, callback=callback, **options)
@@ -267,12 +303,15 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
 
 def pipeline_index(model):
     """The model_index.json with which diffusers opens a model that is not upcycled: the class of the whole and of each part."""
+    scheduler = ["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")]
+    if isinstance(model.unet, UNet2D):
+        return dict(_class_name="DDPMPipeline", _diffusers_version="0.30.0", unet=["diffusers", "UNet2DModel"], scheduler=scheduler)
     xl = "XL" if model.text_encoder_2 else ""
     edits = "" if model.tasks == ["t2i"] else "InstructPix2Pix"
     index = {"_guidance": model.guidance} if model.guidance else {}
     index |= dict(_class_name=f"StableDiffusion{xl}{edits}Pipeline", _diffusers_version="0.30.0", vae=["diffusers", "AutoencoderKL"],
                  unet=["diffusers", "UNet2DConditionModel"], tokenizer=["transformers", "CLIPTokenizer"],
-                 text_encoder=["transformers", "CLIPTextModel"], scheduler=["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")])
+                 text_encoder=["transformers", "CLIPTextModel"], scheduler=scheduler)
     if xl:
         return index | dict(tokenizer_2=["transformers", "CLIPTokenizer"], text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
                             force_zeros_for_empty_prompt=model.index.get("force_zeros_for_empty_prompt", True))
@@ -285,6 +324,8 @@ def export(model, task, folder, base):
     folder, upcycled = Path(folder), "moe" in model.unet.config
     if task not in model.tasks:
         raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
+    if isinstance(model.unet, UNet2D):
+        raise UserError("a model that draws pixels has nothing to export: its folder is diffusers' own layout")
     if "routing" in model.unet.config:
         raise UserError("a routed model masks channels at every timestep, which no other program does: it cannot be exported")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -311,15 +352,9 @@ The task `{task}` of a model {how}.{licence}
 
 Text and image guidance: {scales}. In the project that trained it: `python sample.py --task {task} --model {folder.name}`.
 """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".part-"))
-    try:  # all of it or nothing
+    with new_folder(folder) as beside:
         replace(plain, index=index).save(beside)
         write_file(beside / "README.md", lambda path: path.write_text(card))
-        beside.chmod(0o755)
-        beside.replace(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _size(model, images, height, width):

@@ -20,20 +20,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+import adm
 import clip
 import data
 import merge
 import moe
-from data import ASSETS, TASKS, Encoder
+from checkpoint import averaged, forget_after, load_state, save_state
+from data import ALL, ASSETS, TASKS, Encoder
 from diffusion import UncertaintyWeight
+from folders import UserError, command, write_json
 from routing import MODES, add_routing
 from sample import Model, compiled, load_model, pick_device, pipeline_index, sample_grid
-from unet import CONFIGS, UNet, UserError, command, write_file, write_json
-from vae import VAE
+from unet import CONFIGS, UNet
+from vae import VAE, Pixels
 
 BINS = 4                       # the loss is logged in this many equal ranges of timesteps
 # From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv 2305.08891; the pictures are mostly white, which
@@ -41,13 +42,17 @@ BINS = 4                       # the loss is logged in this many equal ranges of
 SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
                  clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing", prediction_type="v_prediction",
                  rescale_betas_zero_snr=True)
+# On pixels: DDPM's; ADM's U-Nets learn the variance, as improved DDPM's
+ADM_SCHEDULER = dict(_class_name="DDPMScheduler", beta_start=0.0001, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000,
+                     clip_sample=True, variance_type="learned_range")
 GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.2], "inpaint": [2.0, 1.2]}  # text and image scale that suit the miniature
 
 
 def get_args():
     p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--task", default="all", help=f"all, or one or several of {', '.join(TASKS)}, separated by commas")
-    p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i only)")
+    p.add_argument("--task", default="all", help=f"all ({', '.join(ALL)}), one or several of them, or uncond")
+    p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond)")
+    p.add_argument("--unet", choices=tuple(adm.CONFIGS), default="adm-tiny", help="of --model scratch --task uncond: adm.CONFIGS")
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
     p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
     p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
@@ -64,6 +69,7 @@ def get_args():
     p.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve", help="preserve equals the dense network at step 0")
     p.add_argument("--expert-width", type=float, help="the paper's G, as a share of the FFN's width; default 1/N")
     p.add_argument("--top-k", type=int, help="keep the k largest router weights; default all")
+    p.add_argument("--full", action="store_true", help="train the whole upcycled U-Net (the paper's full fine-tuning), not only the paper's list")
     p.add_argument("--routing", choices=MODES, help="dtr: each timestep sees its window of channels; random: the control. Default: none")
     p.add_argument("--alpha", type=float, default=4.0, help="of --routing: the window moves with t to this power (the paper: 4)")
     p.add_argument("--beta", type=float, default=0.8, help="of --routing: share of channels that a timestep sees (the paper: 0.8)")
@@ -81,6 +87,7 @@ def get_args():
     p.add_argument("--sample-every", type=int, help="steps between sample grids, 0 for none; default: half way and at the end")
     p.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
     p.add_argument("--eval-size", type=int, default=64, help="held-out examples per task for the loss before and after")
+    p.add_argument("--eval-every", type=int, default=0, help="steps between lines of log.jsonl with that loss, also per range of timesteps; 0: none")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args()
 
@@ -156,14 +163,21 @@ class Denoiser(nn.Module):
         out = []
         losses = self.diffusion.loss(model, x0, t, noise)
         weighted = losses * self.diffusion.weight(t, self.loss_weight) if self.uncertainty is None else self.uncertainty(losses, t)
+        if out[0].shape[1] > x0.shape[1]:  # improved DDPM Eq. 16
+            weighted = weighted + 0.001 * self.diffusion.T * self.diffusion.variance_loss(out[0], x0, self.diffusion.add_noise(x0, noise, t), t)
         return losses, weighted if len(out) == 1 else weighted + self.consistency * merge.consistency_loss(*out)  # DeMe Eq. 5
 
 
 def build_model(args, tasks):
     """The model to train and whether its text encoder trains too."""
     if args.model == "scratch":
-        if tasks != ["t2i"] or args.t_range:
-            raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result")
+        if tasks not in (["t2i"], ["uncond"]) or args.t_range:
+            raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result; or uncond")
+        if tasks == ["uncond"]:
+            config = adm.CONFIGS[args.unet] | dict(num_class_embeds=None)
+            scheduler = ADM_SCHEDULER | ({} if config.get("out_channels") == 6 else dict(variance_type="fixed_large"))
+            model = Model(adm.UNet2D(config), Pixels(config["sample_size"]), None, None, scheduler, {})
+            return replace(model, index=pipeline_index(model)), True
         datasets = [data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")]
         prompts = [dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 3)]
         tokenizer = clip.Tokenizer.train(prompts, vocab_size=2048)
@@ -173,7 +187,7 @@ def build_model(args, tasks):
         return replace(model, index=pipeline_index(model) | {"_guidance": {"t2i": GUIDANCE["t2i"]}}), True
     model = load_model(args.model)
     model.index.pop("base", None)  # a run folder is whole
-    upcycles = "moe" not in model.unet.config and tasks != ["t2i"]
+    upcycles = "moe" not in model.unet.config and tasks not in (["t2i"], ["uncond"])
     if args.t_range and (upcycles or args.routing):
         raise UserError("--t-range fine-tunes a model that can do its tasks already: train that first, then --model on it")
     if upcycles:
@@ -182,6 +196,8 @@ def build_model(args, tasks):
         model.index = kept | {"_class_name": "UpcycledPipeline"} | ({"guidance": GUIDANCE} if model.native_size <= 64 else {})
     elif "_class_name" not in model.unet.config:  # an ordinary U-Net; parts that the base's index names besides are not written
         model.index = pipeline_index(model)
+    if args.full:
+        model.unet.requires_grad_(True)
     if unknown := [task for task in tasks if task not in model.tasks]:
         raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows {', '.join(model.tasks)}")
     return model, False
@@ -205,51 +221,6 @@ def lr_factor(step, args):
     return warm * (0.5 * (1 + np.cos(np.pi * step / args.steps)) if args.lr_schedule == "cosine" else 1.0)
 
 
-@contextlib.contextmanager
-def averaged(params, ema):
-    """The weight average in place of the weights."""
-    def swap():
-        for name, p in params.items():
-            p.data, ema[name] = ema[name], p.data
-    swap()
-    yield
-    swap()
-
-
-def save_state(path, params, ema, optimizer, scalars):
-    """One safetensors file: weights, average, Adam's moments; scalars as JSON."""
-    tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"ema/{n}": e for n, e in ema.items()}
-    for name, p in params.items():
-        tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state[p].items()}
-    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
-    write_file(path, lambda beside: save_file(tensors, beside, metadata={"scalars": json.dumps(scalars)}))
-
-
-def load_state(path, params, ema, optimizer, settings):
-    """-> the scalars of the checkpoint; UserError where it was made with other settings or is damaged."""
-    try:
-        with safe_open(path, "pt") as f:
-            scalars, keys = json.loads(f.metadata()["scalars"]), set(f.keys())
-            if changed := [f"--{k.replace('_', '-')} was {scalars['settings'].get(k)!r}, is now {v!r}" for k, v in settings.items()
-                           if scalars["settings"].get(k) != v]:
-                raise UserError(f"{path.parent.parent} was begun with other settings: {'; '.join(changed)}. Give those, or another --out")
-            for name, p in params.items():
-                p.data.copy_(f.get_tensor(f"param/{name}").view_as(p))
-                ema[name].copy_(f.get_tensor(f"ema/{name}").view_as(p))
-                optimizer.state[p] = {k: f.get_tensor(f"adam/{k}/{name}").to("cpu" if k == "step" else p.device)
-                                      for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in keys}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
-    return scalars
-
-
-def forget_after(log, step):
-    """Lines of log.jsonl that steps after the checkpoint wrote: they come again."""
-    if log.exists():
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        write_file(log, lambda beside: beside.write_text("".join(lines)))
-
-
 def total_loss(losses, num_tasks, batch_size):
     """MTU Eq. 2, the sum over tasks of each task's mean loss, from per-sample losses (B,) of the batch or of a part of it; the batch has
     batch_size / num_tasks samples of every task."""
@@ -260,7 +231,7 @@ def per_sample_loss(denoiser, encode, model, batch, device):
     """A collated batch -> its losses and weighted losses (B,)."""
     x0, source = encode(batch, device)
     rows = torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
-    trains, prompts = model.text_encoder.training, batch["prompt"]
+    trains, prompts = model.text_encoder is not None and model.text_encoder.training, batch["prompt"]
     text, pooled = (model.tokenizer(prompts).to(device), None) if trains else model.encode_text(prompts)
     added = model.added(pooled, *[model.native_size] * 2)
     return denoiser(x0, source, text, batch["t"].to(device), batch["noise"].to(device), rows, added)
@@ -278,14 +249,21 @@ def mean_by_task(examples, losses):
     return {task: float(losses[tasks == task].mean()) for task in dict.fromkeys(tasks.tolist())}
 
 
+def mean_by_task_and_t(examples, losses, T):
+    """-> task -> its mean loss in each of BINS ranges of timesteps, None where there is none."""
+    bins = np.array([example["t"] for example in examples]) * BINS // T
+    each = [mean_by_task([e for e, b in zip(examples, bins) if b == i], losses[bins == i]) for i in range(BINS)]
+    return {task: [mean.get(task) for mean in each] for task in dict.fromkeys(e["task"] for e in examples)}
+
+
 def open_data(args, model, tasks):
     """-> the training examples, the held-out data sets per task, fixed examples of these."""
-    if not args.data and model.native_size != 64:
+    if not args.data and model.native_size != 64 and tasks != ["uncond"]:
         raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
-    train, held_out = ({task: data.Folder(args.data, task, split, model.native_size) if args.data else data.builtin(task, split)
+    size, side = model.native_size, model.unet.config["sample_size"]
+    train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else data.builtin(task, split, size)
                         for task in tasks} for split in ("train", "heldout"))
-    u = model.unet.config
-    examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (u["out_channels"], u["sample_size"], u["sample_size"]),
+    examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (model.vae.config["latent_channels"], side, side),
                         args.t_range, args.p_global)
     return examples, held_out, list(examples.held_out(held_out, args.eval_size))
 
@@ -335,9 +313,9 @@ def main():
     device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    tasks = list(TASKS) if args.task == "all" else args.task.split(",")
-    if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
-        raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(TASKS)}, or all")
+    tasks = list(ALL) if args.task == "all" else args.task.split(",")
+    if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks) or "uncond" in tasks[1:] or tasks[0] == "uncond" != args.task:
+        raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(ALL)}, or all; or uncond alone")
     (decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
@@ -355,7 +333,7 @@ def train(args, tasks, device, rank, world):
             or args.warmup < 0 or args.workers < 0 or not 0 <= args.seed < 2 ** 62):
         raise UserError(f"--ema {args.ema} must be in [0, 1), --lr {args.lr} above 0, --weight-decay {args.weight_decay}, --warmup {args.warmup}, "
                         f"--workers {args.workers} and --seed {args.seed} at least 0")
-    args.out = args.out or f"runs/{'tiny' if args.model == 'scratch' else args.task.replace(',', '-')}"
+    args.out = args.out or f"runs/{'tiny' if args.model == 'scratch' and args.task == 't2i' else args.task.replace(',', '-')}"
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     per_rank = args.batch_size // world
     micro = min(args.device_batch_size or per_rank, per_rank)
@@ -374,11 +352,11 @@ def train(args, tasks, device, rank, world):
         model.index["_class_name"] = model.unet.config["_class_name"].replace("UNet", "Pipeline")
     model.to(device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
-    miniature = model.unet.config["sample_size"] <= 16
+    miniature = sum(p.numel() for p in model.unet.parameters()) < 2e7
     args.lr = args.lr or (1e-3 if miniature else 1e-4)
     args.steps = args.steps or (5000 if scratch else 200)
     args.sample_every = max(1, args.steps // 2) if args.sample_every is None else args.sample_every
-    for part in filter(None, [model.vae, model.text_encoder_2] + [model.text_encoder] * (not scratch)):
+    for part in filter(None, [model.vae, model.text_encoder_2, None if scratch else model.text_encoder]):
         part.eval().requires_grad_(False)
     teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
     model.unet = merge.add_projections(model.unet) if args.projection else model.unet
@@ -399,13 +377,14 @@ def train(args, tasks, device, rank, world):
     out, start, before = Path(args.out), 0, None
     state = out / "state" / "state.safetensors"
     settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
-        "out", "device", "device_batch_size", "workers", "compile", "gradient_checkpointing", "save_every", "sample_every", "log_every")}
+        "out", "device", "device_batch_size", "workers", "compile", "gradient_checkpointing", "save_every", "sample_every", "log_every",
+        "eval_every")}
     for key in ("model", "vae", "data"):  # the same folder under another name, or after the checkout moved, is the same
         if settings[key] and Path(settings[key]).exists():
             path = Path(settings[key]).resolve()
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
-    if not scratch:
-        del settings["vae"]
+    for key in ["vae"] * (not scratch) + ["unet"] * (not scratch or tasks != ["uncond"]):
+        del settings[key]
     for key in ["steps"] * (args.lr_schedule == "constant") + ["p_global", "consistency", "projection"] * (args.t_range is None):
         del settings[key]  # a run at constant lr may be made longer
     if state.exists():
@@ -434,6 +413,8 @@ def train(args, tasks, device, rank, world):
     loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                                               persistent_workers=args.workers > 0))
     sums, busy, saved = torch.zeros(len(tasks) * BINS, 2, device=device), 0.0, False
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
     for step in bar:
         began = time.time()
@@ -443,7 +424,7 @@ def train(args, tasks, device, rank, world):
             try:
                 batch = next(loader)
             except UserError as error:  # one from a worker process comes wrapped in its traceback
-                raise UserError(str(error).strip().splitlines()[-1].removeprefix("unet.UserError: ")) from None
+                raise UserError(str(error).strip().splitlines()[-1].removeprefix("folders.UserError: ")) from None
             last = m + micro == per_rank
             with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
                 losses, weighted = per_sample_loss(run, encode, model, batch, device)
@@ -469,11 +450,15 @@ def train(args, tasks, device, rank, world):
             speed = count.sum().item() / busy
             bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
             if rank == 0:
-                out.mkdir(parents=True, exist_ok=True)
                 with open(out / "log.jsonl", "a") as f:
                     f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), grad_norm=norm.item(),
                                             images_per_s=round(speed, 2))) + "\n")
             sums, busy = torch.zeros_like(sums), 0.0
+        if rank == 0 and args.eval_every and done % args.eval_every == 0:
+            with averaged(params, ema), open(out / "log.jsonl", "a") as f:
+                losses = held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
+                f.write(json.dumps(dict(step=done, held_out=mean_by_task(fixed, losses),
+                                        held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T))) + "\n")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             if not all(e.isfinite().all() for e in ema.values()):
                 raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")

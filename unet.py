@@ -3,24 +3,19 @@
 Rombach et al. 2022, arXiv 2112.10752. Parameters and config keys are diffusers': a checkpoint of either loads in the other as it is.
 
 A method attaches by swapping sub-modules. What a block may depend on besides its input travels in `Cond`, per sample, to the call sites
-conv_in, resnet, transformer_block, norm and ff. The last section reads and writes Hugging Face folders, for vae.py and clip.py too.
+conv_in, resnet, transformer_block, norm and ff.
 
 Letters: B batch, C channels, H W latent, L = H W, S text length, D text width, E width of the time embedding.
 """
-import contextlib
-import json
 import math
-import os
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
+
+from folders import UserError, fetch, load_weights, read_json, save_weights
 
 # diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
 DEFAULTS = dict(
@@ -29,12 +24,12 @@ DEFAULTS = dict(
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     block_out_channels=(320, 640, 1280, 1280), transformer_layers_per_block=1, cross_attention_dim=1280, attention_head_dim=8,
     use_linear_projection=False, addition_embed_type=None, addition_time_embed_dim=None, projection_class_embeddings_input_dim=None,
-    upcast_attention=False)  # the last is kept for others to read: attention's softmax runs in fp32 here anyway
+    resnet_time_scale_shift="default", upcast_attention=False)  # the last is kept for others to read: attention's softmax runs in fp32 here anyway
 
 # Keys of diffusers that have one meaning here; another value is refused by name, and so is any other key that is not null.
 FIXED = dict(
     act_fn="silu", center_input_sample=False, downsample_padding=1, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
-    only_cross_attention=False, dropout=0.0, dual_cross_attention=False, resnet_time_scale_shift="default", resnet_skip_time_act=False,
+    only_cross_attention=False, dropout=0.0, dual_cross_attention=False, resnet_skip_time_act=False,
     resnet_out_scale_factor=1.0, time_embedding_type="positional", conv_in_kernel=3, conv_out_kernel=3, attention_type="default",
     class_embeddings_concat=False, addition_embed_type_num_heads=64)
 
@@ -53,10 +48,6 @@ CONFIGS = {
                  up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048,
                  addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
 }
-
-
-class UserError(Exception):
-    """A user's mistake, told in one line. Commands print it and exit with 2."""
 
 
 class Cond(NamedTuple):
@@ -83,22 +74,31 @@ class LayerNorm(nn.LayerNorm):
 
 
 class ResnetBlock2D(nn.Module):
-    def __init__(self, cin, cout, c):
+    """resample: None, or what doubles or halves height and width inside the block (ADM)."""
+
+    def __init__(self, cin, cout, c, resample=None):
         super().__init__()
         groups, eps = c["norm_num_groups"], c["norm_eps"]
+        self.resample, self.scale_shift = resample or nn.Identity(), c["resnet_time_scale_shift"] == "scale_shift"
         self.norm1 = nn.GroupNorm(groups, cin, eps)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.time_emb_proj = nn.Linear(4 * c["block_out_channels"][0], cout)
+        self.time_emb_proj = nn.Linear(4 * c["block_out_channels"][0], cout * (1 + self.scale_shift))
         self.norm2 = nn.GroupNorm(groups, cout, eps)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
     def update(self, x, cond):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(cond.temb))[:, :, None, None]
-        return self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        emb = self.time_emb_proj(F.silu(cond.temb))[:, :, None, None]
+        if self.scale_shift:  # AdaGN: Dhariwal and Nichol 2021, Eq. 5
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        return self.conv2(F.silu(h))
 
     def skip(self, x):
+        x = self.resample(x)
         return x if self.conv_shortcut is None else self.conv_shortcut(x)
 
     def forward(self, x, cond):
@@ -299,6 +299,7 @@ def checked(config):
     for key in ("transformer_layers_per_block", "attention_head_dim"):
         need(len(per_level(c, key)) == len(widths) and all(map(count, per_level(c, key))), key)
     extra = "addition_time_embed_dim", "projection_class_embeddings_input_dim"
+    need(c["resnet_time_scale_shift"] in ("default", "scale_shift"), "resnet_time_scale_shift")
     need(c["addition_embed_type"] is None or c["addition_embed_type"] == "text_time" and all(count(c[key]) for key in extra),
          "addition_embed_type", *extra)
     return c
@@ -377,124 +378,3 @@ class UNet(nn.Module):
     def save_pretrained(self, folder, dtype=None):
         """Writes the unet/ folder itself. dtype: of the file's tensors, default the parameters' own."""
         save_weights(self, folder, {"_class_name": "UNet2DConditionModel", **self.config}, dtype=dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders in the Hugging Face layout, and mistakes of the user's
-
-WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
-
-
-def fetch(path_or_hub_id, subfolder):
-    """A local folder, or a hub id (downloaded, only the files needed; the hub's cache serves offline) -> the folder's `subfolder`."""
-    root, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if not root.is_dir():
-        if root.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise UserError(f"no model folder at {name} (a hub id has the form owner/name)")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-        wanted = [f"{subfolder}/*{end}" for end in (".json", ".txt", ".safetensors")] if subfolder else ["model_index.json"]
-        try:
-            for ignored in (["non_ema", "fp16"], ["non_ema"]):  # the second time, half precision: it may be all there is
-                root = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=[f"{subfolder}/*.{i}.*" for i in ignored]))
-                if not subfolder or any((root / subfolder).glob("*.safetensors")):
-                    break
-        except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise UserError(f"no folder {name} here, nor can it be had from the hub: {str(error).strip().splitlines()[0]}") from None
-    if not (root / subfolder).is_dir():
-        raise UserError(f"{name} has no folder {subfolder}/: it is not a model in the Hugging Face layout")
-    return root / subfolder
-
-
-@contextlib.contextmanager
-def blaming(path):
-    """What goes wrong inside is that file's fault: a user's file may hold anything."""
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{path} does not hold what it should: {type(error).__name__} {error}") from None
-
-
-def read_json(path):
-    try:
-        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'no JSON object'})") from None
-
-
-def weight_files(folder):
-    """The folder's safetensors, whole or sharded, in full precision if there is a choice."""
-    for variant in ("", ".fp16"):
-        for stem in WEIGHTS:
-            if (file := Path(folder) / f"{stem}{variant}.safetensors").is_file():
-                return [file]
-            if (index := Path(folder) / f"{stem}.safetensors.index{variant}.json").is_file():
-                with blaming(index):
-                    return sorted({Path(folder) / name for name in read_json(index)["weight_map"].values()})
-    raise UserError(f"no weights in {folder}: looked for {' and '.join(f'{n}.safetensors' for n in WEIGHTS)}, whole or sharded; "
-                    ".bin files, which run code when opened, are not: let diffusers' save_pretrained write safetensors once")
-
-
-def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
-    """Strictly fill a module that is on the meta device from the folder's safetensors; one copy in memory."""
-    state = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    value = tensors.get_tensor(key)
-                    state[rename(key)] = value.to(dtype) if value.is_floating_point() else value
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); download or save it again") from None
-    state.pop(None, None)  # what `rename` drops
-    wanted = module.state_dict()
-    for problem, keys in (("lacks", sorted(wanted.keys() - state.keys())), ("has an unknown", sorted(state.keys() - wanted.keys())),
-                          ("has another shape or type of", sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape
-                                                                  or wanted[k].is_floating_point() != state[k].is_floating_point()))):
-        if keys:
-            raise UserError(f"{folder} {problem} {keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}: not a {type(module).__name__} of this config")
-    module.load_state_dict(state, assign=True)
-
-
-def write_file(path, write):
-    """write(path), but beside its place, fsynced and renamed: a crash leaves the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    beside.chmod(0o644)
-    with open(beside, "rb+") as f:
-        os.fsync(f.fileno())
-    beside.replace(path)
-
-
-def write_json(path, value):
-    write_file(path, lambda beside: beside.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def save_weights(module, folder, config, name="diffusion_pytorch_model.safetensors", dtype=None):
-    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in module.state_dict().items()}
-    write_file(Path(folder) / name, lambda beside: save_file(state, beside, metadata={"format": "pt"}))
-    write_json(Path(folder) / "config.json", config)
-
-
-def command(main):
-    """Run a command: a user's mistake ends in one line on stderr and exit code 2."""
-    try:
-        main()
-    except (UserError, SafetensorError) as error:
-        message = str(error)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
-                words in str(error) for words in ("not enough memory", "can't allocate memory", "size calculation overflowed")):
-            raise
-        message = "out of memory; take fewer or smaller pictures, and for training a smaller --device-batch-size or --gradient-checkpointing"
-    except OSError as error:  # a full disk, a read-only folder, a file where a folder should be
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    else:
-        return
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)

@@ -7,12 +7,14 @@ Latents leave `encode` unscaled; data.latents is the one place that multiplies b
 
 Letters: B batch, C channels, H W picture, h w latent = H/f W/f.
 """
+import re
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from unet import UserError, blaming, command, fetch, load_weights, read_json, save_weights
+from folders import UserError, blaming, command, fetch, load_weights, read_json, save_weights
 
 DEFAULTS = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1, norm_num_groups=32,
                 act_fn="silu", sample_size=32, scaling_factor=0.18215, force_upcast=True, mid_block_add_attention=True,
@@ -50,22 +52,26 @@ class ResnetBlock2D(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions of the innermost level."""
+    """Self-attention over all positions, with its own norm and skip. One head here; adm.py uses several."""
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels, groups, heads=1, eps=1e-6):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.heads = heads
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
 
-    def forward(self, x):
+    def update(self, x, cond=None):
         B, C, h, w = x.shape
         y = self.group_norm(x).flatten(2).transpose(1, 2)                       # (B, hw, C)
-        q, k, v = (f(y).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))  # (B, 1, hw, C)
-        y = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return x + y.transpose(1, 2).reshape(B, C, h, w)
+        q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))  # (B, heads, hw, C/heads)
+        y = self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).reshape(B, C, h, w)
+
+    def forward(self, x, cond=None):
+        return x + self.update(x)
 
 
 class MidBlock(nn.Module):
@@ -265,10 +271,25 @@ class VAE(nn.Module):
         save_weights(self, folder, {"_class_name": "AutoencoderKL", **self.config}, dtype=dtype)
 
 
+class Pixels(nn.Module):
+    """Stands where a model that draws pixels has no autoencoder: a picture is its own latent."""
+    factor = 1
+
+    def __init__(self, size):
+        super().__init__()
+        self.config = dict(latent_channels=3, scaling_factor=1.0, sample_size=size)
+
+    def encode(self, images, tile=None):
+        return images, torch.full_like(images, -torch.inf)
+
+    def decode(self, z, tile=None):
+        return z
+
+
 def older_attention_names(key):
     """Checkpoints before diffusers 0.17 name the attention's four layers query, key, value, proj_attn."""
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+        key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
     return key
 
 

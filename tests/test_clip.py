@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import clip
 import data
 from data import ASSETS
-from unet import UserError
+from folders import UserError
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import data
-from unet import UserError
+from folders import UserError
 
 
 def test_every_emoji_in_both_styles():

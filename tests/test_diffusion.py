@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion import SAMPLERS, Diffusion, UncertaintyWeight, ddim, guide, partway, randn, seeded
-from unet import UserError
+from folders import UserError
 
 SD = dict(_class_name="PNDMScheduler", _diffusers_version="0.6.0", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
           num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, trained_betas=None, clip_sample=False)
@@ -238,6 +238,63 @@ def test_trajectories_equal_diffusers(sampler, prediction, extra, spacing):
             assert abs(t - t_) < 1e-2, (t, t_)
             # at zero SNR sigma starts at 4096, and diffusers takes differences of numbers of that size in fp32
             assert (x_ - seen).abs().max() <= (1e-5 if extra is not ZERO_SNR else 2e-4) * max(1, seen.abs().max()), t
+
+
+LEARNED = dict(_class_name="DDPMScheduler", variance_type="learned_range", clip_sample=False)
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_a_learned_variance_is_sampled_as_diffusers_does(steps):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler, start, generators = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False), batch(2, 3, 8, 8)[0], seeded([3, 4])
+
+    def model(x, t):  # the second half stays within -1 and 1, mostly
+        return torch.cat([network(x, t), torch.sin(3 * x)], dim=1)
+    scheduler.set_timesteps(steps)
+    x = start
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t.expand(2)), t, x, generator=generators).prev_sample
+    ours = SAMPLERS["ddpm"](Diffusion.from_config(LEARNED), model, start, steps, generators=seeded([3, 4]))
+    assert (ours - x).abs().max() <= 1e-5 * max(1, x.abs().max())
+    plain = SAMPLERS["ddpm"](Diffusion.from_config(LEARNED | dict(variance_type="fixed_small")), network, start, steps, generators=seeded([3, 4]))
+    assert (plain - x).abs().max() > 1e-2
+    for name, sampler in SAMPLERS.items():  # the others read the noise alone
+        if name != "ddpm":
+            d = make()
+            assert torch.equal(sampler(d, model, start, 5, generators=seeded([3, 4])), sampler(d, network, start, 5, generators=seeded([3, 4])))
+
+
+def test_variance_loss_is_the_divergence_of_the_two_gaussians():
+    from torch.distributions import Normal, kl_divergence
+    d = Diffusion.from_config(LEARNED)
+    x0, noise = (y.double() for y in batch(5, 3, 4, 4))
+    x0, t = (0.5 * x0).clamp(-1, 1), torch.tensor([1, 2, 30, 500, 999])
+    eps, v = noise + 0.1 * torch.randn_like(noise), 2 * torch.rand_like(noise) - 1
+    betas = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)
+    a = torch.cumprod(1 - betas, 0)
+    a_prev, at, beta = a[t - 1].view(-1, 1, 1, 1), a[t].view(-1, 1, 1, 1), betas[t].view(-1, 1, 1, 1)
+    x_t = at.sqrt() * x0 + (1 - at).sqrt() * noise
+    posterior = beta * (1 - a_prev) / (1 - at)
+
+    def mean(x):  # DDPM Eq. 7
+        return a_prev.sqrt() * beta / (1 - at) * x + (1 - beta).sqrt() * (1 - a_prev) / (1 - at) * x_t
+    var = beta ** ((v + 1) / 2) * posterior ** ((1 - v) / 2)  # improved DDPM Eq. 15
+    x0_hat = (x_t - (1 - at).sqrt() * eps) / at.sqrt()
+    kl = kl_divergence(Normal(mean(x0), posterior.sqrt()), Normal(mean(x0_hat), var.sqrt())).flatten(1).mean(1) / np.log(2)
+    out = torch.cat([eps, v], dim=1).float().requires_grad_()
+    got = d.variance_loss(out, x0.float(), x_t.float(), t)
+    assert torch.allclose(got.double(), kl, rtol=5e-3, atol=1e-6)  # alpha_bar is fp32
+    grad, = torch.autograd.grad(got.sum(), out)
+    assert torch.count_nonzero(grad[:, :3]) == 0 and (grad[:3, 3:] != 0).all()  # the mean learns from the other loss
+
+
+def test_variance_loss_at_t_0_is_the_likelihood_of_8_bit_pixels():
+    d = Diffusion.from_config(LEARNED)
+    levels = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
+    t, x_t = torch.zeros(256, dtype=torch.long), torch.full((256, 1, 1, 1), 0.3)
+    bits = d.variance_loss(torch.zeros(256, 2, 1, 1), levels, x_t, t)
+    assert abs((2 ** -bits).sum() - 1) < 1e-3  # over all values of a pixel, one
+    assert bits.argmin() == (x_t[0] / d.alpha_bar[0].sqrt() + 1).mul(127.5).round().long()
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))

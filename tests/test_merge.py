@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from conftest import ROOT
+from folders import UserError
 from merge import merge as merged
 from merge import search_weights, task_vector, timestep_ranges
-from unet import CONFIGS, UNet, UserError
+from unet import CONFIGS, UNet
 
 SMALL = dict(CONFIGS["tiny"], block_out_channels=(32, 64, 64), cross_attention_dim=24)
 

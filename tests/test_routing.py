@@ -1,14 +1,19 @@
 """DTR: the masks of the official code, where they act, what they leave alone."""
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 
+import adm
 import moe
 import routing
+from folders import UserError
 from routing import add_routing, random_masks, task_masks
-from unet import CONFIGS, BasicTransformerBlock, ResnetBlock2D, UNet, UserError
+from sample import Model, load_model
+from unet import CONFIGS, BasicTransformerBlock, ResnetBlock2D, UNet
+from vae import Attention, Pixels
 
 SMALL = dict(CONFIGS["tiny"], block_out_channels=(32, 64, 64), cross_attention_dim=24)
 
@@ -97,6 +102,36 @@ def test_every_block_is_routed_with_its_own_width_and_nothing_is_stored():
     assert blocks and all(type(b) in (routing.RoutedResnetBlock2D, routing.RoutedTransformerBlock) for b in blocks)
     assert unet.state_dict().keys() == keys and sum(p.numel() for p in unet.parameters()) == sum(p.numel() for p in base().parameters())
     assert {b.mask.num_channels for b in blocks} == {32, 64, 96, 128}
+
+
+@pytest.mark.parametrize("name", ["adm-tiny", "ddpm-tiny"])
+def test_the_papers_own_backbone(name, tmp_path):
+    """Every residual and attention block of a UNet2D meets its mask; beta 1 is the plain network; a folder is rebuilt."""
+    torch.manual_seed(0)
+    unet, x, t = adm.UNet2D(adm.CONFIGS[name]).eval(), torch.randn(2, 3, 32, 32), torch.tensor([10, 990])
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+        plain = unet(x, t, None)
+        assert torch.equal(add_routing(copy.deepcopy(unet), beta=1.0)(x, t, None), plain)
+        routed = add_routing(copy.deepcopy(unet))
+        out = routed(x, t, None)
+        blocks = [m for m in routed.modules() if isinstance(m, (ResnetBlock2D, Attention))]
+        assert len(blocks) == sum(isinstance(m, (ResnetBlock2D, Attention)) for m in unet.modules()) > 5
+        for block in blocks:
+            norm = block.group_norm if isinstance(block, Attention) else block.norm1
+            y, cond = torch.randn(2, norm.num_channels, 8, 8), unet.condition(x, t, None, None, None)
+            m = task_masks(t, norm.num_channels)[:, :, None, None]
+            twin = dict(unet.named_modules())[next(n for n, b in routed.named_modules() if b is block)]
+            skip = y if isinstance(block, Attention) else block.skip(y)
+            assert torch.allclose(block(y, cond), skip + twin.update(m * y, cond), atol=1e-6)
+    assert not torch.allclose(out, plain, atol=1e-4)
+    learned = routed.config["out_channels"] == 6
+    model = Model(routed, Pixels(32), None, None, dict(_class_name="DDPMScheduler", variance_type="learned_range" if learned else "fixed_small"),
+                  {"_class_name": "RoutedPipeline2D"})
+    model.save(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path).unet(x, t, None), out)
 
 
 @pytest.mark.parametrize("mode", routing.MODES)

@@ -12,8 +12,9 @@ from PIL import Image
 import moe
 from conftest import ROOT
 from data import ASSETS
+from folders import UserError, command
 from sample import EXAMPLES, generate, load_model, main, open_image
-from unet import CONFIGS, UserError, command
+from unet import CONFIGS
 
 
 @pytest.fixture(scope="module")

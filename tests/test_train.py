@@ -1,5 +1,6 @@
 """The loop: every task in every batch, exact resume, ranks and accumulation, bad input."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,9 +13,9 @@ from safetensors.torch import load_file
 import data
 import train
 from conftest import ROOT
-from data import ASSETS, TASKS
+from data import ALL, ASSETS, TASKS
+from folders import command
 from sample import load_model
-from unet import command
 
 QUICK = ["--batch-size", "8", "--eval-size", "2", "--sample-every", "0", "--save-every", "2", "--log-every", "1", "--warmup", "1"]
 
@@ -46,12 +47,53 @@ def straight(tmp_path_factory):
 def test_all_tasks_train_and_the_end_tells_what_to_do_next(straight):
     out, done = straight
     rows = log(out)
-    assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(set(r["loss"]) == set(TASKS) for r in rows)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(set(r["loss"]) == set(ALL) for r in rows)
     assert all(len(bins) == train.BINS for r in rows for bins in r["loss_by_t"].values())
     assert "held-out loss" in done.stdout and f"sample.py --task edit --model {out}" in done.stdout
     assert Image.open(out / "samples" / "000004.png").size == (6 * 64, (2 + 3 * 3) * 64)
-    assert load_model(out).tasks == list(TASKS)
+    assert load_model(out).tasks == list(ALL)
     assert json.loads((out / "arguments.json").read_text())["steps"] == 4
+
+
+def test_a_network_on_pixels_trains_from_scratch_resumes_and_opens_in_diffusers(tmp_path):
+    """Unconditional: ADM's with its learned variance, DDPM's."""
+    from diffusers import DDPMPipeline
+
+    from sample import generate
+    for unet in ("adm-tiny", "ddpm-tiny"):
+        out, options = tmp_path / unet, ["--task", "uncond", "--model", "scratch", "--unet", unet, "--eval-every", 2, "--lr-schedule", "constant"]
+        run(out, *options, "--steps", 2)
+        run(out, *options, "--steps", 4)
+        run(tmp_path / "straight", *options, "--steps", 4)
+        assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(tmp_path / "straight").values()))
+        held_out = [row for row in log(out) if "held_out" in row]
+        assert [row["step"] for row in held_out] == [2, 4] and held_out[1]["held_out"]["uncond"] < held_out[0]["held_out"]["uncond"]
+        shutil.rmtree(tmp_path / "straight")
+        model, pipe = load_model(out), DDPMPipeline.from_pretrained(out)
+        ours = generate(model, "uncond", ["", ""], steps=4, seed=0)
+        theirs = pipe(batch_size=2, num_inference_steps=4, generator=[torch.Generator().manual_seed(s) for s in (0, 1)]).images
+        assert all(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() < 1 for a, b in zip(ours, theirs))
+        # as google/ddpm-cifar10-32 has it: everything beside model_index.json
+        top = tmp_path / f"{unet}-top"
+        shutil.copytree(out / "unet", top)
+        for file in (out / "scheduler" / "scheduler_config.json", out / "model_index.json"):
+            shutil.copy(file, top)
+        again = generate(load_model(top), "uncond", ["", ""], steps=4, seed=0)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(ours, again))
+
+
+def test_full_trains_the_whole_network_and_keeps_the_papers_layout(straight, tmp_path):
+    run(tmp_path / "full", "--task", "all", "--steps", 1, "--full", "--model", straight[0])
+    before, after = weights(straight[0]), weights(tmp_path / "full")
+    assert before.keys() == after.keys()
+    assert [k for k in before if torch.equal(before[k], after[k])] == []
+
+
+def test_held_out_means_per_task_and_range_of_timesteps():
+    examples = [dict(task=task, t=t) for t in (0, 249, 250, 999) for task in ("edit", "sr")]
+    losses = np.array([1.0, 10, 3, 30, 5, 50, 7, 70])
+    assert train.mean_by_task(examples, losses) == {"edit": 4.0, "sr": 40.0}
+    assert train.mean_by_task_and_t(examples, losses, 1000) == {"edit": [2.0, 5.0, None, 7.0], "sr": [20.0, 50.0, None, 70.0]}
 
 
 def test_only_the_papers_list_has_changed(straight):
@@ -127,18 +169,18 @@ def test_accumulation_and_two_ranks_change_only_rounding(straight, tmp_path):
     run(tmp_path / "ranks", "--task", "all", "--steps", 4, ranks=2)
     for name in ("micro", "ranks"):
         for a, b in zip(log(straight[0]), log(tmp_path / name)):
-            assert all(abs(a["loss"][t] - b["loss"][t]) < 1e-3 * a["loss"][t] for t in TASKS) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-2
+            assert all(abs(a["loss"][t] - b["loss"][t]) < 1e-3 * a["loss"][t] for t in ALL) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-2
 
 
 def test_a_batch_is_a_function_of_seed_step_and_index():
     def batch(seed, size, workers=0):
-        sets = {task: data.builtin(task, "train") for task in TASKS}
+        sets = {task: data.builtin(task, "train") for task in ALL}
         examples = train.Examples(sets, size, seed, 1000, (4, 16, 16))
         loader = torch.utils.data.DataLoader(examples, batch_sampler=[range(size, 2 * size)], collate_fn=train.collate, num_workers=workers)
         return next(iter(loader))
 
     a, b, c = batch(0, 8), batch(0, 8, workers=1), batch(1, 8)
-    assert a["task"] == [*TASKS] * 2
+    assert a["task"] == [*ALL] * 2
     for key in ("noise", "t", "target", "sample_noise", "keep"):
         assert torch.equal(a[key], b[key])
     assert a["prompt"] == b["prompt"] != c["prompt"] and not torch.equal(a["noise"], c["noise"])

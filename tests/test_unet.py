@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import folders
 import unet as module
 from conftest import ROOT
-from unet import CONFIGS, UNet, UserError, command, fetch, load_weights, read_json, save_weights
+from folders import UserError, command, fetch, load_weights, read_json, save_weights
+from unet import CONFIGS, UNet
 
 SMALL = dict(sample_size=16, block_out_channels=(32, 64, 64), norm_num_groups=8, layers_per_block=1, cross_attention_dim=24,
              attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -21,6 +23,7 @@ SHAPES = {  # the structures of released models at reduced widths
     "edit": dict(SMALL, in_channels=8),
     "sd21": dict(SMALL, use_linear_projection=True, attention_head_dim=[2, 4, 8], upcast_attention=True),
     "sin first": dict(SMALL, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-4),
+    "scale shift": dict(SMALL, resnet_time_scale_shift="scale_shift"),
     "one level": dict(SMALL, block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)),
     "sdxl": dict(CONFIGS["sdxl"], block_out_channels=(32, 64, 64), transformer_layers_per_block=(1, 2, 3), attention_head_dim=(2, 4, 8),
                  cross_attention_dim=24, addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8),
@@ -264,7 +267,7 @@ def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path, monkeypatch):
     good = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     with torch.no_grad():
         unet.conv_in.weight.zero_()
-    monkeypatch.setattr(module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
+    monkeypatch.setattr(folders.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
         unet.save_pretrained(tmp_path)
     assert all((tmp_path / name).read_bytes() == content for name, content in good.items())
@@ -275,7 +278,7 @@ def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [
     dict(nonsense=3), dict(act_fn="gelu"), dict(class_embed_type="timestep"), dict(mid_block_type=None), dict(dual_cross_attention=True),
-    dict(resnet_time_scale_shift="scale_shift"), dict(time_cond_proj_dim=256), dict(addition_embed_type="image"),
+    dict(resnet_time_scale_shift="ada_group"), dict(time_cond_proj_dim=256), dict(addition_embed_type="image"),
     dict(addition_embed_type="text_time"), dict(attention_head_dim=7), dict(attention_head_dim=[4, 4]), dict(attention_head_dim=None),
     dict(layers_per_block=[1, 2, 2]), dict(cross_attention_dim=[8, 8, 8]), dict(transformer_layers_per_block=[[1], [1], [1]]),
     dict(block_out_channels=32), dict(block_out_channels=(32, 60, 64)), dict(norm_num_groups=None), dict(in_channels="4"),
@@ -372,7 +375,7 @@ def test_save_and_load_serve_other_modules(tmp_path):
     ("RuntimeError('DefaultCPUAllocator: not enough memory: you tried')", 2, "error: out of memory"),
     ("KeyboardInterrupt()", 130, "interrupted"), ("RuntimeError('a bug')", 1, "Traceback")])
 def test_a_mistake_ends_in_one_line(error, code, says):
-    program = f"import torch\nfrom unet import UserError, command\ndef main():\n    raise {error}\ncommand(main)"
+    program = f"import torch\nfrom folders import UserError, command\ndef main():\n    raise {error}\ncommand(main)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code and done.stderr.startswith(says) and (code == 1 or done.stderr.count("\n") == 1) and not done.stdout
 

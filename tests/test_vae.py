@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import ASSETS
-from unet import UserError
+from folders import UserError
 from vae import CONFIGS, DEFAULTS, IGNORED, VAE, _levels
 
 diffusers = pytest.importorskip("diffusers")

@@ -1,0 +1,57 @@
+"""Where a run stands: weights, their average, Adam's moments and the step, in one safetensors file that is whole or not there.
+
+A run that is killed goes on from the last one, bit for bit: what a step draws follows from (seed, step, index in the batch), so there is no
+state of random generators to keep.
+"""
+import contextlib
+import json
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from folders import UserError, write_file
+
+
+@contextlib.contextmanager
+def averaged(params, ema):
+    """The weight average in place of the weights."""
+    def swap():
+        for name, p in params.items():
+            p.data, ema[name] = ema[name], p.data
+    swap()
+    yield
+    swap()
+
+
+def save_state(path, params, ema, optimizer, scalars):
+    """One safetensors file: weights, average, Adam's moments; scalars as JSON."""
+    tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"ema/{n}": e for n, e in ema.items()}
+    for name, p in params.items():
+        tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state[p].items()}
+    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    write_file(path, lambda beside: save_file(tensors, beside, metadata={"scalars": json.dumps(scalars)}))
+
+
+def load_state(path, params, ema, optimizer, settings):
+    """-> the scalars of the checkpoint; UserError where it was made with other settings or is damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            scalars, keys = json.loads(f.metadata()["scalars"]), set(f.keys())
+            if changed := [f"--{k.replace('_', '-')} was {scalars['settings'].get(k)!r}, is now {v!r}" for k, v in settings.items()
+                           if scalars["settings"].get(k) != v]:
+                raise UserError(f"{path.parent.parent} was begun with other settings: {'; '.join(changed)}. Give those, or another --out")
+            for name, p in params.items():
+                p.data.copy_(f.get_tensor(f"param/{name}").view_as(p))
+                ema[name].copy_(f.get_tensor(f"ema/{name}").view_as(p))
+                optimizer.state[p] = {k: f.get_tensor(f"adam/{k}/{name}").to("cpu" if k == "step" else p.device)
+                                      for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in keys}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
+    return scalars
+
+
+def forget_after(log, step):
+    """Lines of log.jsonl that steps after the checkpoint wrote: they come again."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        write_file(log, lambda beside: beside.write_text("".join(lines)))
