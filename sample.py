@@ -206,8 +206,7 @@ def load_pixels(path_or_hub_id, index, dtype=torch.float32):
     except UserError:
         inside, folder = "", fetch(path_or_hub_id, "")
     config = read_json(folder / "config.json")
-    routing = config.pop("routing", None)
-    config["_class_name"] = config.get("_class_name", "").replace("RoutedUNet2D", "UNet2DModel")
+    routing, config["_class_name"] = config.pop("routing", None), config.get("_class_name", "").replace("RoutedUNet2D", "UNet2DModel")
     unet = UNet2D.from_pretrained(path_or_hub_id, inside, config, dtype).eval()
     if routing:
         with blaming(f'{path_or_hub_id}: unet/config.json, "routing"'):

@@ -45,14 +45,14 @@ SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012
 # On pixels: DDPM's; ADM's U-Nets learn the variance, as improved DDPM's
 ADM_SCHEDULER = dict(_class_name="DDPMScheduler", beta_start=0.0001, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000,
                      clip_sample=True, variance_type="learned_range")
-GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.2], "inpaint": [2.0, 1.2]}  # text and image scale that suit the miniature
+GUIDANCE = {"t2i": [3.0, 1.0], "edit": [1.5, 1.5], "inpaint": [3.0, 1.5]}  # text and image scale that suit the miniature
 
 
 def get_args():
     p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--task", default="all", help=f"all ({', '.join(ALL)}), one or several of them, or uncond")
     p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond)")
-    p.add_argument("--unet", choices=tuple(adm.CONFIGS), default="adm-tiny", help="of --model scratch --task uncond: adm.CONFIGS")
+    p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch --task uncond, see adm.CONFIGS; default adm-tiny")
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
     p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
     p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
@@ -169,12 +169,14 @@ class Denoiser(nn.Module):
 
 
 def build_model(args, tasks):
-    """The model to train and whether its text encoder trains too."""
+    """The model to train and whether it is new; then its text encoder trains too."""
+    if args.unet and (args.model, tasks) != ("scratch", ["uncond"]):
+        raise UserError("--unet goes with --model scratch --task uncond")
     if args.model == "scratch":
         if tasks not in (["t2i"], ["uncond"]) or args.t_range:
             raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result; or uncond")
         if tasks == ["uncond"]:
-            config = adm.CONFIGS[args.unet] | dict(num_class_embeds=None)
+            config = adm.CONFIGS[args.unet or "adm-tiny"] | dict(num_class_embeds=None)
             scheduler = ADM_SCHEDULER | ({} if config.get("out_channels") == 6 else dict(variance_type="fixed_large"))
             model = Model(adm.UNet2D(config), Pixels(config["sample_size"]), None, None, scheduler, {})
             return replace(model, index=pipeline_index(model)), True
@@ -383,8 +385,8 @@ def train(args, tasks, device, rank, world):
         if settings[key] and Path(settings[key]).exists():
             path = Path(settings[key]).resolve()
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
-    for key in ["vae"] * (not scratch) + ["unet"] * (not scratch or tasks != ["uncond"]):
-        del settings[key]
+    if not scratch:
+        del settings["vae"]
     for key in ["steps"] * (args.lr_schedule == "constant") + ["p_global", "consistency", "projection"] * (args.t_range is None):
         del settings[key]  # a run at constant lr may be made longer
     if state.exists():
@@ -454,7 +456,7 @@ def train(args, tasks, device, rank, world):
                     f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), grad_norm=norm.item(),
                                             images_per_s=round(speed, 2))) + "\n")
             sums, busy = torch.zeros_like(sums), 0.0
-        if rank == 0 and args.eval_every and done % args.eval_every == 0:
+        if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             with averaged(params, ema), open(out / "log.jsonl", "a") as f:
                 losses = held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
                 f.write(json.dumps(dict(step=done, held_out=mean_by_task(fixed, losses),

@@ -1,6 +1,7 @@
 """How fast beside diffusers: ratios of medians of interleaved runs in one process, below 1 is faster.
 
     python tests/benchmark.py --size sd15 --runs 5
+    python tests/benchmark.py --size sd15 --runs 9 --only routed --compile
 
 Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
 the autoencoder likewise; a whole picture of assets/tiny in 20 guided steps against diffusers' pipeline; the U-Net upcycled to four experts
@@ -23,6 +24,9 @@ from unet import CONFIGS, UNet  # noqa: E402
 from vae import CONFIGS as VAE_CONFIGS, VAE  # noqa: E402
 
 
+PARTS = ("unet", "vae", "picture", "routed", "upcycled")
+
+
 def ratio(name, ours, theirs, runs):
     """Interleave, so that a change in the machine's speed meets both; the order alternates."""
     times = {ours: [], theirs: []}
@@ -43,17 +47,12 @@ def main():
     parser.add_argument("--size", choices=("tiny", "sd15"), default="sd15")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="groups of rows")
+    parser.add_argument("--compile", action="store_true", help="routed: also the training step under torch.compile")
     args = parser.parse_args()
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-
     config, B = CONFIGS[args.size], args.batch_size
     torch.manual_seed(0)
     ours = UNet(config)
-    with torch.device("meta"):
-        theirs = UNet2DConditionModel(**config)
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    for a, b in zip(ours.parameters(), theirs.parameters()):
-        b.requires_grad_(a.requires_grad)
     x, t, text = torch.randn(B, 4, 32, 32), torch.full((B,), 500), torch.randn(B, 77, config["cross_attention_dim"])
 
     def step(f, module):
@@ -66,47 +65,60 @@ def main():
         return torch.no_grad()(f)
 
     print(f"{args.size}, batch {B}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    a = lambda: ours(x, t, text)  # noqa: E731
+    if {"unet", "vae", "picture"} & set(args.only):
+        beside_diffusers(args, config, ours, (x, t, text), step, forward)
+    if "routed" in args.only:
+        with torch.device("meta"):
+            routed = UNet(config)
+        routed.load_state_dict(ours.state_dict(), assign=True)
+        routed = add_routing(routed.requires_grad_(True))
+        c = lambda: routed(x, t, text)  # noqa: E731
+        print(f"{'':<44}{'routed':>11}{'plain':>11}")
+        ratio("forward", forward(c), forward(a), args.runs)
+        ratio("forward and backward", step(c, routed), step(a, ours), args.runs)
+        if args.compile:
+            fast, plain = (torch.compile(module, fullgraph=True) for module in (routed, ours))
+            ratio("forward and backward, compiled", step(lambda: fast(x, t, text), routed), step(lambda: plain(x, t, text), ours), args.runs)
+        routed = fast = plain = None
+    if "upcycled" in args.only:
+        # the dense U-Net with the same parts trainable is the control; t2i meets four channels in both
+        upcycled = moe.upcycle(UNet(config))
+        ours.requires_grad_(False)
+        for name, p in ours.named_parameters():
+            p.requires_grad_(name.startswith("conv_in.") or ".ff." in name or ".norm3." in name)
+        task = torch.zeros(B, dtype=torch.long)
+        mixed = lambda: upcycled(x, t, text, task=task)  # noqa: E731
+        print(f"{'':<44}{'upcycled':>11}{'dense':>11}")
+        ratio("forward", forward(mixed), forward(a), args.runs)
+        ratio("forward and backward", step(mixed, upcycled), step(a, ours), args.runs)
+
+
+def beside_diffusers(args, config, ours, inputs, step, forward):
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    (x, t, text), B = inputs, args.batch_size
     print(f"{'':<44}{'ours':>11}{'diffusers':>11}")
-    a, b = lambda: ours(x, t, text), lambda: theirs(x, t, text).sample
-    ratio("forward", forward(a), forward(b), args.runs)
-    ratio("forward and backward", step(a, ours), step(b, theirs), args.runs)
-    theirs = b = None
-
-    vae = VAE(VAE_CONFIGS[args.size])
-    vae_theirs = AutoencoderKL(**{k: v for k, v in vae.config.items() if not k.startswith("_")})
-    vae_theirs.load_state_dict(vae.state_dict())
-    latents = torch.randn(B, 4, 32, 32)
-    pictures = torch.randn(B, 3, 32 * vae.factor, 32 * vae.factor).clamp(-1, 1)
-    ratio("autoencoder: encode", forward(lambda: vae.encode(pictures)), forward(lambda: vae_theirs.encode(pictures)), args.runs)
-    ratio("autoencoder: decode", forward(lambda: vae.decode(latents)), forward(lambda: vae_theirs.decode(latents)), args.runs)
-    vae = vae_theirs = None
-
-    model, pipe = load_model(ASSETS / "tiny"), StableDiffusionPipeline.from_pretrained(ASSETS / "tiny", low_cpu_mem_usage=False)
-    pipe.set_progress_bar_config(disable=True)
-    ratio("assets/tiny: a picture, 20 guided steps", lambda: generate(model, "t2i", ["pizza"] * B, guidance=3.0, steps=20),
-          lambda: pipe(["pizza"] * B, guidance_scale=3.0, num_inference_steps=20), args.runs)
-    model = pipe = None
-
-    with torch.device("meta"):
-        routed = UNet(config)
-    routed.load_state_dict(ours.state_dict(), assign=True)
-    routed = add_routing(routed.requires_grad_(True))
-    c = lambda: routed(x, t, text)  # noqa: E731
-    print(f"{'':<44}{'routed':>11}{'plain':>11}")
-    ratio("forward", forward(c), forward(a), args.runs)
-    ratio("forward and backward", step(c, routed), step(a, ours), args.runs)
-    routed = None
-
-    # the dense U-Net with the same parts trainable is the control; t2i meets four channels in both
-    upcycled = moe.upcycle(UNet(config))
-    ours.requires_grad_(False)
-    for name, p in ours.named_parameters():
-        p.requires_grad_(name.startswith("conv_in.") or ".ff." in name or ".norm3." in name)
-    task = torch.zeros(B, dtype=torch.long)
-    mixed = lambda: upcycled(x, t, text, task=task)  # noqa: E731
-    print(f"{'':<44}{'upcycled':>11}{'dense':>11}")
-    ratio("forward", forward(mixed), forward(a), args.runs)
-    ratio("forward and backward", step(mixed, upcycled), step(a, ours), args.runs)
+    if "unet" in args.only:
+        with torch.device("meta"):
+            theirs = UNet2DConditionModel(**config)
+        theirs.load_state_dict(ours.state_dict(), assign=True)
+        theirs.requires_grad_(True)
+        a, b = lambda: ours(x, t, text), lambda: theirs(x, t, text).sample
+        ratio("forward", forward(a), forward(b), args.runs)
+        ratio("forward and backward", step(a, ours), step(b, theirs), args.runs)
+    if "vae" in args.only:
+        vae = VAE(VAE_CONFIGS[args.size])
+        vae_theirs = AutoencoderKL(**{k: v for k, v in vae.config.items() if not k.startswith("_")})
+        vae_theirs.load_state_dict(vae.state_dict())
+        latents = torch.randn(B, 4, 32, 32)
+        pictures = torch.randn(B, 3, 32 * vae.factor, 32 * vae.factor).clamp(-1, 1)
+        ratio("autoencoder: encode", forward(lambda: vae.encode(pictures)), forward(lambda: vae_theirs.encode(pictures)), args.runs)
+        ratio("autoencoder: decode", forward(lambda: vae.decode(latents)), forward(lambda: vae_theirs.decode(latents)), args.runs)
+    if "picture" in args.only:
+        model, pipe = load_model(ASSETS / "tiny"), StableDiffusionPipeline.from_pretrained(ASSETS / "tiny", low_cpu_mem_usage=False)
+        pipe.set_progress_bar_config(disable=True)
+        ratio("assets/tiny: a picture, 20 guided steps", lambda: generate(model, "t2i", ["pizza"] * B, guidance=3.0, steps=20),
+              lambda: pipe(["pizza"] * B, guidance_scale=3.0, num_inference_steps=20), args.runs)
 
 
 if __name__ == "__main__":

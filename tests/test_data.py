@@ -33,7 +33,7 @@ def test_examples(task, split):
     dataset = data.builtin(task, split)
     for i in range(0, len(dataset), len(dataset) // 20):
         example, again = dataset[i], dataset[i]
-        assert (("source" in example) == (data.TASKS[task].source is not None)) and (example["prompt"] == "") == (task == "sr")
+        assert (("source" in example) == (data.TASKS[task].source is not None)) and (example["prompt"] == "") == (task in ("sr", "uncond"))
         for key in ("source", "target"):
             if key in example:
                 assert example[key].shape == (3, 64, 64) and example[key].abs().max() <= 1
@@ -112,8 +112,8 @@ def test_folder_reads_every_task(tmp_path):
         dataset = data.Folder(tmp_path, task, "train", 32)
         assert len(dataset) == 3 and len(data.Folder(tmp_path, task, "heldout", 32)) == 1
         example = dataset[1]
-        assert example["target"].shape == (3, 32, 32) and ("source" in example) == (task != "t2i")
-        assert example["prompt"] == ("" if task == "sr" else "number 1")
+        assert example["target"].shape == (3, 32, 32) and ("source" in example) == (task in ("edit", "sr", "inpaint"))
+        assert example["prompt"] == ("" if task in ("sr", "uncond") else "number 1")
 
 
 def test_folder_without_splits_divides_itself(tmp_path):

@@ -13,7 +13,8 @@ from conftest import ROOT
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
 FEWER = {"train.py": "--steps 1 --eval-size 4 --batch-size 4 --sample-every 0 --warmup 1", "vae.py": "--steps 1 --batch-size 2",
-         "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1", "benchmark.py": "--size tiny --runs 1"}
+         "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1", "benchmark.py": "--size tiny --runs 1",
+         "compare.py": "--steps 1 --seeds 1 --eval-size 4"}
 
 
 def runnable(command):

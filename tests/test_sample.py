@@ -11,7 +11,7 @@ from PIL import Image
 
 import moe
 from conftest import ROOT
-from data import ASSETS
+from data import ALL, ASSETS
 from folders import UserError, command
 from sample import EXAMPLES, generate, load_model, main, open_image
 from unet import CONFIGS
@@ -223,7 +223,7 @@ def test_the_folders_scheduler_names_the_sampler(mtu, tmp_path, name, sampler):
     assert difference(ours, theirs) < 1
 
 
-@pytest.mark.parametrize("task", EXAMPLES)
+@pytest.mark.parametrize("task", ALL)
 def test_same_seed_same_bytes_and_other_seed_other_picture(mtu, task):
     prompts, images = example(task)
     a, b, c = (generate(mtu, task, prompts, images, steps=4, seed=seed)[0] for seed in (0, 0, 1))
