@@ -2,10 +2,10 @@
 
     DDPM    Ho et al. 2020, arXiv 2006.11239: time is added, attention has one head, convolutions halve and double
     ADM     Dhariwal and Nichol 2021, arXiv 2105.05233: time scales and shifts (AdaGN), heads of 64 channels, residual blocks halve and double,
-            a class; twice the output channels, whose second half tells the variance (Diffusion.hybrid_loss)
+            a class; twice the output channels, whose second half tells the variance (Diffusion.variance_loss)
 
 DDPM's are the base models of DeMe; ADM is the backbone of MT-Diffusion and of DTR's U-Net results. `Cond` and the forward pass are UNet's, so
-methods attach alike. Classes (B,) come in added={"class_labels": ...}.
+DTR and DeMe attach alike; MTU finds no feed-forward network here. Classes (B,) come in added={"class_labels": ...}.
 """
 import torch
 import torch.nn as nn
@@ -161,7 +161,7 @@ def checked(config):
     for key, value in config.items():
         need(key in DEFAULTS or key.startswith("_") or (value == FIXED[key] if key in FIXED else value is None), key)
     for key, choices in CHOICES.items():
-        need(c[key] in choices, key)
+        need(c[key] in choices and type(c[key]) is type(choices[0]), key)
     for key in ("sample_size", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
         need(c[key] is None or count(c[key]), key)
     for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
@@ -169,8 +169,9 @@ def checked(config):
     for key in ("norm_eps", "freq_shift"):
         need(type(c[key]) in (float, int), key)
     widths, groups = c["block_out_channels"], c["attn_norm_num_groups"]
-    need(isinstance(widths, (list, tuple)) and widths and all(count(w) and w % c["norm_num_groups"] == 0 for w in widths),
+    need(isinstance(widths, (list, tuple)) and widths and all(count(w) and w % c["norm_num_groups"] == 0 for w in widths) and widths[0] % 2 == 0,
          "block_out_channels", "norm_num_groups")
+    need(c["sample_size"] is None or c["sample_size"] % 2 ** (len(widths) - 1) == 0, "sample_size", "block_out_channels")
     for key, side in (("down_block_types", "Down"), ("up_block_types", "Up")):
         need(isinstance(c[key], (list, tuple)) and len(c[key]) == len(widths) and all(k in [b.format(side) for b in BLOCKS] for k in c[key]), key)
     need(not c["add_attention"] or (groups is None and c["resnet_time_scale_shift"] == "default") or groups and widths[-1] % groups == 0,
@@ -179,13 +180,16 @@ def checked(config):
 
 
 class UNet2D(UNet):
-    """diffusers' UNet2DModel. config: differences from DEFAULTS, in diffusers' keys. Height and width halve at every level but the last."""
+    """diffusers' UNet2DModel. config: differences from DEFAULTS, in diffusers' keys.
+
+    forward as UNet's, without context (None); height and width, which halve at every level but the last, are multiples of `multiple`.
+    """
 
     def __init__(self, config):
         nn.Module.__init__(self)
         self.config = c = checked(config)
         widths, n = list(c["block_out_channels"]), len(c["block_out_channels"])
-        E, rev = 4 * widths[0], widths[::-1]
+        E, rev, self.multiple = 4 * widths[0], widths[::-1], 2 ** (n - 1)
         self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], E)
         self.class_embedding = nn.Embedding(c["num_class_embeds"], E) if c["num_class_embeds"] else None
@@ -205,6 +209,8 @@ class UNet2D(UNet):
         numbers = sinusoidal(t, c["block_out_channels"][0], c["flip_sin_to_cos"], c["freq_shift"])
         temb = self.time_embedding(numbers.to(self.conv_out.weight.dtype))
         if self.class_embedding is not None:
+            if not added or added.get("class_labels") is None:
+                raise ValueError('this U-Net knows classes: pass added={"class_labels": (B,)}')
             temb = temb + self.class_embedding(added["class_labels"])
         return Cond(temb, None, t, task, None, added)
 

@@ -43,7 +43,8 @@ def train(options, out, threads):
         done = subprocess.run([sys.executable, str(Path(__file__).parent / "train.py"), *options, "--out", str(out)], stdout=f, stderr=f,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
-        raise UserError(f"train.py {shlex.join(options)} failed, see {log}: {log.read_text().strip().splitlines()[-1]}")
+        last = log.read_text().strip().splitlines()[-1:] or ["killed"]
+        raise UserError(f"train.py {shlex.join(options)} failed, see {log}: {last[0]}")
     return [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "held_out" in row]
 
 
@@ -86,8 +87,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the CPU's cores")
     parser.add_argument("--out", help="folder for the runs, the table and the curve; default runs/compare-WHAT")
     args = parser.parse_args()
-    if min(args.steps, args.seeds, args.jobs) < 1:
-        raise UserError(f"--steps {args.steps}, --seeds {args.seeds} and --jobs {args.jobs} must be at least 1")
+    if min(args.steps, args.seeds, args.jobs) < 1 or args.eval_size < 4:
+        raise UserError(f"--steps {args.steps}, --seeds {args.seeds} and --jobs {args.jobs} must be at least 1, --eval-size {args.eval_size} "
+                        "at least 4")
     out, every = Path(args.out or f"runs/compare-{args.what}"), max(1, args.steps // 6)
     out.mkdir(parents=True, exist_ok=True)
 

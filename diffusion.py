@@ -68,6 +68,8 @@ class Diffusion:
             if key.startswith("_") or key in WITHOUT_EFFECT:
                 continue
             if key not in DEFAULTS and key not in CHOICES:
+                if value is None:
+                    continue
                 raise UserError(f"scheduler config: {key} is not implemented")
             if key in CHOICES and value not in CHOICES[key]:
                 raise UserError(f"scheduler config: {key} = {value!r} is not implemented; "
@@ -125,10 +127,10 @@ class Diffusion:
         return (self.target(x0, noise, t) - prediction.float()).square().flatten(1).mean(1)
 
     def variance_loss(self, prediction, x0, x_t, t):
-        """What trains the second half of prediction's 2 C channels, v in [-1, 1]: one term of the variational bound (improved DDPM Eqs. 4 to 6)
-        in bits per dimension, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of 8-bit pixels -> (B,).
+        """What trains the second half of prediction's 2 C channels (see learned_variance): one term of the variational bound (improved DDPM
+        Eqs. 4 to 6) in bits per dimension, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of 8-bit pixels -> (B,).
 
-        No gradient reaches the first half. Times T it estimates L_vlb; L_hybrid = loss + 0.001 L_vlb (Eq. 16).
+        No gradient reaches the first half. Times T it estimates L_vlb but for the constant L_T; L_hybrid = loss + 0.001 L_vlb (Eq. 16).
         """
         a = self.alpha_bar.to(t.device)
         a_prev = torch.cat([torch.ones_like(a[:1]), a[:-1]])
@@ -201,7 +203,7 @@ class Diffusion:
 
 
 def learned_variance(v, low, high):
-    """v in [-1, 1] and the logarithms of the smallest and the largest variance -> the variance's logarithm (improved DDPM Eq. 15)."""
+    """v, whose -1 and 1 stand for the smallest and the largest variance, and the logarithms of these -> the variance's (improved DDPM Eq. 15)."""
     share = (v + 1) / 2
     return share * high + (1 - share) * low
 
@@ -266,8 +268,8 @@ def ddim(diffusion, model, x, steps=50, eta=0.0, start=0, generators=None, callb
 @torch.no_grad()
 def ddpm(diffusion, model, x, steps=50, start=0, generators=None, callback=None):
     """DDPM's ancestral sampling (Algorithm 2), as `ddim`. The variance is the posterior's, beta where the config says fixed_large, what the
-    second half of the model's channels tells where it says learned_range; the last step adds no noise (diffusers does, with fixed_large, where
-    it starts above t = 0)."""
+    second half of the model's channels tells where it says learned_range; the last step adds no noise (diffusers does, with the latter two,
+    where it starts above t = 0)."""
     visited = diffusion.timesteps(steps) + [-1]
     for i, (t, prev) in enumerate(zip(visited[start:], visited[start + 1:])):
         batch_t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
@@ -277,6 +279,8 @@ def ddpm(diffusion, model, x, steps=50, start=0, generators=None, callback=None)
         beta = 1 - a / a_prev
         var, kind, C = beta * (1 - a_prev) / (1 - a), str(diffusion.config["variance_type"]), x.shape[1]
         x = a_prev.sqrt() * beta / (1 - a) * x0 + (a / a_prev).sqrt() * (1 - a_prev) / (1 - a) * x  # DDPM Eq. 7
+        if "learned" in kind and prediction.shape[1] != 2 * C:
+            raise UserError(f"the scheduler's variance_type {kind} wants a model with {2 * C} output channels, this one has {prediction.shape[1]}")
         if prev >= 0:
             var = beta if "large" in kind else learned_variance(prediction[:, C:], var.log(), beta.log()).exp() if "learned" in kind else var
             x = x + var.sqrt() * randn(x.shape, generators, x.device)

@@ -1,4 +1,4 @@
-"""Models on disk: folders in the Hugging Face layout, local or on the hub, and what a user's mistake looks like.
+"""Models on disk: folders in the Hugging Face layout, local or on the hub. And what the commands share: the device, a user's mistake.
 
 Only safetensors are read: files of other kinds run code when opened. What is written is whole or not there.
 """
@@ -128,6 +128,16 @@ def save_weights(module, folder, config, name="diffusion_pytorch_model.safetenso
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in module.state_dict().items()}
     write_file(Path(folder) / name, lambda beside: save_file(state, beside, metadata={"format": "pt"}))
     write_json(Path(folder) / "config.json", config)
+
+
+def pick_device(name=None):
+    """The device that is named, else cuda, mps, cpu in this order."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not available here ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
 
 
 def command(main):

@@ -6,7 +6,7 @@
 Near timesteps share most channels, distant ones few: a prior on which denoising tasks are alike, without a parameter. t is the original
 timestep, 0..T-1, also where sampling visits only some. The control R-TR draws the C_b channels of each timestep and block at random.
 
-The paper's networks are DiT and ADM (adm.py; its attention, a residual block as well, is masked alike, which the paper does not say). In Stable
+The paper's networks are DiT and ADM (adm.py; that its attention, a residual block as well, is masked alike is our reading). In Stable
 Diffusion's U-Net each residual block is treated as ADM's and each transformer block as DiT's: the mask meets what enters the update, the skip
 path stays whole, each mask is built for its block's own width. Behind the norm a masked channel is no longer zero (a mean is subtracted, a bias
 added), so no product can be left out: routing does not make sampling faster.

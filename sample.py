@@ -25,7 +25,7 @@ from adm import UNet2D
 from clip import CLIPText, Tokenizer
 from data import ASSETS, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
-from folders import UserError, blaming, command, fetch, new_folder, read_json, write_file, write_json
+from folders import UserError, blaming, command, fetch, new_folder, pick_device, read_json, write_file, write_json
 from routing import add_routing
 from unet import UNet
 from vae import VAE, Pixels
@@ -131,7 +131,7 @@ class Model:
 def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     """A folder in the Hugging Face layout, or a hub id -> Model on the device, in eval mode.
 
-    dtype: of the weights in memory, and of what they compute; None: bf16 where the device is fast at it, but fp32 for a miniature.
+    dtype: of the weights in memory, and of what they compute; None: bf16 where the device is fast at it, but fp32 for a miniature and on pixels.
 
     A folder may hold only what differs from another model: model_index.json's "base" (a path relative to the folder, or a
     hub id) then says where the other parts are.
@@ -168,9 +168,7 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     if "moe" not in config and routing:
         config.pop("_class_name")
     unet = (moe if "moe" in config else UNet).from_pretrained(place("unet"), config=config, dtype=dtype)
-    if routing:
-        with blaming(f'{path_or_hub_id}: unet/config.json, "routing"'):
-            add_routing(unet, **routing)
+    rerouted(unet, routing, path_or_hub_id)
     xl = bool(unet.config["addition_embed_type"])
     model = Model(unet, VAE.from_pretrained(place("vae"), dtype=dtype), CLIPText.from_pretrained(place("text_encoder"), dtype=dtype),
                   Tokenizer.from_pretrained(place("tokenizer")),
@@ -199,6 +197,12 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     return model.to(device)
 
 
+def rerouted(unet, routing, where):
+    if routing:
+        with blaming(f'{where}: unet/config.json, "routing"'):
+            add_routing(unet, **routing)
+
+
 def load_pixels(path_or_hub_id, index, dtype=torch.float32):
     """load_model for a U-Net without text, on pixels. Its parts may lie beside model_index.json, as google/ddpm-cifar10-32's do."""
     try:
@@ -206,11 +210,10 @@ def load_pixels(path_or_hub_id, index, dtype=torch.float32):
     except UserError:
         inside, folder = "", fetch(path_or_hub_id, "")
     config = read_json(folder / "config.json")
-    routing, config["_class_name"] = config.pop("routing", None), config.get("_class_name", "").replace("RoutedUNet2D", "UNet2DModel")
+    routing, name = config.pop("routing", None), config.get("_class_name") or "UNet2DModel"
+    config["_class_name"] = "UNet2DModel" if name == "RoutedUNet2D" else name
     unet = UNet2D.from_pretrained(path_or_hub_id, inside, config, dtype).eval()
-    if routing:
-        with blaming(f'{path_or_hub_id}: unet/config.json, "routing"'):
-            add_routing(unet, **routing)
+    rerouted(unet, routing, path_or_hub_id)
     scheduler = read_json(fetch(path_or_hub_id, "scheduler" if inside else "") / "scheduler_config.json")
     model, c = Model(unet, Pixels(unet.config["sample_size"]), None, None, scheduler, index), unet.config
     learned = scheduler.get("variance_type") == "learned_range"
@@ -323,10 +326,10 @@ def export(model, task, folder, base):
     folder, upcycled = Path(folder), "moe" in model.unet.config
     if task not in model.tasks:
         raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
-    if isinstance(model.unet, UNet2D):
-        raise UserError("a model that draws pixels has nothing to export: its folder is diffusers' own layout")
     if "routing" in model.unet.config:
         raise UserError("a routed model masks channels at every timestep, which no other program does: it cannot be exported")
+    if isinstance(model.unet, UNet2D):
+        raise UserError("a model that draws pixels has nothing to export: its folder is diffusers' own layout")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; choose another --export-to")
     plain = replace(model, unet=moe.fold(model.unet, task)) if upcycled else model
@@ -360,6 +363,7 @@ def _size(model, images, height, width):
     """The picture's height and width: as asked, or the model's native size along the longer side of the given picture."""
     ratio_h, ratio_w = (1, 1) if not images else (images[0].height, images[0].width)
     multiple, longer = 8 if model.native_size % 8 == 0 else model.vae.factor, max(ratio_h, ratio_w)
+    multiple = math.lcm(multiple, getattr(model.unet, "multiple", 1))
     height = max(multiple, round(model.native_size * ratio_h / longer / multiple) * multiple) if height is None else height
     width = max(multiple, round(model.native_size * ratio_w / longer / multiple) * multiple) if width is None else width
     if height % multiple or width % multiple or not (multiple <= height <= 8192 and multiple <= width <= 8192):
@@ -484,16 +488,6 @@ def compiled(run, device):
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile on CPU needs a C++ compiler (g++), and there is none here; leave --compile out")
     return torch.compile(run)
-
-
-def pick_device(name=None):
-    """The device that is named, else cuda, mps, cpu in this order."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.ones(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not available here ({str(error).splitlines()[0]})") from None
-    return torch.device(name)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def get_args():
     p.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve", help="preserve equals the dense network at step 0")
     p.add_argument("--expert-width", type=float, help="the paper's G, as a share of the FFN's width; default 1/N")
     p.add_argument("--top-k", type=int, help="keep the k largest router weights; default all")
-    p.add_argument("--full", action="store_true", help="train the whole upcycled U-Net (the paper's full fine-tuning), not only the paper's list")
+    p.add_argument("--full", action="store_true", help="train the whole upcycled U-Net, not only the paper's list")
     p.add_argument("--routing", choices=MODES, help="dtr: each timestep sees its window of channels; random: the control. Default: none")
     p.add_argument("--alpha", type=float, default=4.0, help="of --routing: the window moves with t to this power (the paper: 4)")
     p.add_argument("--beta", type=float, default=0.8, help="of --routing: share of channels that a timestep sees (the paper: 0.8)")
@@ -165,7 +165,9 @@ class Denoiser(nn.Module):
         weighted = losses * self.diffusion.weight(t, self.loss_weight) if self.uncertainty is None else self.uncertainty(losses, t)
         if out[0].shape[1] > x0.shape[1]:  # improved DDPM Eq. 16
             weighted = weighted + 0.001 * self.diffusion.T * self.diffusion.variance_loss(out[0], x0, self.diffusion.add_noise(x0, noise, t), t)
-        return losses, weighted if len(out) == 1 else weighted + self.consistency * merge.consistency_loss(*out)  # DeMe Eq. 5
+        if len(out) == 2:  # DeMe Eq. 5
+            weighted = weighted + self.consistency * merge.consistency_loss(*(y[:, :x0.shape[1]] for y in out))
+        return losses, weighted
 
 
 def build_model(args, tasks):
@@ -332,9 +334,9 @@ def train(args, tasks, device, rank, world):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
     if (not 0 <= args.ema < 1 or (args.lr is not None and not 0 < args.lr < float("inf")) or not 0 <= args.weight_decay < float("inf")
-            or args.warmup < 0 or args.workers < 0 or not 0 <= args.seed < 2 ** 62):
+            or min(args.warmup, args.workers, args.eval_every) < 0 or not 0 <= args.seed < 2 ** 62):
         raise UserError(f"--ema {args.ema} must be in [0, 1), --lr {args.lr} above 0, --weight-decay {args.weight_decay}, --warmup {args.warmup}, "
-                        f"--workers {args.workers} and --seed {args.seed} at least 0")
+                        f"--workers {args.workers}, --eval-every {args.eval_every} and --seed {args.seed} at least 0")
     args.out = args.out or f"runs/{'tiny' if args.model == 'scratch' and args.task == 't2i' else args.task.replace(',', '-')}"
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     per_rank = args.batch_size // world
@@ -351,7 +353,8 @@ def train(args, tasks, device, rank, world):
     model, scratch = build_model(args, tasks)
     if args.routing:
         add_routing(model.unet, args.alpha, args.beta, args.routing, model.diffusion.T, args.seed)
-        model.index["_class_name"] = model.unet.config["_class_name"].replace("UNet", "Pipeline")
+        name = model.unet.config["_class_name"]
+        model.index |= {"_class_name": name.replace("UNet", "Pipeline")} | ({"unet": ["diffusers", name]} if "unet" in model.index else {})
     model.to(device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     miniature = sum(p.numel() for p in model.unet.parameters()) < 2e7

@@ -90,7 +90,7 @@ class ResnetBlock2D(nn.Module):
     def update(self, x, cond):
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         emb = self.time_emb_proj(F.silu(cond.temb))[:, :, None, None]
-        if self.scale_shift:  # AdaGN: Dhariwal and Nichol 2021, Eq. 5
+        if self.scale_shift:  # AdaGN: Dhariwal and Nichol 2021, section 3
             scale, shift = emb.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:

@@ -96,7 +96,7 @@ def test_older_attention_names_are_read(tmp_path):
 @pytest.mark.parametrize("key, value", [
     ("time_embedding_type", "fourier"), ("center_input_sample", True), ("dropout", 0.1), ("class_embed_type", "timestep"), ("act_fn", "relu"),
     ("down_block_types", ("SkipDownBlock2D",) * 3), ("downsample_type", "pool"), ("attention_head_dim", 0), ("block_out_channels", (30, 60, 90)),
-    ("attn_norm_num_groups", 7), ("mid_block_scale_factor", 1.4), ("num_class_embeds", -1), ("something_new", 3)])
+    ("attn_norm_num_groups", 7), ("sample_size", 30), ("downsample_padding", 0.0), ("mid_block_scale_factor", 1.4), ("num_class_embeds", -1), ("something_new", 3)])
 def test_what_is_not_implemented_is_refused_by_name(key, value):
     with pytest.raises(UserError, match=key):
         UNet2D(dict(CONFIGS["adm-tiny"], **{key: value}))
@@ -105,6 +105,11 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="attention_head_dim"):
         UNet2D(dict(CONFIGS["adm-tiny"], attention_head_dim=48))
+
+
+def test_classes_are_asked_for():
+    with pytest.raises(ValueError, match="class_labels"):
+        UNet2D(TINY["adm"])(torch.randn(1, 3, 16, 16), 5, None)
 
 
 def test_another_class_is_refused(tmp_path):

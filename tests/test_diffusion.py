@@ -264,6 +264,11 @@ def test_a_learned_variance_is_sampled_as_diffusers_does(steps):
             assert torch.equal(sampler(d, model, start, 5, generators=seeded([3, 4])), sampler(d, network, start, 5, generators=seeded([3, 4])))
 
 
+def test_a_learned_variance_wants_the_channels_that_tell_it():
+    with pytest.raises(UserError, match="learned_range wants a model with 8 output channels, this one has 4"):
+        SAMPLERS["ddpm"](Diffusion.from_config(LEARNED), network, batch(1, 4, 8, 8)[0], 5)
+
+
 def test_variance_loss_is_the_divergence_of_the_two_gaussians():
     from torch.distributions import Normal, kl_divergence
     d = Diffusion.from_config(LEARNED)

@@ -11,7 +11,7 @@ import moe
 import routing
 from folders import UserError
 from routing import add_routing, random_masks, task_masks
-from sample import Model, load_model
+from sample import Model, generate, load_model
 from unet import CONFIGS, BasicTransformerBlock, ResnetBlock2D, UNet
 from vae import Attention, Pixels
 
@@ -132,6 +132,8 @@ def test_the_papers_own_backbone(name, tmp_path):
     model.save(tmp_path)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path).unet(x, t, None), out)
+        size = [p.size for p in generate(load_model(tmp_path), "uncond", [""], steps=2, height=40, width=32)]
+    assert size == [(32, 40)]
 
 
 @pytest.mark.parametrize("mode", routing.MODES)

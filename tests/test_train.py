@@ -80,6 +80,10 @@ def test_a_network_on_pixels_trains_from_scratch_resumes_and_opens_in_diffusers(
             shutil.copy(file, top)
         again = generate(load_model(top), "uncond", ["", ""], steps=4, seed=0)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(ours, again))
+    run(tmp_path / "routed", *options, "--routing", "dtr", "--steps", 1)
+    assert "routing" in load_model(tmp_path / "routed").unet.config
+    with pytest.raises(Exception, match="RoutedUNet2D"):  # which diffusers would draw wrong
+        DDPMPipeline.from_pretrained(tmp_path / "routed")
 
 
 def test_full_trains_the_whole_network_and_keeps_the_papers_layout(straight, tmp_path):
