@@ -425,7 +425,7 @@ def test_cuda_draws_the_same_picture():
 @pytest.mark.parametrize("changes, word", [
     (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "FlowMatchEuler"), (dict(prediction_type="sample"), "prediction_type"),
     (dict(beta_schedule="sigmoid"), "beta_schedule"), (dict(timestep_spacing="karras"), "timestep_spacing"),
-    (dict(thresholding=True), "thresholding"), (dict(variance_type="learned_range"), "variance_type"),
+    (dict(thresholding=True), "thresholding"), (dict(variance_type="learned"), "variance_type"),
     (dict(use_karras_sigmas=True), "use_karras_sigmas"), (dict(snr_shift_scale=3.0), "snr_shift_scale"),
     (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"), (dict(trained_betas=[0.1, 0.2]), "trained_betas")])
 def test_what_is_not_implemented_is_refused_by_name(changes, word):

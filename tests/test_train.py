@@ -15,7 +15,7 @@ import train
 from conftest import ROOT
 from data import ALL, ASSETS, TASKS
 from folders import command
-from sample import load_model
+from sample import generate, load_model
 
 QUICK = ["--batch-size", "8", "--eval-size", "2", "--sample-every", "0", "--save-every", "2", "--log-every", "1", "--warmup", "1"]
 
@@ -55,35 +55,43 @@ def test_all_tasks_train_and_the_end_tells_what_to_do_next(straight):
     assert json.loads((out / "arguments.json").read_text())["steps"] == 4
 
 
-def test_a_network_on_pixels_trains_from_scratch_resumes_and_opens_in_diffusers(tmp_path):
-    """Unconditional: ADM's with its learned variance, DDPM's."""
-    from diffusers import DDPMPipeline
+PIXELS = ["--task", "uncond", "--model", "scratch", "--lr-schedule", "constant"]
 
-    from sample import generate
-    for unet in ("adm-tiny", "ddpm-tiny"):
-        out, options = tmp_path / unet, ["--task", "uncond", "--model", "scratch", "--unet", unet, "--eval-every", 2, "--lr-schedule", "constant"]
-        run(out, *options, "--steps", 2)
-        run(out, *options, "--steps", 4)
-        run(tmp_path / "straight", *options, "--steps", 4)
-        assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(tmp_path / "straight").values()))
-        held_out = [row for row in log(out) if "held_out" in row]
-        assert [row["step"] for row in held_out] == [2, 4] and held_out[1]["held_out"]["uncond"] < held_out[0]["held_out"]["uncond"]
-        shutil.rmtree(tmp_path / "straight")
-        model, pipe = load_model(out), DDPMPipeline.from_pretrained(out)
-        ours = generate(model, "uncond", ["", ""], steps=4, seed=0)
-        theirs = pipe(batch_size=2, num_inference_steps=4, generator=[torch.Generator().manual_seed(s) for s in (0, 1)]).images
-        assert all(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() < 1 for a, b in zip(ours, theirs))
-        # as google/ddpm-cifar10-32 has it: everything beside model_index.json
-        top = tmp_path / f"{unet}-top"
-        shutil.copytree(out / "unet", top)
-        for file in (out / "scheduler" / "scheduler_config.json", out / "model_index.json"):
-            shutil.copy(file, top)
-        again = generate(load_model(top), "uncond", ["", ""], steps=4, seed=0)
-        assert all(a.tobytes() == b.tobytes() for a, b in zip(ours, again))
-    run(tmp_path / "routed", *options, "--routing", "dtr", "--steps", 1)
-    assert "routing" in load_model(tmp_path / "routed").unet.config
-    with pytest.raises(Exception, match="RoutedUNet2D"):  # which diffusers would draw wrong
-        DDPMPipeline.from_pretrained(tmp_path / "routed")
+
+def test_a_network_on_pixels_trains_from_scratch_and_resumes(tmp_path):
+    """ADM's, with its learned variance."""
+    run(tmp_path / "a", *PIXELS, "--eval-every", 2, "--steps", 2)
+    run(tmp_path / "a", *PIXELS, "--eval-every", 2, "--steps", 4)
+    run(tmp_path / "b", *PIXELS, "--steps", 4)
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values()))
+    held_out = [row for row in log(tmp_path / "a") if "held_out" in row]
+    assert [row["step"] for row in held_out] == [2, 4] and held_out[1]["held_out"]["uncond"] < held_out[0]["held_out"]["uncond"]
+    opens_in_diffusers(tmp_path / "a", tmp_path / "top")
+
+
+def test_ddpms_network_trains_and_opens_in_diffusers(tmp_path):
+    run(tmp_path / "a", *PIXELS, "--unet", "ddpm-tiny", "--steps", 1)
+    opens_in_diffusers(tmp_path / "a", tmp_path / "top")
+
+
+def opens_in_diffusers(out, top):
+    """The same pictures there; and here from `top`, everything beside model_index.json, as google/ddpm-cifar10-32 has it."""
+    from diffusers import DDPMPipeline
+    ours = generate(load_model(out), "uncond", ["", ""], steps=4, seed=0)
+    theirs = DDPMPipeline.from_pretrained(out)(batch_size=2, num_inference_steps=4, generator=[torch.Generator().manual_seed(s) for s in (0, 1)]).images
+    assert all(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() < 1 for a, b in zip(ours, theirs))
+    shutil.copytree(out / "unet", top)
+    for file in (out / "scheduler" / "scheduler_config.json", out / "model_index.json"):
+        shutil.copy(file, top)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(ours, generate(load_model(top), "uncond", ["", ""], steps=4, seed=0)))
+
+
+def test_a_routed_run_does_not_open_in_diffusers_as_if_it_were_plain(tmp_path):
+    from diffusers import DDPMPipeline
+    run(tmp_path, *PIXELS, "--routing", "dtr", "--steps", 1)
+    assert "routing" in load_model(tmp_path).unet.config
+    with pytest.raises(Exception, match="RoutedUNet2D"):
+        DDPMPipeline.from_pretrained(tmp_path)
 
 
 def test_full_trains_the_whole_network_and_keeps_the_papers_layout(straight, tmp_path):
