@@ -49,17 +49,19 @@ def train(options, out, threads):
 
 
 def curves(series, path, size=(640, 400)):
-    """series: name -> (steps (M,), losses (seeds, M)); a line through the means, a band from the least to the greatest seed."""
+    """series: name -> (steps (M,), losses (seeds, M)); a line through the means, a band from the least to the greatest seed, without the first
+    quarter, whose fall says little."""
+    series = {name: (steps[len(steps) // 4:], losses[:, len(steps) // 4:]) for name, (steps, losses) in series.items()}
     (width, height), left, low = size, 60, 40
     picture = Image.new("RGB", (2 * width, 2 * height), "white")  # drawn at twice the size, then made smaller: smooth lines
     draw = ImageDraw.Draw(picture, "RGBA")
     xs = [x for steps, _ in series.values() for x in steps]
-    ys = np.concatenate([losses[:, len(steps) // 4:].flatten() for steps, losses in series.values()])  # the first fall says little
+    ys = np.concatenate([losses.flatten() for _, losses in series.values()])
     top, bottom = float(ys.max()), float(ys.min())
     top, bottom = top + 0.05 * (top - bottom), bottom - 0.05 * (top - bottom)
 
     def at(x, y):
-        u, v = (x - min(xs)) / max(max(xs) - min(xs), 1), (min(y, top) - bottom) / max(top - bottom, 1e-9)
+        u, v = (x - min(xs)) / max(max(xs) - min(xs), 1), (y - bottom) / max(top - bottom, 1e-9)
         return 2 * (left + u * (width - left - 20)), 2 * (height - low - v * (height - low - 20))
     for k in range(6):
         y = bottom + k / 5 * (top - bottom)
