@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from folders import UserError, blaming, fetch, load_weights, read_json, save_weights
-from unet import Cond, Conv2d, ResnetBlock2D, TimestepEmbedding, UNet, sinusoidal
+from unet import Cond, Conv2d, ResnetBlock2D, TimestepEmbedding, UNet, completed, count
 from vae import Attention, older_attention_names
 
 # diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
@@ -149,17 +149,7 @@ class UpBlock(nn.Module):
 
 def checked(config):
     """-> the whole config, defaults filled in. What these U-Nets do not do is refused by name."""
-    c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
-
-    def need(ok, *keys):
-        if not ok:
-            raise UserError("U-Net config: " + ", ".join(f"{k} = {c.get(k, config.get(k))!r}" for k in keys) + " is not implemented")
-
-    def count(value):
-        return type(value) is int and value > 0
-
-    for key, value in config.items():
-        need(key in DEFAULTS or key.startswith("_") or (value == FIXED[key] if key in FIXED else value is None), key)
+    c, need = completed(config, DEFAULTS, FIXED)
     for key, choices in CHOICES.items():
         need(c[key] in choices and type(c[key]) is type(choices[0]), key)
     for key in ("sample_size", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
@@ -204,10 +194,7 @@ class UNet2D(UNet):
         self.gradient_checkpointing = False
 
     def condition(self, x, t, context, task, added):
-        c = self.config
-        t = t.expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-        numbers = sinusoidal(t, c["block_out_channels"][0], c["flip_sin_to_cos"], c["freq_shift"])
-        temb = self.time_embedding(numbers.to(self.conv_out.weight.dtype))
+        t, temb = self.embedded(t, x)
         if self.class_embedding is not None:
             if not added or added.get("class_labels") is None:
                 raise ValueError('this U-Net knows classes: pass added={"class_labels": (B,)}')

@@ -272,19 +272,27 @@ def per_level(c, key):
     return list(c[key]) if isinstance(c[key], (list, tuple)) else [c[key]] * len(c["block_out_channels"])
 
 
-def checked(config):
-    """-> the whole config, defaults filled in. What this U-Net does not do is refused by name."""
-    c = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+def count(value):
+    return type(value) is int and value > 0
+
+
+def completed(config, defaults, fixed):
+    """-> the config with `defaults` filled in, and need(ok, *keys), which refuses these keys' values by name where not ok. A key that is in
+    neither table, or has another value than its fixed one, is refused at once."""
+    c = {**defaults, **{k: v for k, v in config.items() if k in defaults}}
 
     def need(ok, *keys):
         if not ok:
             raise UserError("U-Net config: " + ", ".join(f"{k} = {c.get(k, config.get(k))!r}" for k in keys) + " is not implemented")
 
-    def count(value):
-        return type(value) is int and value > 0
-
     for key, value in config.items():
-        need(key in DEFAULTS or key.startswith("_") or (value == FIXED[key] if key in FIXED else value is None), key)
+        need(key in defaults or key.startswith("_") or (value == fixed[key] if key in fixed else value is None), key)
+    return c, need
+
+
+def checked(config):
+    """-> the whole config, defaults filled in. What this U-Net does not do is refused by name."""
+    c, need = completed(config, DEFAULTS, FIXED)
     numbers = ["in_channels", "out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim"]
     for key in numbers + ["sample_size"] * (c["sample_size"] is not None):
         need(count(c[key]), key)
@@ -329,11 +337,16 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
         self.gradient_checkpointing = False
 
+    def embedded(self, t, x):
+        """A timestep, or one a sample -> t (B,) and its embedding (B, E), computed in fp32, then cast to the network's type."""
+        c, t = self.config, t.expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
+        numbers = sinusoidal(t, c["block_out_channels"][0], c["flip_sin_to_cos"], c["freq_shift"])
+        return t, self.time_embedding(numbers.to(self.conv_out.weight.dtype))
+
     def condition(self, x, t, context, task, added):
         """-> Cond. The embeddings of numbers are computed in fp32, then cast to the network's type."""
         c, dtype = self.config, self.conv_out.weight.dtype
-        t = t.expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-        temb = self.time_embedding(sinusoidal(t, c["block_out_channels"][0], c["flip_sin_to_cos"], c["freq_shift"]).to(dtype))
+        t, temb = self.embedded(t, x)
         if self.add_embedding is not None:
             ids = sinusoidal(added["time_ids"].flatten(), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"])
             temb = temb + self.add_embedding(torch.cat([added["text_embeds"].to(dtype), ids.view(len(x), -1).to(dtype)], dim=-1))
