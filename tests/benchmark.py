@@ -37,9 +37,36 @@ def ratio(name, ours, theirs, runs):
             start = time.perf_counter()
             f()
             times[f].append(time.perf_counter() - start)
-    a, b = (statistics.median(times[f]) for f in (ours, theirs))
+    a, b = (statistics.median(times[f]) for f in (ours, theirs))  # seconds
     pairs = sorted(x / y for x, y in zip(times[ours], times[theirs]))
     print(f"{name:<44}{a:>9.3f} s{b:>9.3f} s   ratio {a / b:.3f}   pairs {pairs[0]:.3f} .. {pairs[-1]:.3f}", flush=True)
+    return b
+
+
+def masks_alone(routed, run, runs):
+    """What routing adds to a training step, timed by itself, in seconds: each block's mask and its products with x, forward and backward."""
+    inputs, hooks = [], []
+    for block in routed.modules():
+        if hasattr(block, "mask"):
+            hooks.append(block.register_forward_pre_hook(lambda block, args: inputs.append((block, args[0].detach().requires_grad_(), args[1].t))))
+    run()
+    for hook in hooks:
+        hook.remove()
+
+    def products():
+        for block, x, t in inputs:
+            m = block.mask(t).to(x.dtype)
+            m = m[:, None] if x.dim() == 3 else m[:, :, None, None]
+            y = m * x + (1 - m) * x if x.dim() == 3 else m * x  # of the transformer block, of the residual block
+            y.backward(torch.ones_like(y))
+
+    products()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        products()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def main():
@@ -76,7 +103,9 @@ def main():
         c = lambda: routed(x, t, text)  # noqa: E731
         print(f"{'':<44}{'routed':>11}{'plain':>11}")
         ratio("forward", forward(c), forward(a), args.runs)
-        ratio("forward and backward", step(c, routed), step(a, ours), args.runs)
+        plain = ratio("forward and backward", step(c, routed), step(a, ours), args.runs)
+        alone = masks_alone(routed, c, args.runs)
+        print(f"{'the masks and their products alone':<44}{alone:>9.3f} s{'':>11}   of the plain step {alone / plain:.1%}", flush=True)
         if args.compile:
             fast, plain = (torch.compile(module, fullgraph=True) for module in (routed, ours))
             ratio("forward and backward, compiled", step(lambda: fast(x, t, text), routed), step(lambda: plain(x, t, text), ours), args.runs)
