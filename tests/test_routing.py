@@ -9,6 +9,7 @@ import torch
 import adm
 import moe
 import routing
+from conftest import called
 from folders import UserError
 from routing import add_routing, random_masks, task_masks
 from sample import Model, generate, load_model
@@ -192,12 +193,8 @@ def test_bad_settings_are_refused_and_leave_the_network_alone(options):
 
 
 def test_the_demonstration_draws(tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
     from PIL import Image
-    done = subprocess.run([sys.executable, str(ROOT / "routing.py"), "--out", str(tmp_path / "m.png")], capture_output=True, text=True)
+    done = called("routing.py", "--out", tmp_path / "m.png")
     assert done.returncode == 0 and "share of channels" in done.stdout
     assert Image.open(tmp_path / "m.png").size == (1000, 320 + 8 + 320)
 

@@ -1,8 +1,6 @@
 """Drawing: the shipped models, diffusers' picture, seeds, sizes, bad input."""
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,10 +8,10 @@ import torch
 from PIL import Image
 
 import moe
-from conftest import ROOT
+from conftest import called
 from data import ALL, ASSETS
-from folders import UserError, command
-from sample import EXAMPLES, generate, load_model, main, open_image
+from folders import UserError
+from sample import EXAMPLES, generate, load_model, open_image
 from unet import CONFIGS
 
 
@@ -30,10 +28,6 @@ def mtu():
 def example(task):
     image, prompt = EXAMPLES[task]
     return [prompt], [open_image(ASSETS / "examples" / image)] if image else None
-
-
-def run(*args, cwd=ROOT):
-    return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True)
 
 
 def test_shipped_base_draws_diffusers_picture(tiny):
@@ -170,10 +164,10 @@ def test_sdxl_is_upcycled_trained_exported_and_opened_by_diffusers(sdxl, tmp_pat
         example("edit")[1][0].convert("RGB").resize((size, size)).save(tmp_path / path)
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(dict(file_name=f, source_file_name=s, text="make it blue", split=split)) + "\n"
                                                      for f, s, split in (("a.png", "b.png", "train"), ("b.png", "a.png", "heldout"))))
-    done = run("train.py", "--model", sdxl, "--task", "edit,t2i", "--data", tmp_path, "--steps", 1, "--batch-size", 2, "--eval-size", 1,
+    done = called("train.py", "--model", sdxl, "--task", "edit,t2i", "--data", tmp_path, "--steps", 1, "--batch-size", 2, "--eval-size", 1,
                "--sample-every", 0, "--lr", 1e-2, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    done = run("sample.py", "--model", tmp_path / "run", "--export", "edit", "--export-to", tmp_path / "edit")
+    done = called("sample.py", "--model", tmp_path / "run", "--export", "edit", "--export-to", tmp_path / "edit")
     assert done.returncode == 0, done.stderr
     pipe = quiet(diffusers.StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tmp_path / "edit"))
     picture = Image.open(tmp_path / "a.png")
@@ -187,7 +181,7 @@ def test_sdxl_is_upcycled_trained_exported_and_opened_by_diffusers(sdxl, tmp_pat
 @pytest.mark.parametrize("task", ["t2i", "edit"])
 def test_an_exported_task_draws_the_same_in_diffusers(mtu, tmp_path, task):
     import diffusers
-    done = run("sample.py", "--export", task, "--export-to", tmp_path / "x")
+    done = called("sample.py", "--export", task, "--export-to", tmp_path / "x")
     assert done.returncode == 0 and "from `../tiny`" in (tmp_path / "x" / "README.md").read_text(), done.stderr
     prompts, images = example(task)
     pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "x"))
@@ -200,7 +194,7 @@ def test_an_exported_task_draws_the_same_in_diffusers(mtu, tmp_path, task):
     theirs = pipe(prompts[0], **options).images[0]
     for model in (mtu, load_model(tmp_path / "x")):
         assert difference(generate(model, task, prompts, images, steps=4)[0], theirs) < 1
-    again = run("sample.py", "--export", task, "--export-to", tmp_path / "x")
+    again = called("sample.py", "--export", task, "--export-to", tmp_path / "x")
     assert again.returncode == 2 and "exists" in again.stderr
 
 
@@ -267,7 +261,7 @@ def test_a_picture_keeps_its_shape(mtu):
 
 def test_the_command(tmp_path):
     out = tmp_path / "a" / "b.png"
-    done = run("sample.py", "--task", "edit", "--steps", 3, "--num-images", 2, "--out", out, "--trajectory")
+    done = called("sample.py", "--task", "edit", "--steps", 3, "--num-images", 2, "--out", out, "--trajectory")
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout
     picture = Image.open(out)
@@ -278,13 +272,13 @@ def test_the_command(tmp_path):
 
 def test_several_prompts_make_a_grid_with_a_row_each(tmp_path):
     out = tmp_path / "grid.png"
-    done = run("sample.py", "--task", "t2i", "--steps", 1, "--num-images", 3, "--prompt", "red apple", "--prompt", "blue book", "--out", out)
+    done = called("sample.py", "--task", "t2i", "--steps", 1, "--num-images", 3, "--prompt", "red apple", "--prompt", "blue book", "--out", out)
     assert done.returncode == 0, done.stderr
     assert Image.open(out).size == (3 * 64, 2 * 64) and "'red apple', 'blue book'" in done.stdout
 
 
 def test_a_prompt_alone_meets_the_shipped_picture(tmp_path):
-    done = run("sample.py", "--task", "edit", "--steps", 1, "--prompt", "make it a man", "--out", tmp_path / "a.png")
+    done = called("sample.py", "--task", "edit", "--steps", 1, "--prompt", "make it a man", "--out", tmp_path / "a.png")
     assert done.returncode == 0 and "edit.png" in done.stdout
 
 
@@ -324,14 +318,11 @@ def test_bad_requests_are_refused(mtu, options, words):
     (["--image", "nothing.png", "--task", "edit"], "nothing.png"), (["--model", "no/such/folder"], "no/such/folder"),
     (["--task", "colorize"], "colorize"), (["--out", "a.jpg"], "a.jpg"), (["--num-images", "0"], "--num-images"), (["--seed", "-1"], "--seed"),
     (["--device", "nonsense"], "nonsense")])
-def test_a_mistake_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arguments, words):
+def test_a_mistake_is_one_line_and_exit_2(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        command(main)
-    out, error = capsys.readouterr()
-    assert end.value.code == 2 and out == ""
-    assert len(error.strip().splitlines()) == 1 and words in error
+    done = called("sample.py", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
