@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import data
 from data import ASSETS, TASKS
-from folders import UserError, command, write_json
-from sample import generate, load_model, pick_device
+from folders import UserError, command, pick_device, write_json
+from sample import generate, load_model
 
 
 def mse(a, b):

@@ -140,6 +140,13 @@ def pick_device(name=None):
     return torch.device(name)
 
 
+def compiled(run, device):
+    """torch.compile; UserError where that cannot work."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile on CPU needs a C++ compiler (g++), and there is none here; leave --compile out")
+    return torch.compile(run)
+
+
 def command(main):
     """Run a command: a user's mistake ends in one line on stderr and exit code 2."""
     try:

@@ -9,8 +9,6 @@
 import argparse
 import json
 import math
-import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from adm import UNet2D
 from clip import CLIPText, Tokenizer
 from data import ASSETS, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
-from folders import UserError, blaming, command, fetch, new_folder, pick_device, read_json, write_file, write_json
+from folders import UserError, blaming, command, compiled, fetch, new_folder, pick_device, read_json, write_file, write_json
 from routing import add_routing
 from unet import UNet
 from vae import VAE, Pixels
@@ -229,7 +227,7 @@ def load_pixels(path_or_hub_id, index, dtype=torch.float32):
 
 @torch.no_grad()
 def generate(model, task, prompts, images=None, negative_prompt="", guidance=None, image_guidance=None, steps=20, eta=0.0, strength=None,
-             height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None):
+             height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None, low_memory=False):
     """Draw one picture per prompt -> list of PIL images. Picture i has seed `seed + i`, whatever the batch around it.
 
     images: PIL pictures, one per prompt: the source of an image-to-image task, or with strength in (0, 1] the start (SDEdit).
@@ -240,6 +238,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     sampler: a name in diffusion.SAMPLERS; default the one that the folder's scheduler names. eta: DDIM's noise.
     guidance_rescale: see diffusion.guide.
     ensemble: N U-Nets of the model's kind; number floor(t N / T) makes step t (DeMe Eq. 7).
+    low_memory: the text encoders leave the device once they have read, and guidance's branches pass the U-Net one after another.
     """
     if isinstance(prompts, str) or images and len(images) != len(prompts):
         raise ValueError("prompts is a list of strings, images a list of as many pictures")
@@ -286,16 +285,22 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     else:
         branches = [([negative_prompt] * B, 0)] + [([negative_prompt] * B, 1)] * (source is not None) + [(prompts, 1)]
     K = len(branches)
+    for _, encoder in model.texts:
+        encoder.to(device)
     context, pooled = model.encode_text([prompt for words, _ in branches for prompt in words])  # (K B, S, D)
+    for _, encoder in model.texts if low_memory else ():
+        encoder.to("cpu")
     added = model.added(pooled, height, width)
     source = None if source is None else torch.cat([source * given for _, given in branches])
     row = torch.full((K * B,), model.tasks.index(task), device=device)
+    pieces = [slice(k * B, (k + 1) * B) for k in range(K)] if low_memory else [slice(None)]
+    conditions = [(context if context is None else context[p], row[p], added and {key: value[p] for key, value in added.items()}) for p in pieces]
 
     def predict(x, t):
         z = x.to(dtype).repeat(K, 1, 1, 1)
         z = z if source is None else torch.cat([z, source.to(dtype)], dim=1)        # (K B, 4 or 8, h, w)
         unet = ensemble[int(t[0]) * len(ensemble) // diffusion.T] if ensemble else model.unet
-        out = unet(z, t.repeat(K), context, task=row, added=added)
+        out = torch.cat([unet(z[p], t.repeat(K)[p], *condition) for p, condition in zip(pieces, conditions)])
         return guide(out.float().unflatten(0, (K, B)), guidance, image_guidance, guidance_rescale)
 
     options = dict(eta=eta) if sampler == "ddim" else {}
@@ -423,6 +428,7 @@ def main():
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device is fast at it, fp32 for the miniature")
     parser.add_argument("--ensemble", nargs="+", metavar="MODEL", help="DeMe before merging: copies tuned for equal timestep ranges, from t = 0 on")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: pays for many pictures of one size")
+    parser.add_argument("--low-memory", action="store_true", help="text encoders leave the device after use, guidance's branches pass one by one")
     parser.add_argument("--out", help="the picture; default samples/TASK.png")
     parser.add_argument("--export", metavar="TASK", help="draw nothing; write this task of an upcycled model as a folder that diffusers opens")
     parser.add_argument("--export-to", metavar="FOLDER", help="that folder")
@@ -466,7 +472,8 @@ def main():
             frames.append(torch.cat([x[:1], x0[:1]]))
 
     pictures = generate(model, args.task, prompts, images, args.negative_prompt, args.guidance, args.image_guidance,
-                        args.steps, args.eta, args.strength, args.height, args.width, args.seed, step, args.sampler, args.guidance_rescale, ensemble)
+                        args.steps, args.eta, args.strength, args.height, args.width, args.seed, step, args.sampler, args.guidance_rescale, ensemble,
+                        args.low_memory)
     bar.close()
     arguments = {**vars(args), "prompt": prompts, "image": image}
     columns = args.num_images if len(prompts) > args.num_images > 1 else round(len(prompts) ** 0.5)
@@ -481,13 +488,6 @@ def main():
         first, *rest = [f[1] for f in decoded]
         first.save(strip.with_suffix(".gif"), save_all=True, append_images=rest, duration=[120] * len(rest) + [1500], loop=0)
         print(f"denoising -> {strip} and {strip.with_suffix('.gif')}")
-
-
-def compiled(run, device):
-    """torch.compile; UserError where that cannot work."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise UserError("--compile on CPU needs a C++ compiler (g++), and there is none here; leave --compile out")
-    return torch.compile(run)
 
 
 if __name__ == "__main__":

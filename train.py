@@ -30,9 +30,9 @@ import moe
 from checkpoint import averaged, forget_after, load_state, save_state
 from data import ALL, ASSETS, TASKS, Encoder
 from diffusion import UncertaintyWeight
-from folders import UserError, command, write_json
+from folders import UserError, command, compiled, pick_device, write_json
 from routing import MODES, add_routing
-from sample import Model, compiled, load_model, pick_device, pipeline_index, sample_grid
+from sample import Model, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 from vae import VAE, Pixels
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from folders import UserError, blaming, command, fetch, load_weights, read_json, save_weights
+from folders import UserError, blaming, command, fetch, load_weights, pick_device, read_json, save_weights
 
 DEFAULTS = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1, norm_num_groups=32,
                 act_fn="silu", sample_size=32, scaling_factor=0.18215, force_upcast=True, mid_block_add_attention=True,
@@ -302,7 +302,6 @@ def main():
     from tqdm import tqdm
 
     import data
-    from sample import pick_device
 
     parser = argparse.ArgumentParser(description="Train the miniature autoencoder on the built-in pictures.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -134,6 +134,28 @@ def test_a_model_on_the_hub_that_points_to_its_base_keeps_its_own_unet(tmp_path,
     assert load_model("owner/mtu").tasks == ["t2i", "edit", "sr", "inpaint"]
 
 
+@pytest.mark.parametrize("name, task, branches", [("sdxl", "t2i", 2), ("mtu", "edit", 3)])
+def test_low_memory_draws_the_same_in_smaller_batches(request, monkeypatch, name, task, branches):
+    model = request.getfixturevalue(name)
+    model = load_model(model) if name == "sdxl" else model
+    sizes, forward, prompts = [], model.unet.forward, ["red apple", "make it a man"]
+    images = [open_image(ASSETS / "examples/edit.png")] * 2 if task == "edit" else None
+    monkeypatch.setattr(model.unet, "forward", lambda z, *rest: sizes.append(len(z)) or forward(z, *rest))
+    plain, saving = (generate(model, task, prompts, images, guidance=2.0, image_guidance=1.5, steps=3, low_memory=low) for low in (False, True))
+    assert sizes == [branches * 2] * 3 + [2] * branches * 3
+    assert all(difference(a, b) < 0.05 for a, b in zip(plain, saving))
+
+
+def test_low_memory_sends_text_encoders_away_once_they_have_read(tiny, monkeypatch):
+    happened, kind = [], type(tiny.text_encoder)
+    to, forward = kind.to, kind.forward
+    monkeypatch.setattr(kind, "to", lambda self, device: happened.append(f"to {device}") or to(self, device))
+    monkeypatch.setattr(kind, "forward", lambda self, ids: happened.append("reads") or forward(self, ids))
+    for low in (True, False):
+        generate(tiny, "t2i", ["pizza"], steps=1, low_memory=low)
+    assert happened == ["to cpu", "reads", "to cpu", "to cpu", "reads"]
+
+
 def test_an_ensemble_gives_each_step_to_the_copy_of_its_range(tiny):
     called = []
 
