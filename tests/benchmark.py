@@ -2,10 +2,12 @@
 
     python tests/benchmark.py --size sd15 --runs 5
     python tests/benchmark.py --size sd15 --runs 9 --only routed --compile
+    python tests/benchmark.py --size sdxl --only memory
 
 Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
 the autoencoder likewise; a whole picture of assets/tiny in 20 guided steps against diffusers' pipeline; the U-Net upcycled to four experts
-against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain one. Latents are 32 x 32.
+against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain one. Latents are 32 x 32. memory: the peak while one guided picture of the model's own
+size is drawn in bf16, of CUDA's memory, or of the process on CPU above what it held before the weights.
 """
 import argparse
 import statistics
@@ -16,15 +18,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import clip  # noqa: E402
 import moe  # noqa: E402
 from data import ASSETS  # noqa: E402
+from folders import pick_device  # noqa: E402
 from routing import add_routing  # noqa: E402
-from sample import generate, load_model  # noqa: E402
+from sample import Model, generate, load_model  # noqa: E402
 from unet import CONFIGS, UNet  # noqa: E402
 from vae import CONFIGS as VAE_CONFIGS, VAE  # noqa: E402
 
 
-PARTS = ("unet", "vae", "picture", "routed", "upcycled")
+PARTS = ("unet", "vae", "picture", "routed", "upcycled")  # and memory, where it is asked for
 
 
 def ratio(name, ours, theirs, runs):
@@ -69,14 +73,45 @@ def masks_alone(routed, run, runs):
     return statistics.median(times)
 
 
+def peak_memory(device, reset=False):
+    """GB; reset: begin anew."""
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated() / 1e9
+    if reset:
+        return Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def memory(size):
+    device, tiny, vocabulary = pick_device(), load_model(ASSETS / "tiny"), dict(vocab_size=49408)
+    peak_memory(device, reset=True)
+    before, text = peak_memory(device), {"tiny": ["tiny"], "sd15": ["clip_l"], "sdxl": ["clip_l", "clip_bigg"]}[size]
+    with torch.device("meta"):
+        parts = [UNet(CONFIGS[size]), VAE(VAE_CONFIGS[size]), *[clip.CLIPText(clip.CONFIGS[name] | vocabulary) for name in text]]
+    for part in parts:
+        part.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+        for p in part.parameters():
+            p.normal_(std=0.02)
+    unet, vae, *encoders = parts
+    model = Model(unet, vae, encoders[0], tiny.tokenizer, tiny.scheduler, {}, *[part for encoder in encoders[1:] for part in (encoder, tiny.tokenizer)])
+    weights = sum(p.nbytes for part in parts for p in part.parameters()) / 1e9
+    print(f"{size}, one picture of {model.native_size} x {model.native_size}, bf16, {device}: weights {weights:.2f} GB", flush=True)
+    for low in (False, True):
+        peak_memory(device, reset=True)
+        generate(model, "t2i", ["pizza"], guidance=7.5, steps=1, low_memory=low)
+        print(f"peak {'with --low-memory' if low else '':<20}{peak_memory(device) - before:>6.2f} GB", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("tiny", "sd15"), default="sd15")
+    parser.add_argument("--size", choices=("tiny", "sd15", "sdxl"), default="sd15")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="groups of rows")
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "memory"), default=PARTS, help="groups of rows")
     parser.add_argument("--compile", action="store_true", help="routed: also the training step under torch.compile")
     args = parser.parse_args()
+    if args.only == ["memory"]:
+        return memory(args.size)
     config, B = CONFIGS[args.size], args.batch_size
     torch.manual_seed(0)
     ours = UNet(config)
