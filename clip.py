@@ -276,11 +276,17 @@ class Tower(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder=None, dtype=torch.float32):
-        """subfolder: by default a pipeline's, text_encoder or image_encoder. dtype: of the parameters in memory."""
+        """subfolder: by default a pipeline's, text_encoder or image_encoder; "" for openai/clip-vit-large-patch14 and other whole CLIPModels,
+        of which this tower is read. dtype: of the parameters in memory."""
         folder = fetch(path_or_hub_id, cls.subfolder if subfolder is None else subfolder)
+        config, whole = read_json(folder / "config.json"), ()
         with torch.device("meta"), blaming(folder / "config.json"):
-            tower = cls(read_json(folder / "config.json"))
-        load_weights(tower, folder, lambda key: prefixed(key, f"{cls.kind.lower()}_model."), dtype)
+            if f"{cls.kind.lower()}_config" in config:
+                whole = "logit_scale", *(("vision_model.", "visual_projection.") if cls.kind == "Text" else ("text_model.", "text_projection."))
+                config = config[f"{cls.kind.lower()}_config"] | dict(projection_dim=config.get("projection_dim", 512),
+                                                                     architectures=[f"CLIP{cls.kind}ModelWithProjection"])
+            tower = cls(config)
+        load_weights(tower, folder, lambda key: None if key.startswith(whole) else prefixed(key, f"{cls.kind.lower()}_model."), dtype)
         return tower
 
     def save_pretrained(self, folder, dtype=None):

@@ -311,6 +311,19 @@ def test_image_states_equal_transformers_and_folders_go_both_ways(tmp_path, act,
     assert again.state_dict().keys() == ours.state_dict().keys() and all(torch.equal(a, b) for a, b in zip(again(pixels), (last, pooled)))
 
 
+def test_both_towers_are_read_from_a_whole_model(tmp_path, trained):
+    """As openai/clip-vit-large-patch14 lies on the hub; with CLIP's score as transformers computes it."""
+    config = transformers.CLIPConfig(text_config=dict(SIZE, eos_token_id=899, projection_dim=7), vision_config=PICTURES, projection_dim=20)
+    theirs = transformers.CLIPModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ids, pixels = trained(["a cat", "dog face"]), torch.randn(2, 3, 32, 32)
+    text, pictures = clip.CLIPText.from_pretrained(tmp_path, "")(ids)[2], clip.CLIPVision.from_pretrained(tmp_path, "")(pixels)[1]
+    assert text.shape == pictures.shape == (2, 20)
+    scores = torch.cosine_similarity(text[:, None], pictures[None], dim=-1)
+    expected = theirs(input_ids=ids, pixel_values=pixels).logits_per_text / theirs.logit_scale.exp()
+    assert torch.allclose(scores, expected, atol=1e-5) and expected.std() > 1e-3
+
+
 @pytest.mark.parametrize("change", [
     lambda weights: {key.removeprefix("vision_model."): value for key, value in weights.items()},
     lambda weights: {**weights, "vision_model.embeddings.position_ids": torch.arange(17)[None]}])
