@@ -202,14 +202,14 @@ class UNet2D(UNet):
         return Cond(temb, None, t, task, None, added)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="", config=None, dtype=torch.float32):
-        """subfolder: "" for the layout of google/ddpm-cifar10-32, whose weights lie beside model_index.json."""
+    def from_pretrained(cls, path_or_hub_id, subfolder="", config=None, dtype=torch.float32, attach=lambda unet: unet):
+        """As UNet's. subfolder: "" for the layout of google/ddpm-cifar10-32, whose weights lie beside model_index.json."""
         folder = fetch(path_or_hub_id, subfolder)
         config = config or read_json(folder / "config.json")
         if (name := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
             raise UserError(f"{folder} holds a {name}, not a UNet2DModel")
         with torch.device("meta"), blaming(folder / "config.json"):
-            unet = cls(config)
+            unet = attach(cls(config))
         load_weights(unet, folder, older_attention_names, dtype)
         return unet
 

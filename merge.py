@@ -78,9 +78,32 @@ class ProjectedConv2d(nn.Conv2d):
         return (self.projection @ self.weight.flatten(1)).view_as(self.weight), self.projection @ self.bias
 
 
-def add_projections(unet):
-    """Give a U-Net channel projections in place, and return it: after the second convolution of each residual block (before its sum) and after
-    each down- and upsampling convolution, where they fold exactly. The official code's follow whole blocks, which do not fold."""
+class BlockProjection:
+    """Mixed into a block of the U: its output passes P, the tensors for the skips do not."""
+
+    def forward(self, *inputs):
+        out = super().forward(*inputs)
+        return (self.projection(out[0]), out[1]) if isinstance(out, tuple) else self.projection(out)
+
+
+def add_projections(unet, placement="convolutions"):
+    """Give a U-Net channel projections in place, and return it.
+
+    "convolutions": after the second convolution of each residual block (before its sum) and after each down- and upsampling convolution, where
+        they fold exactly.
+    "blocks": the official code's, after each down, mid and up block. They do not fold (skips leave before them): the network keeps them,
+        config.json records them, and copies merge with them.
+    """
+    if placement == "blocks":
+        if unet.config.get("_class_name") or "projections" in unet.config:
+            raise UserError(f"projections after blocks are for a plain U-Net, not for a {unet.config.get('_class_name')}")
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            channels, like = block.resnets[-1].conv2.out_channels, unet.conv_out.weight
+            block.__class__ = type(f"Projected{type(block).__name__}", (BlockProjection, type(block)), {})
+            block.projection = nn.Conv2d(channels, channels, 1, bias=False, device=like.device, dtype=like.dtype)
+            nn.init.dirac_(block.projection.weight)
+        unet.config |= {"projections": "blocks", "_class_name": f"Projected{type(unet).__name__}"}
+        return unet
     for name, module in unet.named_modules():
         if name.endswith((".conv2", "samplers.0.conv")) and type(module) is nn.Conv2d:
             module.__class__ = ProjectedConv2d

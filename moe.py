@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from folders import UserError, blaming, command, fetch, load_weights, read_json
+from folders import UserError, command, fetch, read_json
 from unet import CONFIGS, BasicTransformerBlock, UNet
 
 TASKS = ("t2i", "edit", "sr", "inpaint")  # data.TASKS' names; a method does not import the data
@@ -235,13 +235,10 @@ def fold(unet, task):
 
 def from_pretrained(path_or_hub_id, subfolder="unet", config=None, dtype=torch.float32):
     """A U-Net that `upcycle` made and `save_pretrained` saved. config: in place of the folder's own. dtype: of the parameters in memory."""
-    folder = fetch(path_or_hub_id, subfolder)
-    config = dict(config or read_json(folder / "config.json"))
+    config = dict(config or read_json(fetch(path_or_hub_id, subfolder) / "config.json"))
     moe = config.pop("moe")
-    with torch.device("meta"), blaming(folder / "config.json"):
-        unet = upcycle(UNet(config), **moe)
-    load_weights(unet, folder, dtype=dtype)
-    return freeze(unet)
+    config.pop("_class_name", None)
+    return freeze(UNet.from_pretrained(path_or_hub_id, subfolder, config, dtype, attach=lambda unet: upcycle(unet, **moe)))
 
 
 def counted(unet, task=None):

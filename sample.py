@@ -24,6 +24,7 @@ from clip import CLIPText, Tokenizer
 from data import ASSETS, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
 from folders import UserError, blaming, command, compiled, fetch, new_folder, pick_device, read_json, write_file, write_json
+from merge import add_projections
 from routing import add_routing
 from unet import UNet
 from vae import VAE, Pixels
@@ -35,7 +36,7 @@ EXAMPLES = {  # what a task draws when nothing is given
     "inpaint": ("inpaint.png", "remove the thumbs up sign on the left"),
     "uncond": (None, ""),
 }
-PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "RoutedPipeline2D")
+PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "RoutedPipeline2D", "ProjectedPipeline2D")
 
 
 @dataclass
@@ -158,23 +159,18 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     if index.get("_class_name") in PIXEL_PIPELINES:
         return load_pixels(path_or_hub_id, index, dtype or torch.float32).to(device)
     config = read_json(fetch(place("unet"), "unet") / "config.json")
-    routing = config.pop("routing", None)
     if dtype is None:
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                 device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         dtype = torch.bfloat16 if fast and config.get("sample_size") != 16 else torch.float32
-    if "moe" not in config and routing:
-        config.pop("_class_name")
-    unet = (moe if "moe" in config else UNet).from_pretrained(place("unet"), config=config, dtype=dtype)
-    rerouted(unet, routing, path_or_hub_id)
+    unet = load_unet(moe if "moe" in config else UNet, place("unet"), "unet", config, dtype)
     xl = bool(unet.config["addition_embed_type"])
     model = Model(unet, VAE.from_pretrained(place("vae"), dtype=dtype), CLIPText.from_pretrained(place("text_encoder"), dtype=dtype),
                   Tokenizer.from_pretrained(place("tokenizer")),
                   read_json(fetch(place("scheduler"), "scheduler") / "scheduler_config.json"), index,
                   CLIPText.from_pretrained(place("text_encoder_2"), "text_encoder_2", dtype) if xl else None,
                   Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2") if xl else None)
-    u, T = unet.config, model.diffusion.T
-    texts = model.texts
+    u, T, texts = unet.config, model.diffusion.T, model.texts
     pooled = model.text_encoder_2.width if xl else 0
     for fits, parts in (
             (u["sample_size"] is not None, "the U-Net's sample_size, which is null"),
@@ -187,18 +183,25 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
              "the U-Net's projection_class_embeddings_input_dim and the pooled text's width with six numbers"),
             (all(max(t.vocab.values()) < e.config["vocab_size"] for t, e in texts), "the tokenizer's vocabulary and the text encoder's"),
             (all(t.length <= e.config["max_position_embeddings"] for t, e in texts), "the tokenizer's length and the text encoder's positions"),
-            (routing is None or unet.config["routing"]["num_steps"] == T, "the routing's num_steps and the scheduler's num_train_timesteps")):
+            (u.get("routing", {}).get("num_steps", T) == T, "the routing's num_steps and the scheduler's num_train_timesteps")):
         if not fits:
             raise UserError(f"{path_or_hub_id}: cannot draw with {parts}" + (" that differ" if " and " in parts else ""))
-    for module in (model.unet, model.vae, *[encoder for _, encoder in texts]):
+    for module in (model.vae, *[encoder for _, encoder in texts]):
         module.eval()
     return model.to(device)
 
 
-def rerouted(unet, routing, where):
+def load_unet(kind, path_or_hub_id, subfolder, config, dtype):
+    """kind: moe, UNet or UNet2D. config: of the folder's config.json, which records what else is attached."""
+    routing, projections = config.pop("routing", None), config.pop("projections", None)
+    if routing or projections:
+        config.pop("_class_name", None)
+    attach = {"attach": lambda unet: add_projections(unet, projections)} if projections else {}
+    unet = kind.from_pretrained(path_or_hub_id, subfolder, config, dtype, **attach)
     if routing:
-        with blaming(f'{where}: unet/config.json, "routing"'):
+        with blaming(f'{path_or_hub_id}: unet/config.json, "routing"'):
             add_routing(unet, **routing)
+    return unet.eval()
 
 
 def load_pixels(path_or_hub_id, index, dtype=torch.float32):
@@ -208,18 +211,16 @@ def load_pixels(path_or_hub_id, index, dtype=torch.float32):
     except UserError:
         inside, folder = "", fetch(path_or_hub_id, "")
     config = read_json(folder / "config.json")
-    routing, name = config.pop("routing", None), config.get("_class_name") or "UNet2DModel"
-    config["_class_name"] = "UNet2DModel" if name == "RoutedUNet2D" else name
-    unet = UNet2D.from_pretrained(path_or_hub_id, inside, config, dtype).eval()
-    rerouted(unet, routing, path_or_hub_id)
+    unet = load_unet(UNet2D, path_or_hub_id, inside, config, dtype)
     scheduler = read_json(fetch(path_or_hub_id, "scheduler" if inside else "") / "scheduler_config.json")
     model, c = Model(unet, Pixels(unet.config["sample_size"]), None, None, scheduler, index), unet.config
+    T = model.diffusion.T
     learned = scheduler.get("variance_type") == "learned_range"
     for fits, parts in ((c["sample_size"] is not None, "sample_size, which is null"),
                         (c["in_channels"] == 3, f"in_channels = {c['in_channels']}: 3 are"),
                         (c["out_channels"] == 3 * (1 + learned), f"out_channels = {c['out_channels']}: 3 are, 6 with variance_type learned_range"),
                         (c["num_class_embeds"] is None, "num_class_embeds: no command gives classes"),
-                        (routing is None or c["routing"]["num_steps"] == model.diffusion.T, "routing for another num_train_timesteps")):
+                        (c.get("routing", {}).get("num_steps", T) == T, "routing for another num_train_timesteps")):
         if not fits:
             raise UserError(f"{path_or_hub_id}: cannot draw with the U-Net's {parts}")
     return model
@@ -331,8 +332,9 @@ def export(model, task, folder, base):
     folder, upcycled = Path(folder), "moe" in model.unet.config
     if task not in model.tasks:
         raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
-    if "routing" in model.unet.config:
-        raise UserError("a routed model masks channels at every timestep, which no other program does: it cannot be exported")
+    if "routing" in model.unet.config or "projections" in model.unet.config:
+        raise UserError("a routed model masks channels at every timestep, one with projections after blocks has layers that no other program "
+                        "knows: they cannot be exported")
     if isinstance(model.unet, UNet2D):
         raise UserError("a model that draws pixels has nothing to export: its folder is diffusers' own layout")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -77,7 +77,9 @@ def get_args():
     p.add_argument("--decouple", type=int, metavar="N", help="DeMe as a whole: N ranges, a copy for each, weights searched, merged; --out runs/deme")
     p.add_argument("--p-global", type=float, default=0.3, help="of both: share of samples from all timesteps (the official code: 0.3)")
     p.add_argument("--consistency", type=float, default=1.0, help="of both: weight of staying near the pretrained output (the paper: 1)")
-    p.add_argument("--projection", action="store_true", help="of both: channel projections after convolutions, folded on saving")
+    p.add_argument("--projection", nargs="?", const="convolutions", choices=("convolutions", "blocks"),
+                   help="of both: channel projections after convolutions (the default), folded on saving; or after blocks, kept (the official code)")
+    p.add_argument("--antithetic", action="store_true", help="of both: one draw of the range a batch, its second half mirrored (the official code)")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
@@ -95,8 +97,8 @@ def get_args():
 class Examples(torch.utils.data.Dataset):
     """Example i is sample k = i mod B of step i div B: picture, words, dropout, timestep and noise follow from (seed, step, k)."""
 
-    def __init__(self, datasets, batch_size, seed, num_timesteps, latent_shape, t_range=None, p_global=0.0):
-        self.tasks, self.datasets, self.t_range, self.p_global = list(datasets), datasets, t_range, p_global
+    def __init__(self, datasets, batch_size, seed, num_timesteps, latent_shape, t_range=None, p_global=0.0, antithetic=False):
+        self.tasks, self.datasets, self.t_range, self.p_global, self.antithetic = list(datasets), datasets, t_range, p_global, antithetic
         self.batch_size, self.seed, self.T, self.latent_shape = batch_size, seed, num_timesteps, latent_shape
         if t_range:  # a mistake shows now
             merge.sample_timesteps(t_range, num_timesteps, p_global, np.random.default_rng(0), 1)
@@ -107,7 +109,8 @@ class Examples(torch.utils.data.Dataset):
         task = self.tasks[k % len(self.tasks)]
         dataset = self.datasets[task]
         example = self.condition(dataset.get(int(rng.integers(len(dataset))), rng), task, rng.random())
-        t = rng.integers(self.T) if self.t_range is None else merge.sample_timesteps(self.t_range, self.T, self.p_global, rng, 1)[0]
+        draw = (np.random.default_rng((self.seed, step)), self.batch_size, True) if self.antithetic else (rng, 1)  # the batch's, or the sample's own
+        t = rng.integers(self.T) if self.t_range is None else merge.sample_timesteps(self.t_range, self.T, self.p_global, *draw)[k % draw[1]]
         return self.noised(example, int(t), int(rng.integers(2 ** 62)))
 
     def held_out(self, datasets, count):
@@ -268,7 +271,7 @@ def open_data(args, model, tasks):
     train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else data.builtin(task, split, size)
                         for task in tasks} for split in ("train", "heldout"))
     examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (model.vae.config["latent_channels"], side, side),
-                        args.t_range, args.p_global)
+                        args.t_range, args.p_global, args.antithetic)
     return examples, held_out, list(examples.held_out(held_out, args.eval_size))
 
 
@@ -279,6 +282,8 @@ def decouple(args, tasks, device, rank, world):
     if args.t_range or args.model == "scratch" or args.eval_size < 2 * N:
         raise UserError(f"--decouple makes the ranges itself, of a pretrained --model, and needs --eval-size {2 * N} or more")
     model = load_model(args.model, device=device)
+    if args.projection == "blocks":
+        merge.add_projections(model.unet, "blocks")  # each the identity: what the copies started from
     T, ranges, copies = model.diffusion.T, merge.timestep_ranges(model.diffusion.T, N), [out / f"range-{i}" for i in range(N)]
     for t_range, folder in zip(ranges, copies):
         train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world)
@@ -344,8 +349,8 @@ def train(args, tasks, device, rank, world):
     if args.batch_size % (len(tasks)) or args.batch_size % world or per_rank % micro:
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(tasks)} tasks, of {world} processes and of "
                         "--device-batch-size")
-    if args.t_range is None and args.projection or not 0 <= args.consistency < float("inf"):
-        raise UserError(f"--projection goes with --t-range, and --consistency {args.consistency} is at least 0")
+    if args.t_range is None and (args.projection or args.antithetic) or not 0 <= args.consistency < float("inf"):
+        raise UserError(f"--projection and --antithetic go with --t-range, and --consistency {args.consistency} is at least 0")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -353,8 +358,6 @@ def train(args, tasks, device, rank, world):
     model, scratch = build_model(args, tasks)
     if args.routing:
         add_routing(model.unet, args.alpha, args.beta, args.routing, model.diffusion.T, args.seed)
-        name = model.unet.config["_class_name"]
-        model.index |= {"_class_name": name.replace("UNet", "Pipeline")} | ({"unet": ["diffusers", name]} if "unet" in model.index else {})
     model.to(device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     miniature = sum(p.numel() for p in model.unet.parameters()) < 2e7
@@ -364,7 +367,11 @@ def train(args, tasks, device, rank, world):
     for part in filter(None, [model.vae, model.text_encoder_2, None if scratch else model.text_encoder]):
         part.eval().requires_grad_(False)
     teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
-    model.unet = merge.add_projections(model.unet) if args.projection else model.unet
+    if args.projection:
+        merge.add_projections(model.unet, args.projection)
+    if args.routing or args.projection == "blocks":
+        name = model.unet.config["_class_name"]
+        model.index |= {"_class_name": name.replace("UNet", "Pipeline")} | ({"unet": ["diffusers", name]} if "unet" in model.index else {})
     denoiser = Denoiser(model.unet, model.text_encoder if scratch else None, model.diffusion.to(device), args.loss_weight, teacher, args.consistency)
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
@@ -390,7 +397,7 @@ def train(args, tasks, device, rank, world):
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
     if not scratch:
         del settings["vae"]
-    for key in ["steps"] * (args.lr_schedule == "constant") + ["p_global", "consistency", "projection"] * (args.t_range is None):
+    for key in ["steps"] * (args.lr_schedule == "constant") + ["p_global", "consistency", "projection", "antithetic"] * (args.t_range is None):
         del settings[key]  # a run at constant lr may be made longer
     if state.exists():
         scalars = load_state(state, params, ema, optimizer, settings)
@@ -469,7 +476,7 @@ def train(args, tasks, device, rank, world):
                 raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
             write_json(out / "arguments.json", vars(args))
             with averaged(params, ema):
-                whole = replace(model, unet=merge.fold_projections(model.unet)) if args.projection else model
+                whole = replace(model, unet=merge.fold_projections(model.unet)) if args.projection == "convolutions" else model
                 whole.save(out, frozen_too=scratch or not saved)  # what does not train, once per start
             saved = True
             save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))  # last: what it counts is there

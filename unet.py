@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from folders import UserError, fetch, load_weights, read_json, save_weights
+from folders import UserError, blaming, fetch, load_weights, read_json, save_weights
 
 # diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
 DEFAULTS = dict(
@@ -377,14 +377,15 @@ class UNet(nn.Module):
         return (out, {"mid": mid, "up": x}) if return_features else out
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="unet", config=None, dtype=torch.float32):
-        """config: in place of the folder's own. dtype: of the parameters in memory."""
+    def from_pretrained(cls, path_or_hub_id, subfolder="unet", config=None, dtype=torch.float32, attach=lambda unet: unet):
+        """config: in place of the folder's own. dtype: of the parameters in memory. attach: gives the U-Net a method's parameters, which the
+        folder's weights then fill."""
         folder = fetch(path_or_hub_id, subfolder)
         config = config or read_json(folder / "config.json")
         if (name := config.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
             raise UserError(f"{folder} holds a {name}: sample.load_model opens it")
-        with torch.device("meta"):
-            unet = cls(config)
+        with torch.device("meta"), blaming(folder / "config.json"):
+            unet = attach(cls(config))
         load_weights(unet, folder, dtype=dtype)
         return unet
 

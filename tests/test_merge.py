@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import adm
 import merge
 from conftest import ROOT, called
 from folders import UserError
 from merge import merge as merged
 from merge import search_weights, task_vector, timestep_ranges
+from sample import load_unet
 from unet import CONFIGS, UNet
 
 SMALL = dict(CONFIGS["tiny"], block_out_channels=(32, 64, 64), cross_attention_dim=24)
@@ -90,6 +92,39 @@ def test_projections_start_as_the_identity_train_and_fold():
     assert set(folded.state_dict()) == names and (after - before).abs().max() > 0.1
     assert torch.allclose(folded(x, t, text), after, atol=1e-5 * after.abs().max().item())
     assert set(unet.state_dict()) == names | added  # the original is as it was
+
+
+@pytest.mark.parametrize("make", [lambda: UNet(SMALL), lambda: adm.UNet2D(adm.CONFIGS["adm-tiny"] | dict(num_class_embeds=None, sample_size=16))])
+def test_the_official_projections_follow_blocks_and_spare_the_skips(make, tmp_path):
+    torch.manual_seed(0)
+    unet = make().eval()
+    x, t, text = torch.randn(2, unet.config["in_channels"], 16, 16), torch.tensor([3, 900]), torch.randn(2, 5, 24)
+    before, names, blocks = unet(x, t, text), set(unet.state_dict()), len(unet.down_blocks) + 1 + len(unet.up_blocks)
+    skips = unet.down_blocks[0](unet.conv_in(x, None), unet.condition(x, t, text, None, None), lambda f, *args: f(*args))[1]
+    merge.add_projections(unet, "blocks")
+    added = sorted(set(unet.state_dict()) - names)
+    assert len(added) == blocks and torch.equal(unet(x, t, text), before)
+    with torch.no_grad():
+        for name in added:
+            p = unet.get_parameter(name)
+            assert torch.equal(p[:, :, 0, 0], torch.eye(len(p)))
+            p.mul_(2)
+    out, after = unet.down_blocks[0](unet.conv_in(x, None), unet.condition(x, t, text, None, None), lambda f, *args: f(*args))
+    assert len(skips) == len(after) and all(torch.equal(a, b) for a, b in zip(skips, after))
+    assert torch.allclose(out, 2 * after[-1]) and (unet(x, t, text) - before).abs().max() > 1e-3
+    with pytest.raises(UserError, match="plain U-Net"):
+        merge.add_projections(unet, "blocks")
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["_class_name"] == f"Projected{type(unet).__name__}" and config["projections"] == "blocks"
+    again = load_unet(type(unet), tmp_path, "", config, torch.float32)
+    assert torch.equal(again(x, t, text), unet(x, t, text))
+
+
+def test_the_official_projections_number_as_the_paper_says_in_sd15():
+    with torch.device("meta"):
+        unet = merge.add_projections(UNet(CONFIGS["sd15"]), "blocks")
+    assert sum(p.numel() for name, p in unet.named_parameters() if ".projection." in name) == 9_216_000  # +1.06 % of 868.7M
 
 
 # ---- the algebra ----

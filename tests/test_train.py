@@ -261,6 +261,30 @@ def test_a_range_is_trained_and_saved_without_projections(tmp_path):
     assert load_model(tmp_path / "a").tasks == ["t2i"]
 
 
+def test_antithetic_timesteps_mirror_each_other_in_a_batch():
+    examples = train.Examples({"t2i": data.builtin("t2i", "train")}, 8, 0, 1000, (4, 16, 16), (250, 500), 0.5, antithetic=True)
+    batches = [[examples[step * 8 + k]["t"] for k in range(8)] for step in range(12)]
+    for t in batches:
+        assert {a + b for a, b in zip(t[:4], t[4:])} in ({749}, {999})
+    assert {sum(t) for t in batches} == {4 * 749, 4 * 999} and len({tuple(t) for t in batches}) == 12
+
+
+def test_the_official_projections_stay_and_are_merged_with(tmp_path):
+    """The copies' own class keeps diffusers from opening them; the merged model has W = I + sum of w_i (W_i - I)."""
+    options = ["--task", "t2i", "--decouple", 2, "--steps", 1, "--eval-size", 4, "--lr", 1e-3, "--projection", "blocks"]
+    run(tmp_path / "deme", *options)
+    told, name = json.loads((tmp_path / "deme/merge.json").read_text()), "up_blocks.1.projection.weight"
+    copies, merged = [weights(tmp_path / f"deme/range-{i}")[name] for i in range(2)], weights(tmp_path / "deme/merged")[name]
+    start = torch.eye(len(merged))[:, :, None, None]
+    assert not torch.equal(copies[0], start) and not torch.equal(copies[0], copies[1])
+    assert torch.allclose(merged, start + sum(w * (c - start) for w, c in zip(told["weights"], copies)), atol=1e-6)
+    index = json.loads((tmp_path / "deme/merged/model_index.json").read_text())
+    assert index["_class_name"] == "ProjectedPipeline" and index["unet"] == ["diffusers", "ProjectedUNet"]
+    model = load_model(tmp_path / "deme/merged")
+    assert torch.equal(model.unet.get_parameter(name), merged)
+    assert called("sample.py", "--export", "t2i", "--export-to", tmp_path / "x", "--model", tmp_path / "deme/merged").returncode == 2
+
+
 def test_deme_as_a_whole(tmp_path):
     """Copies, search, table and merged model from one command; again, it trains nothing anew."""
     options = ["--task", "t2i", "--decouple", 2, "--steps", 2, "--eval-size", 8, "--lr", 1e-3, "--projection"]
@@ -334,7 +358,7 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
     (["--batch-size", "6"], "--batch-size"), (["--data", "nowhere"], "metadata.jsonl"), (["--num-experts", "7"], "evenly"),
     (["--device", "nonsense"], "nonsense"), (["--task", "edit,edit"], "twice"), (["--eval-size", "0"], "--eval-size"),
     (["--task", "t2i", "--t-range", "500", "1200"], "500 1200"), (["--task", "t2i", "--t-range", "5", "5"], "5 5"),
-    (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"),
+    (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"), (["--antithetic"], "--t-range"),
     (["--t-range", "0", "500"], "train that first"), (["--decouple", "0"], "timestep ranges"), (["--decouple", "40"], "--eval-size 80"),
     (["--decouple", "2", "--model", "scratch"], "pretrained"), (["--task", "t2i", "--model", "scratch", "--t-range", "0", "500"], "scratch trains the base"),
     (["--consistency", "-1"], "consistency")])
