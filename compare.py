@@ -1,6 +1,7 @@
 """Does a method help? The same training with and without it, several seeds, held-out loss on fixed noise over training.
 
     python compare.py dtr --out runs/compare-dtr
+    python compare.py gradients --out runs/gradients      do timesteps pull the weights in the same direction? (DTR, DeMe Fig. 1)
 
 Each run is `train.py` with a row of ARMS and a seed; a comparison that was interrupted goes on where it was. Prints the held-out loss per range
 of timesteps at the end, mean and standard deviation over seeds, and draws the curves. Whatever the outcome.
@@ -15,9 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
+import data
 from folders import UserError, command, write_file, write_json
+from sample import load_model
 
 SCRATCH = "--task t2i --model scratch --batch-size 16 --lr 1.5e-3"
 ADM = "--task uncond --model scratch --unet adm-tiny --batch-size 16 --lr 1e-3"
@@ -79,13 +84,64 @@ def curves(series, path, size=(640, 400)):
     write_file(path, lambda beside: picture.resize(size, Image.LANCZOS).save(beside, format="PNG"))
 
 
+def gradients(model, count, levels=20, batch_size=16):
+    """-> (levels, levels) cosines between the gradients of the t2i loss at evenly spread timesteps, over `count` training examples a side.
+
+    Row and column see disjoint examples and noise: a gradient's cosine with itself measured again, the diagonal, is below 1 by the noise of
+    its estimate, and is the ceiling for the others.
+    """
+    unet, diffusion, encode, dataset = model.unet, model.diffusion, data.Encoder(model.vae), data.builtin("t2i", "train", model.native_size)
+    unet.requires_grad_(True)
+    side, bar, sums = unet.config["sample_size"], tqdm(total=2 * levels * count, desc="gradients", leave=False), []
+    for half in range(2):
+        chosen = [dataset[(2 * k + half) * len(dataset) // (2 * count)] for k in range(count)]
+        noise = torch.randn(2, count, model.vae.config["latent_channels"], side, side, generator=torch.Generator().manual_seed(half))
+        for level in range(levels):
+            unet.zero_grad(set_to_none=True)
+            for i in range(0, count, batch_size):
+                part = slice(i, i + batch_size)
+                batch = dict(target=[e["target"] for e in chosen[part]], source=[None] * len(chosen[part]), sample_noise=noise[1, part])
+                x0, context = encode(batch, "cpu")[0], model.encode_text([e["prompt"] for e in chosen[part]])[0]
+                t = torch.full((len(x0),), int((level + 0.5) * diffusion.T / levels))
+                diffusion.loss(lambda x_t, t: unet(x_t, t, context), x0, t, noise[0, part]).sum().backward()
+                bar.update(len(x0))
+            g = torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
+            sums.append(g / g.norm())
+    bar.close()
+    cosines = torch.stack(sums[:levels]) @ torch.stack(sums[levels:]).T
+    return ((cosines + cosines.T) / 2).numpy()
+
+
+def heatmap(cosines, path, cell=20):
+    """White at 0, blue towards 1, red towards -1; t = 0 at the top left."""
+    blue, red = np.array([21, 101, 192]), np.array([198, 40, 40])
+    shade = np.abs(cosines)[..., None] * (255 - np.where(cosines[..., None] > 0, blue, red))
+    picture = Image.fromarray((255 - shade).round().astype(np.uint8)).resize([len(cosines) * cell] * 2, Image.NEAREST)
+    write_file(path, lambda beside: picture.save(beside, format="PNG"))
+
+
+def compare_gradients(args, out):
+    model = load_model(args.model)
+    if model.tasks != ["t2i"] or model.native_size != 64:
+        raise UserError(f"--model {args.model}: the gradients are those of a 64 x 64 text-to-image model")
+    cosines = gradients(model, args.eval_size)
+    n = len(cosines)
+    print("cosine of the gradients at two timesteps, mean over the pairs of that distance")
+    for distance in (0, 1, 2, 5, 10, n - 1):
+        print(f"{distance * model.diffusion.T // n:>6}{np.diagonal(cosines, distance).mean():>9.3f}")
+    write_json(out / "gradients.json", dict(arguments=vars(args), cosines=cosines.round(4).tolist()))
+    heatmap(cosines, out / "gradients.png")
+    print(f"{out / 'gradients.json'}, {out / 'gradients.png'}")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Train with and without a method and compare held-out losses.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", choices=ARMS)
+    parser.add_argument("what", choices=(*ARMS, "gradients"))
     parser.add_argument("--steps", type=int, default=600, help="of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, seeds 0, 1 ..")
     parser.add_argument("--eval-size", type=int, default=256, help="held-out examples, each with its own noise and timestep")
+    parser.add_argument("--model", default=str(data.ASSETS / "tiny"), help="of gradients: a 64 x 64 text-to-image model")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the CPU's cores")
     parser.add_argument("--out", help="folder for the runs, the table and the curve; default runs/compare-WHAT")
     args = parser.parse_args()
@@ -94,6 +150,8 @@ def main():
                         "at least 4")
     out, every = Path(args.out or f"runs/compare-{args.what}"), max(1, args.steps // 6)
     out.mkdir(parents=True, exist_ok=True)
+    if args.what == "gradients":
+        return compare_gradients(args, out)
 
     def run(arm, seed):
         options = shlex.split(ARMS[args.what][arm]) + ["--steps", str(args.steps), "--eval-every", str(every), "--seed", str(seed),

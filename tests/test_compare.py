@@ -4,10 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import compare
+import data
 from folders import UserError
+from sample import load_model
 
 TINY = "--task uncond --model scratch --unet ddpm-tiny --batch-size 2"
 
@@ -57,3 +60,31 @@ def test_the_curve_shows_every_arm(tmp_path):
     for colour in compare.COLOURS[:3]:
         wanted = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(seen - wanted).sum(1) < 30).sum() > 50
+
+
+def test_cosines_of_gradients_are_those_of_two_disjoint_halves():
+    model = load_model(data.ASSETS / "tiny")
+    cosines = compare.gradients(model, count=2, levels=2, batch_size=1)
+    dataset, found = data.builtin("t2i", "train"), []
+    for half, t in ((0, 250), (1, 750), (0, 750), (1, 250)):
+        noise = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(half))
+        examples = [dataset[(2 * k + half) * len(dataset) // 4] for k in range(2)]
+        mean, logvar = model.vae.encode(torch.stack([e["target"] for e in examples]))
+        x0 = (mean + (0.5 * logvar).exp() * noise[1]) * model.vae.config["scaling_factor"]
+        t = torch.full((2,), t)
+        out = model.unet(model.diffusion.add_noise(x0, noise[0], t), t, model.encode_text([e["prompt"] for e in examples])[0])
+        a = model.diffusion.alpha_bar[t].view(2, 1, 1, 1)
+        model.unet.zero_grad()
+        (out - (a.sqrt() * noise[0] - (1 - a).sqrt() * x0)).square().mean().backward()  # v
+        found.append(torch.cat([p.grad.flatten() for p in model.unet.parameters()]))
+    other = compare.gradients(model, count=2, levels=2, batch_size=2)
+    expected = sum(torch.cosine_similarity(found[i], found[i + 1], dim=0).item() for i in (0, 2)) / 2
+    assert abs(cosines[0, 1] - expected) < 1e-3 and abs(cosines[0, 0] - torch.cosine_similarity(found[0], found[3], dim=0).item()) < 1e-3
+    assert cosines.shape == (2, 2) and np.allclose(cosines, cosines.T) and np.allclose(cosines, other, atol=1e-3)
+
+
+def test_the_heatmap_is_blue_where_gradients_agree_and_red_where_they_do_not(tmp_path):
+    compare.heatmap(np.array([[1.0, -1.0], [0.0, 0.5]]), tmp_path / "x.png")
+    picture = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
+    assert picture.shape == (40, 40, 3)
+    assert picture[0, 0].tolist() == [21, 101, 192] and picture[0, 39].tolist() == [198, 40, 40] and picture[39, 0].tolist() == [255] * 3
