@@ -3,15 +3,20 @@
     python tests/benchmark.py --size sd15 --runs 5
     python tests/benchmark.py --size sd15 --runs 9 --only routed --compile
     python tests/benchmark.py --size sdxl --only memory
+    python tests/benchmark.py --size sd15 --only merge
 
 Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
 the autoencoder likewise; a whole picture of assets/tiny in 20 guided steps against diffusers' pipeline; the U-Net upcycled to four experts
 against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain one. Latents are 32 x 32. memory: the peak while one guided picture of the model's own
-size is drawn in bf16, of CUDA's memory, or of the process on CPU above what it held before the weights.
+size is drawn in bf16, of CUDA's memory, or of the process on CPU above what it held before the weights. merge: four copies of the U-Net's
+file in fp32 merged into the fifth, beside reading the five and writing one, and the peak memory; it needs six files' room in the folder.
 """
 import argparse
+import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import clip  # noqa: E402
+import merge  # noqa: E402
 import moe  # noqa: E402
 from data import ASSETS  # noqa: E402
 from folders import pick_device  # noqa: E402
@@ -28,7 +34,7 @@ from unet import CONFIGS, UNet  # noqa: E402
 from vae import CONFIGS as VAE_CONFIGS, VAE  # noqa: E402
 
 
-PARTS = ("unet", "vae", "picture", "routed", "upcycled")  # and memory, where it is asked for
+PARTS = ("unet", "vae", "picture", "routed", "upcycled")  # memory and merge where they are asked for
 
 
 def ratio(name, ours, theirs, runs):
@@ -102,16 +108,44 @@ def memory(size):
         print(f"peak {'with --low-memory' if low else '':<20}{peak_memory(device) - before:>6.2f} GB", flush=True)
 
 
+def merging(size):
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        first, *tuned = folders = [Path(folder) / name for name in "ABCDE"]
+        UNet(CONFIGS[size]).save_pretrained(first / "unet")
+        (first / "model_index.json").write_text("{}")
+        for other in tuned:
+            shutil.copytree(first, other)
+        name = "unet/diffusion_pytorch_model.safetensors"
+        file = (first / name).stat().st_size
+        os.sync()
+        start = time.perf_counter()
+        for other in folders:
+            with open(other / name, "rb") as f:
+                while f.read(2 ** 26):
+                    pass
+        shutil.copyfile(first / name, Path(folder) / "copy")
+        os.sync()
+        disk = time.perf_counter() - start
+        peak_memory(cpu := torch.device("cpu"), reset=True)
+        before, start = peak_memory(cpu), time.perf_counter()
+        merge.merge_folders(first, tuned, [0.1, 0.2, 0.3, 0.4], Path(folder) / "merged")
+        os.sync()
+        took = time.perf_counter() - start
+        memory = peak_memory(cpu) - before
+        print(f"{size}, five files of {file / 1e9:.2f} GB: merged in {took:.1f} s, read and written in {disk:.1f} s, ratio {took / disk:.2f}; "
+              f"peak memory {memory:.2f} GB, {memory * 1e9 / file:.2f} files")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "sd15", "sdxl"), default="sd15")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=(*PARTS, "memory"), default=PARTS, help="groups of rows")
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "memory", "merge"), default=PARTS, help="groups of rows")
     parser.add_argument("--compile", action="store_true", help="routed: also the training step under torch.compile")
     args = parser.parse_args()
-    if args.only == ["memory"]:
-        return memory(args.size)
+    if args.only in (["memory"], ["merge"]):
+        return {"memory": memory, "merge": merging}[args.only[0]](args.size)
     config, B = CONFIGS[args.size], args.batch_size
     torch.manual_seed(0)
     ours = UNet(config)
