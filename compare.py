@@ -1,6 +1,7 @@
 """Does a method help? The same training with and without it, several seeds, held-out loss on fixed noise over training.
 
     python compare.py dtr --out runs/compare-dtr
+    python compare.py deme --steps 200                    DeMe's copies, ensemble and merges beside one copy tuned as long as all of them
     python compare.py gradients --out runs/gradients      do timesteps pull the weights in the same direction? (DTR, DeMe Fig. 1)
 
 Each run is `train.py` with a row of ARMS and a seed; a comparison that was interrupted goes on where it was. Prints the held-out loss per range
@@ -41,16 +42,24 @@ ARMS = {  # name of the comparison -> arm -> arguments of train.py
 COLOURS = ("#222222", "#1565c0", "#c62828", "#2e7d32", "#8e24aa", "#ef6c00", "#00838f", "#6d4c41")
 
 
+DEME = {  # the base, trained first where it is not a folder; how it is tuned
+    "deme": (str(data.ASSETS / "tiny"), "--task t2i --batch-size 16 --lr 1e-4"),
+    "deme-ddpm": ("--task uncond --model scratch --unet ddpm-tiny --batch-size 16 --lr 1e-3", "--task uncond --batch-size 16 --lr 1e-4"),
+}
+
+
 def train(options, out, threads):
     """One run of train.py -> its lines of log.jsonl with held-out losses."""
     log = out.with_suffix(".txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as f:
         done = subprocess.run([sys.executable, str(Path(__file__).parent / "train.py"), *options, "--out", str(out)], stdout=f, stderr=f,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         last = log.read_text().strip().splitlines()[-1:] or ["killed"]
         raise UserError(f"train.py {shlex.join(options)} failed, see {log}: {last[0]}")
-    return [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "held_out" in row]
+    log = out / "log.jsonl"
+    return [row for row in map(json.loads, log.read_text().splitlines()) if "held_out" in row] if log.exists() else []
 
 
 def curves(series, path, size=(640, 400)):
@@ -82,6 +91,47 @@ def curves(series, path, size=(640, 400)):
         draw.text((2 * width - 340, 40 + 32 * i), name, fill=colour, font_size=26)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda beside: picture.resize(size, Image.LANCZOS).save(beside, format="PNG"))
+
+
+def print_table(ends, names, reference, title):
+    """ends: row -> (seeds, ranges + 1) losses; their mean and standard deviation, and the difference of the last column from row `reference`."""
+    print(f"\n{title}, mean (standard deviation) of {len(ends[reference])} seeds; difference: of all t, from {reference}")
+    print(f"{'':<22}" + "".join(f"{name:>18}" for name in names) + f"{'difference':>20}")
+    for row, values in ends.items():
+        cells = [f"{v.mean():.4f} ({v.std(ddof=len(values) > 1):.4f})" for v in [*values.T, values[:, -1] - ends[reference][:, -1]]]
+        print(f"{row:<22}" + "".join(f"{cell:>18}" for cell in cells[:-1]) + f"{cells[-1]:>20}")
+
+
+def compare_deme(args, out, n=4):
+    """At equal total steps: n copies of `steps` steps, and one copy of n * steps, both scored on the same examples, which no search has seen."""
+    base, tuning = DEME[args.what]
+
+    def run(seed):
+        common = ["--seed", str(seed), "--sample-every", "0", "--eval-size", str(args.eval_size)]
+        threads, model, found = max(1, (os.cpu_count() or 1) // args.jobs), base, {}
+        if base.startswith("--"):
+            model = out / f"base-{seed}"
+            train([*shlex.split(base), *common, "--steps", str(n * args.steps)], model, threads)
+        for copies in (n, 1):
+            folder = out / f"copies-{copies}-{seed}"
+            train([*shlex.split(tuning), *common, "--model", str(model), "--decouple", str(copies), "--steps", str(n * args.steps // copies)],
+                  folder, threads)
+            unseen = json.loads((folder / "merge.json").read_text())["unseen"]  # by the search
+            bins = np.array(unseen["t"]) * n // 1000
+            names = ["before", "ensemble (Eq. 7)", "merged, 1/N each", "merged, searched"]
+            for theirs, ours in zip(names, names) if copies > 1 else [("copy 0", "one copy (N = 1)"), ("merged, searched", "one copy, searched")]:
+                losses = np.array(unseen["losses"][theirs])
+                found[ours] = [losses[bins == b].mean() for b in range(n)] + [losses.mean()]
+        print(f"seed {seed}: " + ", ".join(f"{row} {values[-1]:.4f}" for row, values in found.items()), flush=True)
+        return found
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(run, range(args.seeds)))
+    ends = {row: np.array([found[row] for found in rows]) for row in rows[0]}
+    names = [f"{1000 * i // n}..{1000 * (i + 1) // n - 1}" for i in range(n)] + ["all t"]
+    print_table(ends, names, "one copy (N = 1)", f"held-out loss after {n * args.steps} steps in all")
+    write_json(out / "table.json", dict(arguments=vars(args), ranges=names, losses={row: v.tolist() for row, v in ends.items()}))
+    print(out / "table.json")
 
 
 def gradients(model, count, levels=20, batch_size=16):
@@ -137,8 +187,8 @@ def compare_gradients(args, out):
 def main():
     parser = argparse.ArgumentParser(description="Train with and without a method and compare held-out losses.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", choices=(*ARMS, "gradients"))
-    parser.add_argument("--steps", type=int, default=600, help="of each run")
+    parser.add_argument("what", choices=(*ARMS, *DEME, "gradients"))
+    parser.add_argument("--steps", type=int, default=600, help="of each run; deme: of each of the four copies")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, seeds 0, 1 ..")
     parser.add_argument("--eval-size", type=int, default=256, help="held-out examples, each with its own noise and timestep")
     parser.add_argument("--model", default=str(data.ASSETS / "tiny"), help="of gradients: a 64 x 64 text-to-image model")
@@ -150,8 +200,8 @@ def main():
                         "at least 4")
     out, every = Path(args.out or f"runs/compare-{args.what}"), max(1, args.steps // 6)
     out.mkdir(parents=True, exist_ok=True)
-    if args.what == "gradients":
-        return compare_gradients(args, out)
+    if args.what in (*DEME, "gradients"):
+        return (compare_deme if args.what in DEME else compare_gradients)(args, out)
 
     def run(arm, seed):
         options = shlex.split(ARMS[args.what][arm]) + ["--steps", str(args.steps), "--eval-every", str(every), "--seed", str(seed),
@@ -170,12 +220,7 @@ def main():
             for arm in series}
     bins = len(next(iter(ends.values()))[0]) - 1
     names = [f"{1000 * i // bins}..{1000 * (i + 1) // bins - 1}" for i in range(bins)] + ["all t"]
-    first = ends[next(iter(ends))][:, -1]
-    print(f"\nheld-out loss after {args.steps} steps, mean (standard deviation) of {args.seeds} seeds; difference: of all t, from the first row")
-    print(f"{'':<22}" + "".join(f"{name:>18}" for name in names) + f"{'difference':>20}")
-    for arm, values in ends.items():
-        cells = [f"{v.mean():.4f} ({v.std(ddof=args.seeds > 1):.4f})" for v in [*values.T, values[:, -1] - first]]
-        print(f"{arm:<22}" + "".join(f"{cell:>18}" for cell in cells[:-1]) + f"{cells[-1]:>20}")
+    print_table(ends, names, next(iter(ends)), f"held-out loss after {args.steps} steps")
     write_json(out / "table.json", dict(arguments=vars(args), arms=ARMS[args.what], ranges=names, losses={arm: v.tolist() for arm, v in ends.items()},
                                         steps=series[next(iter(series))][0], curves={arm: v.tolist() for arm, (_, v) in series.items()}))
     curves(series, out / "curve.png")

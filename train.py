@@ -296,18 +296,20 @@ def decouple(args, tasks, device, rank, world):
     tuned = [load_model(folder) for folder in copies]
     vectors = [merge.task_vector(base, one.unet.state_dict()) for one in tuned]
 
-    def losses(weights):
+    def losses(weights, examples=fixed):
         model.unet.load_state_dict(merge.merge(base, vectors, list(weights)))
-        return held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
+        return held_out_losses(denoiser, encode, model, examples, args.batch_size, device)
 
     rows = {"before": losses([0] * N)} | {f"copy {i}": losses(np.eye(N)[i]) for i in range(N)}
     rows["ensemble (Eq. 7)"] = np.choose(part, [rows[f"copy {i}"] for i in range(N)])
     rows["merged, 1/N each"] = losses([1 / N] * N)
-    weights, _ = merge.search_weights(lambda w: losses(w)[searched].mean(), N)
+    half = [e for e, s in zip(fixed, searched) if s]
+    weights, _ = merge.search_weights(lambda w: losses(w, half).mean(), N)
     rows["merged, searched"] = losses(weights)
     replace(model, index=tuned[0].index).save(out / "merged")
     table = {name: [row[~searched & (part == i)].mean() for i in range(N)] + [row[~searched].mean()] for name, row in rows.items()}
-    write_json(out / "merge.json", dict(ranges=ranges, weights=weights, losses=table))
+    unseen = dict(t=[e["t"] for e, s in zip(fixed, searched) if not s], losses={name: row[~searched].tolist() for name, row in rows.items()})
+    write_json(out / "merge.json", dict(ranges=ranges, weights=weights, losses=table, unseen=unseen))
     print(" " * 20 + "".join(f"{f'{a}..{b - 1}':>12}" for a, b in ranges) + f"{'all':>12}")
     for name, row in table.items():
         print(f"{name:<20}" + "".join(f"{value:>12.4f}" for value in row))

@@ -62,6 +62,28 @@ def test_the_curve_shows_every_arm(tmp_path):
         assert (np.abs(seen - wanted).sum(1) < 30).sum() > 50
 
 
+def test_deme_is_compared_with_one_copy_on_the_same_examples(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def train(options, out, threads):
+        ran.append(options)
+        if "--decouple" in options:
+            out.mkdir()
+            copies = int(options[options.index("--decouple") + 1])
+            rows = ["before", "ensemble (Eq. 7)", "merged, 1/N each", "merged, searched", *[f"copy {i}" for i in range(copies)]]
+            unseen = dict(t=[0, 249, 250, 999, 500], losses={row: [float(i + copies)] * 3 + [9.0, 5.0] for i, row in enumerate(rows)})
+            (out / "merge.json").write_text(json.dumps(dict(unseen=unseen)))
+        return []
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "deme-ddpm", "--steps", "5", "--seeds", "2", "--eval-size", "8", "--out", str(tmp_path)])
+    compare.main()
+    told = json.loads((tmp_path / "table.json").read_text())["losses"]
+    assert told["merged, searched"] == [[7.0, 7.0, 5.0, 9.0, 7.0]] * 2 and told["one copy (N = 1)"] == [[5.0, 5.0, 5.0, 9.0, 5.8]] * 2
+    steps = {tuple(o[o.index(key) + 1] if key in o else "" for key in ("--decouple", "--steps", "--seed")) for o in ran}
+    assert steps == {(copies, n, seed) for copies, n in (("", "20"), ("4", "5"), ("1", "20")) for seed in "01"}
+    assert "1.2000 (0.0000)" in capsys.readouterr().out  # merged, searched: 7.0 beside 5.8
+
+
 def test_cosines_of_gradients_are_those_of_two_disjoint_halves():
     model = load_model(data.ASSETS / "tiny")
     cosines = compare.gradients(model, count=2, levels=2, batch_size=1)
