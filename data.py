@@ -104,6 +104,18 @@ PEOPLE = {"1F468 1F469 1F9D1": "man woman person", "1F466 1F467 1F9D2": "boy gir
           "1F934 1F478 1FAC5": "man woman person", "1F385 1F936": "man woman", "1F57A 1F483": "man woman", "2642 2640": "man woman"}
 GENDER = {code: word for codes, words in PEOPLE.items() for code, word in zip(codes.split(), words.split())}
 FIGURE = {code: codes.split()[0] for codes in PEOPLE for code in codes.split()}  # one code for all genders of a figure
+CLASSES = {  # the class noun that an emoji of these Unicode subcategories goes by
+    "person": "person person-role person-activity person-sport person-fantasy person-gesture person-resting", "cat": "cat-face",
+    "face": "face-affection face-concerned face-glasses face-hand face-hat face-negative face-neutral-skeptical face-sleepy face-smiling "
+            "face-tongue face-unwell", "flag": "country-flag subdivision-flag flag", "mammal": "animal-mammal", "bird": "animal-bird",
+    "hand": "hand-fingers-closed hand-fingers-open hand-fingers-partial hand-prop hand-single-finger hands", "insect": "animal-bug",
+    "sea animal": "animal-marine", "reptile": "animal-reptile", "flower": "plant-flower", "plant": "plant-other", "fruit": "food-fruit",
+    "vegetable": "food-vegetable", "dish": "food-prepared food-asian", "sweet": "food-sweet", "drink": "drink", "heart": "heart",
+    "vehicle": "transport-ground", "aircraft": "transport-air", "boat": "transport-water", "clock": "time", "tool": "tool", "key": "keycap",
+    "building": "place-building place-religious", "instrument": "musical-instrument", "garment": "clothing", "book": "book-paper",
+    "arrow": "arrow", "sign": "transport-sign warning zodiac religion",
+}
+CLASS = {subcategory: noun for noun, subcategories in CLASSES.items() for subcategory in subcategories.split()}
 WORDS = {
     "tone": ("make the skin tone {b}", "change the skin to {b}", "give it {b} skin", "turn the skin from {a} to {b}",
              "use a {b} skin tone"),
@@ -117,6 +129,7 @@ class Emoji(NamedTuple):
     concept: str        # the same for all tones, genders, colours and styles of a thing: what is held out together
     person: str | None  # man, woman or person, where one figure is shown
     colour: str | None
+    noun: str | None    # of its class, see CLASSES
     cells: dict         # skin tone -> (x, y) in the sheets; None is the plain one
 
 
@@ -130,7 +143,8 @@ def _emoji(row):
         for c in COLOURS:
             if words == f"{c} {thing}" or (c, thing) == ("red", words):
                 colour, concept = c, f"coloured {thing}"
-    return Emoji(row["name"], concept, person if "27A1" not in codes else None, colour, {None: row["cell"]} | row.get("tones", {}))
+    return Emoji(row["name"], concept, person if "27A1" not in codes else None, colour, CLASS.get(row["subcategory"]),
+                 {None: row["cell"]} | row.get("tones", {}))
 
 
 class Change(NamedTuple):
@@ -239,7 +253,7 @@ class Builtin(torch.utils.data.Dataset):
             prompt = f"{things[0].name} {at[0]} and {things[1].name} {at[1]}"
             if rng.random() < 0.3:
                 gone = int(rng.integers(2))
-                prompt += f", {_removal(things[gone].name, at[gone], rng)[0]}"
+                prompt += f", {_removal(things[gone], at[gone], rng)[0]}"
                 del shown[gone]
             return dict(prompt=f"{prompt}, {style} style", target=to_tensor(_canvas(style, shown)))
         if r < 0.45:
@@ -267,7 +281,10 @@ class Builtin(torch.utils.data.Dataset):
 
     def _edit(self, change, rng):
         source, target = (to_tensor(on_white(Sheet.picture(change.style, cell))) for cell in (change.source, change.target))
-        return dict(prompt=_instruction(change, rng), source=source, target=target, kind=change.kind)
+        prompt = _instruction(change, rng)
+        if self.split == "train" and rng.random() < 0.5:  # no instruction tells left from right
+            source, target = source.flip(-1), target.flip(-1)
+        return dict(prompt=prompt, source=source, target=target, kind=change.kind)
 
     # sr: degraded -> clean
 
@@ -288,12 +305,12 @@ class Builtin(torch.utils.data.Dataset):
         e, style = item
         (ends, boxes), other, gone = _places(rng), self._other(e, rng), int(rng.integers(2))  # e, at that end, goes
         both = [(e, boxes[gone]), (other, boxes[1 - gone])]
-        prompt, kind = _removal(e.name, _at(ends[gone]), rng)
+        prompt, kind = _removal(e, _at(ends[gone]), rng)
         return dict(prompt=prompt, source=to_tensor(_canvas(style, both)), target=to_tensor(_canvas(style, both[1:])), kind=kind)
 
     def _other(self, e, rng):
         other = e
-        while other.concept == e.concept:
+        while other.concept == e.concept or (other.noun and other.noun == e.noun):
             other = self.rows[rng.integers(len(self.rows))]
         return other
 
@@ -335,8 +352,11 @@ def _instruction(change, rng):
     return str(rng.choice(WORDS[change.kind])).format(a=change.a, b=change.b)
 
 
-def _removal(name, at, rng):
-    return (f"remove the {name}", "named") if rng.random() < 0.5 else (f"remove the {name} {at}", "placed")
+def _removal(e, at, rng):
+    """An instruction and how it tells the thing: its name, its class (a word that other pictures share) or its name and place."""
+    if rng.random() < 0.5:
+        return f"remove the {e.name} {at}", "placed"
+    return (f"remove the {e.noun}", "classed") if e.noun and rng.random() < 0.5 else (f"remove the {e.name}", "named")
 
 
 def _at(end):

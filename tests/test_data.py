@@ -62,20 +62,46 @@ def test_edit_pairs_are_genuine():
 
 def test_inpaint_target_lacks_the_object_and_keeps_the_other():
     dataset = data.builtin("inpaint", "train")
-    placed = 0
+    placed, kinds = 0, set()
     for i in range(0, len(dataset), 131):
-        example = dataset[i]
+        example, e = dataset[i], dataset.items[i][0]
+        kinds.add(example["kind"])
         changed = (example["source"] != example["target"]).any(0).float()
         white = (example["target"] == 1).all(0).float()
         assert changed.sum() > 0 and (1 - white).sum() > 0
-        assert example["prompt"].startswith(f"remove the {dataset.items[i][0].name}")
+        word = e.noun if example["kind"] == "classed" else e.name
+        assert example["prompt"].startswith(f"remove the {word}") and (example["kind"] == "placed" or example["prompt"].endswith(word))
         if example["kind"] == "placed":
             placed += 1
             rows, columns = torch.nonzero(changed, as_tuple=True)
             side = example["prompt"].split()[-1]
             centre = {"left": columns, "right": columns, "top": rows, "bottom": rows}[side].float().mean()
             assert (centre < 31.5) == (side in ("left", "top"))
-    assert placed > 5
+    assert placed > 5 and kinds == {"named", "classed", "placed"}
+
+
+def test_classes_are_words_that_training_and_held_out_pictures_share():
+    train, held_out = ({e.noun for e in data._rows(split)} for split in ("train", "heldout"))
+    assert held_out <= train and len(train) > 25 and None in train
+    subcategories = {row["subcategory"] for row in json.loads((data.ASSETS / "emoji/emoji.json").read_text())}
+    assert set(data.CLASS) <= subcategories and len(data.CLASS) == sum(len(s.split()) for s in data.CLASSES.values())
+    dataset = data.builtin("inpaint", "train")
+    for i in range(50):
+        e = dataset.items[31 * i][0]
+        other = dataset._other(e, np.random.default_rng(i))
+        assert other.concept != e.concept and (other.noun is None or other.noun != e.noun)
+
+
+def test_training_edits_are_mirrored_half_of_the_time_and_held_out_ones_never():
+    for split, mirrored in (("train", range(20, 61)), ("heldout", range(1))):
+        dataset, count = data.builtin("edit", split), 0
+        cell = dataset.items[0]
+        plain = data.to_tensor(data.on_white(data.Sheet.picture(cell.style, cell.source)))
+        for seed in range(80):
+            source = dataset.get(0, np.random.default_rng(seed))["source"]
+            assert torch.equal(source, plain) or torch.equal(source, plain.flip(-1))
+            count += not torch.equal(source, plain)
+        assert count in mirrored
 
 
 def test_degrading_halves_the_resolution_and_is_reproducible():
@@ -138,6 +164,7 @@ def test_pictures_are_turned_upright(tmp_path):
 def test_some_captions_place_two_things():
     """A half is white where its thing was removed, and nowhere else."""
     dataset, scenes = data.builtin("t2i", "train"), 0
+    nouns = {e.name: e.noun for e in dataset.rows}
     for example in (dataset[i] for i in range(400)):
         words, _, removed = example["prompt"].removesuffix(" style").rpartition(", ")[0].partition(", remove the ")
         if not (" left and " in words or " top and " in words):
@@ -146,7 +173,7 @@ def test_some_captions_place_two_things():
         halves = example["target"].chunk(2, dim=2 if " left and " in words else 1)
         for thing, half in zip(words.split(" left and " if " left and " in words else " top and "), halves):
             name = thing.removesuffix(" on the right").removesuffix(" at the bottom").removesuffix(" on the").removesuffix(" at the")
-            gone = removed and removed.split(" on the ")[0].split(" at the ")[0] == name
+            gone = removed and removed.split(" on the ")[0].split(" at the ")[0] in (name, nouns[name])
             assert bool(half.min() > 0.99) == bool(gone), example["prompt"]
     assert 50 < scenes < 110
 
