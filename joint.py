@@ -4,6 +4,7 @@
     translate   Twitter's drawing of an emoji    source: Google's                        x itself, as latents of the frozen VAE
     masked      a picture                        masked: it with square patches zero     x itself, as latents or pixels
     label       a picture                        label: its category                     the U-Net, by cross-attention on the category's name
+    repr        a picture                        repr: its caption's text vector         the U-Net, by cross-attention on it as one token
 
 The equations, heads and encoders are aggregation.py's; here one x a task. The network sees no text: its context is that of "".
 
@@ -34,6 +35,7 @@ SETTINGS = {
     "translate": Setting("source", ("image",), 0.0),
     "masked": Setting("masked", ("image",), DROP),
     "label": Setting("label", ("linear", "classifier"), DROP),
+    "repr": Setting("repr", ("vector",), DROP),
 }
 X = Latent(sample=False, scaled=True)  # in the space of z_0; without its noise, which no head could predict
 
@@ -42,14 +44,18 @@ X = Latent(sample=False, scaled=True)  # in the space of z_0; without its noise,
 # Pictures
 
 class Pictures(data.Builtin):
-    """The built-in emoji for a joint task: target is z_0, x the other modality, a picture (3, H, W) or the number of a class."""
+    """The built-in emoji for a joint task: target is z_0, x the other modality: a picture (3, H, W), the number of a class, or
+    the caption whose vector it is."""
+
+    def _drawn(self, style, cell):
+        return to_tensor(on_white(Sheet.picture(style, cell)).resize((self.size, self.size), Image.LANCZOS))
 
     def _translate_items(self):
         return self.rows
 
     def _translate(self, e, rng):
         cell = e.cells[data._tone(e, rng)]
-        x, target = (to_tensor(on_white(Sheet.picture(style, cell)).resize((self.size, self.size), Image.LANCZOS)) for style in STYLES)
+        x, target = (self._drawn(style, cell) for style in STYLES)
         return dict(prompt="", target=target, x=x)
 
     def _masked_items(self):
@@ -64,6 +70,13 @@ class Pictures(data.Builtin):
 
     def _label(self, item, rng):
         return dict(self._uncond(item, rng), x=classes().index(item[0].category.lower()))
+
+    def _repr_items(self):
+        return self._pictures()
+
+    def _repr(self, item, rng):
+        (e, style), tone = item, data._tone(item[0], rng)
+        return dict(prompt="", target=self._drawn(style, e.cells[tone]), x=data.caption(e, tone, style))
 
 
 def classes():
@@ -118,6 +131,8 @@ def attach(model, task, head, input, schedule):
     if head == "classifier":  # as deep as the U-Net; the paper's is 128 wide
         first = model.unet.config["block_out_channels"][0]
         asked |= dict(width=min(128, max(32, first // 64 * 32)), depth=model.unet.config["layers_per_block"])
+    if task == "repr":
+        asked["width"] = model.unet.config.get("cross_attention_dim")
     if model.heads is not None:
         if model.heads.config["modalities"] != {setting.modality: asked} or beside(model) != (input == "x"):
             raise UserError(f"this model has another head, schedule or input: {model.tasks[0]}, {model.heads.config['modalities']}, "
@@ -125,8 +140,10 @@ def attach(model, task, head, input, schedule):
         return
     if model.tasks not in (["t2i"], ["uncond"]):
         raise UserError(f"{task} starts from a model that draws from text or from nothing, not one for {', '.join(model.tasks)}")
-    if task == "label" and not model.texts:
-        raise UserError("label enters by cross-attention: it needs a model with a text encoder, and this one draws pixels")
+    if task in ("label", "repr") and not model.texts:
+        raise UserError(f"{task} enters by cross-attention: it needs a model with a text encoder, and this one draws pixels")
+    if task == "repr" and vectors(model, [""]).shape[1] != asked["width"]:
+        raise UserError("repr enters by cross-attention as one token: it needs a text encoder whose pooled state is as wide as that takes")
     if input == "x":
         widen(model.unet, channels)
     model.heads = add_heads(model.unet, {setting.modality: asked}, channels)
@@ -157,15 +174,26 @@ def network(unet, context, added, x=None):
     return predict
 
 
+@torch.no_grad()
+def vectors(model, captions):
+    """-> the frozen text encoder's pooled states (B, D)"""
+    tokenizer, encoder = model.texts[0]
+    return encoder(tokenizer(captions).to(model.unet.conv_out.weight.device))[2].float()
+
+
+def encoding(model, context, h, w, pooled=None):
+    """context (B, S, D), pooled (B, P) or None -> E (B, C, h, w) by the U-Net itself"""
+    z = torch.empty(len(context), model.vae.config["latent_channels"], h, w, device=context.device)
+    added = model.added(pooled, h * model.vae.factor, w * model.vae.factor)
+    return unet_encoding(model.unet, z, context.to(model.unet.conv_out.weight.dtype), added).float()
+
+
 def class_encoder(model, h, w):
     """-> encode(numbers of classes (n,)) -> E (n, C, h, w), from the text states of their names, which are computed once."""
-    names, C = model.index["joint"]["classes"], model.vae.config["latent_channels"]
-    context, pooled = model.encode_text(names)
+    context, pooled = model.encode_text(model.index["joint"]["classes"])
 
     def encode(numbers):
-        text = None if pooled is None else pooled.index_select(0, numbers)
-        z = torch.empty(len(numbers), C, h, w, device=numbers.device)
-        return unet_encoding(model.unet, z, context.index_select(0, numbers), model.added(text, h * model.vae.factor, w * model.vae.factor)).float()
+        return encoding(model, context.index_select(0, numbers), h, w, None if pooled is None else pooled.index_select(0, numbers))
     return encode
 
 
@@ -177,7 +205,7 @@ class Encoder(data.Encoder):
 
     def __init__(self, model):
         super().__init__(model.vae)
-        self.modality, self.task = *model.heads, model.tasks[0]
+        self.model, self.modality, self.task = model, *model.heads, model.tasks[0]
         if self.task == "label":  # outside of autocast, so that a resumed run has the same
             self.encode = class_encoder(model, *[model.unet.config["sample_size"]] * 2)
 
@@ -187,6 +215,9 @@ class Encoder(data.Encoder):
         if self.task == "label":
             x = torch.tensor(batch["x"], device=device)
             E = each_class_once(self.encode, x)
+        elif self.task == "repr":
+            x = vectors(self.model, batch["x"])
+            E = encoding(self.model, x[:, None], *z0.shape[2:])
         else:
             x = E = latents(X, *self.moments(batch["x"], device), self.vae.config["scaling_factor"])
         return z0, dict(E=E[None], x={self.modality: x}, given=batch["keep"].to(device)[None])
@@ -225,7 +256,8 @@ class Denoiser(nn.Module):
 # Drawing
 
 def read_given(words, model):
-    """--given's words, ["source=a.png"] or ["label=flags"] -> {name: a PIL picture or the number of a class}; image is z_0."""
+    """--given's words, ["source=a.png"], ["label=flags"] or ["repr=red apple"] -> {name: a PIL picture, the number of a class, words}; image is
+    z_0."""
     (modality,), given = model.heads, {}
     for word in words:
         name, _, value = word.partition("=")
@@ -240,6 +272,8 @@ def read_given(words, model):
             if value.lower() not in names:
                 raise UserError(f"--given {word}: the classes are {', '.join(names)}")
             given[name] = names.index(value.lower())
+        elif name == "repr":
+            given[name] = value
         else:
             given[name] = open_image(value)
             if name == "masked" and given[name].getchannel("A").getextrema()[0] > 0:
@@ -249,12 +283,12 @@ def read_given(words, model):
     return given
 
 
-def tensors(given, count, height, width):
-    """read_given's -> `count` times each: pictures (B, 3, H, W), what is transparent in a masked one zero, and classes (B,)"""
+def tensors(model, given, count, height, width):
+    """read_given's -> `count` times each: pictures (B, 3, H, W), what is transparent in a masked one zero; classes (B,); vectors (B, D)"""
     out = {}
     for name, value in given.items():
-        if isinstance(value, int):
-            out[name] = torch.full((count,), value)
+        if not isinstance(value, Image.Image):
+            out[name] = torch.full((count,), value) if isinstance(value, int) else vectors(model, [value] * count)
             continue
         picture = to_tensor(on_white(value).resize((width, height), Image.BICUBIC))
         if name == "masked":
@@ -266,9 +300,10 @@ def tensors(given, count, height, width):
 
 @torch.no_grad()
 def draw(model, count, known=None, steps=20, seed=0, sampler=None, eta=0.0, height=None, width=None, callback=None):
-    """Algorithm 1 -> {"image": (B, 3, H, W), modality: pictures or probabilities (B, K)}, each as given where it is. Sample i has seed `seed + i`.
+    """Algorithm 1 -> {"image": (B, 3, H, W), modality: pictures, probabilities (B, K) or vectors (B, D)}, each as given where it is.
 
-    known: {"image" or modality: pictures (B, 3, H, W) or classes (B,)}, not all. sampler: ddim or ddpm; default the folder's, else ddim.
+    known: {"image" or modality: pictures (B, 3, H, W), classes (B,) or vectors}, not all. Sample i has seed `seed + i`.
+    sampler: ddim or ddpm; default the folder's, else ddim. callback(i, t, z, z_0, x) sees each step.
     """
     (modality,), known, device = model.heads, known or {}, model.unet.conv_out.weight.device
     height, width, diffusion = height or model.native_size, width or model.native_size, model.diffusion.to(device)
@@ -282,6 +317,8 @@ def draw(model, count, known=None, steps=20, seed=0, sampler=None, eta=0.0, heig
     if model.tasks == ["label"]:
         table = class_encoder(model, *shape[2:])(torch.arange(len(model.index["joint"]["classes"]), device=device))
         encode = lambda x: expected(table, x)  # noqa: E731
+    if model.tasks == ["repr"]:
+        encode = lambda x: encoding(model, x[:, None], *shape[2:])  # noqa: E731
     x_in = [fixed.get(modality, torch.zeros_like(noise))] if beside(model) else []
     z, x = sample(diffusion, model.heads.aggregation(diffusion.alpha_bar).to(device),
                   network(model.unet, context, model.added(pooled, height, width), *x_in), model.heads, {modality: encode}, noise, fixed, z0, steps,
@@ -308,7 +345,7 @@ def restored(model, out, known):
 
 def side_by_side(model, given, count, height, width, **options):
     """-> PIL pictures, row by row all that are pictures of a sample, z_0 first; how many a row; lines to print. Otherwise as `draw`."""
-    known = tensors(given, count, height, width)
+    known = tensors(model, given, count, height, width)
     out, lines = draw(model, count, known, height=height, width=width, **options), []
     if "masked" in known:
         out["image"], line = restored(model, out, known)
@@ -318,6 +355,10 @@ def side_by_side(model, given, count, height, width, **options):
         for row in out["label"]:
             best = row.topk(min(3, len(row)))
             lines.append(", ".join(f"{model.index['joint']['classes'][k]} {p:.3f}" for p, k in zip(best.values.tolist(), best.indices.tolist())))
+    if "repr" in out and "repr" not in known:
+        captions = list(dict.fromkeys(data.caption(e, None, style) for e, style in Pictures("repr", "heldout").items))
+        cosine = torch.nn.functional.cosine_similarity(out["repr"][:, None], vectors(model, captions).cpu(), dim=2)
+        lines += [f"nearest of {len(captions)} held-out captions: {captions[row.argmax()]!r}, cosine {row.max():.3f}" for row in cosine]
     return [to_pil(picture) for row in zip(*pictures) for picture in row], len(pictures), lines
 
 
@@ -325,7 +366,8 @@ def grid_rows(model, examples, seed):
     """Held-out examples -> PIL pictures, a row each: z_0 and x of nothing given; z_0 of x given, and that x; the true z_0."""
     (modality,) = model.heads
     x = [example["x"] for example in examples]
-    known, rows = {modality: torch.stack(x) if torch.is_tensor(x[0]) else torch.tensor(x)}, []
+    x = torch.stack(x) if torch.is_tensor(x[0]) else vectors(model, x) if isinstance(x[0], str) else torch.tensor(x)
+    known, rows = {modality: x}, []
     for given in ({}, known):
         out = draw(model, len(x), given, seed=seed)
         if "masked" in given:

@@ -363,7 +363,7 @@ def save_png(picture, path, arguments):
 
 
 def draw_jointly(args, parser, out):
-    """The command for a joint task: all modalities side by side, a row a sample, labels in words."""
+    """The command for a joint task: all modalities side by side, a row a sample, labels and vectors in words."""
     if other := [name for name in ("prompt", "negative_prompt", "image", "guidance", "image_guidance", "guidance_rescale", "strength", "trajectory",
                                    "ensemble", "compile", "low_memory") if getattr(args, name) != parser.get_default(name)]:
         raise UserError(f"--{other[0].replace('_', '-')} does not go with --task {args.task}; what is known comes by --given")
@@ -373,7 +373,7 @@ def draw_jointly(args, parser, out):
     if args.task not in model.tasks:
         raise UserError(f"this model does not know the task {args.task!r}; it knows {', '.join(model.tasks)}")
     given = joint.read_given(args.given, model)
-    height, width = _size(model, [value for value in given.values() if not isinstance(value, int)], args.height, args.width)
+    height, width = _size(model, [value for value in given.values() if isinstance(value, Image.Image)], args.height, args.width)
     bar = tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
     pictures, columns, lines = joint.side_by_side(model, given, args.num_images, height, width, steps=args.steps, seed=args.seed, eta=args.eta,
                                                   sampler=args.sampler, callback=lambda *_: bar.update())
@@ -391,7 +391,7 @@ def main():
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     parser.add_argument("--image", help="source picture; default: the task's example")
     parser.add_argument("--given", action="append", default=[], metavar="NAME=VALUE", help="what a joint task knows: image, which is z_0, source or "
-                        "masked (what is transparent is masked) =FILE, label=CLASS; default: nothing, all is drawn")
+                        "masked (what is transparent is masked) =FILE, label=CLASS, repr=WORDS; default: nothing, all is drawn")
     parser.add_argument("--guidance", type=float, help="text scale; default the model's own, or the paper's: 7.5 for t2i and edit, 4 for inpaint")
     parser.add_argument("--image-guidance", type=float, help="image scale; default the model's own, or the paper's: 1.6 for edit, 1.5 for inpaint")
     parser.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: against too strong contrast (arXiv 2305.08891: 0.7)")

@@ -157,6 +157,8 @@ def build_model(args, tasks):
         return replace(model, index=pipeline_index(model) | {"_guidance": {"t2i": GUIDANCE["t2i"]}}), True
     model = load_model(args.model)
     model.index.pop("base", None)  # a run folder is whole
+    if model.heads is not None and tasks[0] not in joint.SETTINGS:
+        raise UserError(f"{args.model} does not know {', '.join(tasks)}; it knows {', '.join(model.tasks)}")
     upcycles = "moe" not in model.unet.config and not (tasks == ["t2i"] or pixels)
     if args.t_range and (upcycles or args.routing):
         raise UserError("--t-range fine-tunes a model that can do its tasks already: train that first, then --model on it")

@@ -15,11 +15,12 @@ from conftest import called
 from data import ASSETS
 from examples import Examples, collate, per_sample_loss
 from folders import UserError
+from merge import merge_folders
 from sample import generate, load_model
 
 QUICK = ["--batch-size", "4", "--eval-size", "1", "--sample-every", "0", "--save-every", "1", "--log-every", "1", "--warmup", "1",
          "--lr-schedule", "constant"]
-HEAD = {"translate": "image", "masked": "image", "label": "linear"}
+HEAD = {"translate": "image", "masked": "image", "label": "linear", "repr": "vector"}
 
 
 def run(out, *args, code=0):
@@ -50,6 +51,11 @@ def translate():
 @pytest.fixture(scope="module")
 def label():
     return attached("label")
+
+
+@pytest.fixture(scope="module")
+def vector():
+    return attached("repr")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +106,8 @@ def test_labels_are_the_categories():
 # ---- training ----
 
 @pytest.mark.parametrize("options", [["--task", "translate", "--input", "x"],
-                                     ["--task", "label", "--head", "classifier", "--precision", "bf16", "--drop", "0.5"]], ids=lambda options: options[1])
+                                     ["--task", "label", "--head", "classifier", "--precision", "bf16", "--drop", "0.5"]],
+                         ids=lambda options: options[1])
 def test_resuming_is_exact_and_heads_train(tmp_path, options):
     run(tmp_path / "a", *options, "--steps", 2)
     run(tmp_path / "b", *options, "--steps", 1)
@@ -185,6 +192,18 @@ def test_each_class_is_encoded_once_a_batch_and_without_gradient(label, monkeypa
     assert torch.equal(E[0], E[2]) and torch.allclose(E[0], expected[0], atol=1e-5) and not torch.allclose(E[1], E[0], atol=1e-2)
 
 
+def test_a_representation_is_the_captions_vector_encoded_as_one_token(vector):
+    model, batch = vector, a_batch(vector, count=2)
+    with torch.no_grad():
+        _, known = joint.Encoder(model)(batch, "cpu")
+        pooled = model.text_encoder(model.tokenizer(batch["x"]))[2]
+        E = model.unet(torch.zeros(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), pooled[:, None])
+    assert torch.allclose(known["x"]["repr"], pooled, atol=1e-5) and torch.allclose(known["E"][0], E, atol=1e-4)
+    assert all("style" in words for words in batch["x"]) and batch["x"][0] != batch["x"][1]
+    apple, book = (joint.draw(model, 1, joint.tensors(model, {"repr": words}, 1, 64, 64), steps=3) for words in ("red apple", "blue book"))
+    assert (apple["image"] - book["image"]).abs().mean() > 1e-3 and torch.equal(apple["repr"], joint.vectors(model, ["red apple"]))
+
+
 # ---- drawing ----
 
 def test_known_modalities_stay_exactly_as_given(translate):
@@ -199,6 +218,17 @@ def test_known_modalities_stay_exactly_as_given(translate):
     assert (free["image"] - out["image"]).abs().mean() > 1e-3 and (free["source"] - source).abs().mean() > 0.05
     again = joint.draw(translate, 1, {"source": source[1:]}, steps=2, seed=1)  # a sample does not depend on its batch
     assert (again["image"] - out["image"][1:]).abs().max() < 0.02
+
+
+def test_what_is_known_enters_beside_z_t_and_zeros_where_it_is_not(pixels, monkeypatch):
+    """-X: also where it is the heads that tell x."""
+    model, e, seen = load_model(pixels[0]), joint.Pictures("masked", "heldout", 32)[9], []
+    forward = model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda z, *rest, **more: seen.append(z[:, 3:]) or forward(z, *rest, **more))
+    for known, beside in (({"masked": e["x"][None]}, e["x"]), ({}, torch.zeros_like(e["x"])), ({"image": e["target"][None]}, torch.zeros_like(e["x"]))):
+        seen.clear()
+        joint.draw(model, 1, known, steps=2)
+        assert len(seen) == 2 and all(torch.equal(z[0], beside) for z in seen)
 
 
 def test_a_picture_is_classified_and_a_class_is_drawn(label):
@@ -251,6 +281,8 @@ def test_folders_reload_and_draw_the_same_and_diffusers_refuses_them(tmp_path):
             DiffusionPipeline.from_pretrained(tmp_path / name)
         with pytest.raises(UserError, match="several modalities"):
             generate(again, again.tasks[0], [""])
+    merge_folders(tmp_path / "x", [tmp_path / "x"], [0.5], tmp_path / "merged")
+    assert load_model(tmp_path / "merged").tasks == ["masked"]
 
 
 def test_a_run_on_pixels_does_not_open_in_diffusers(pixels):
@@ -260,7 +292,7 @@ def test_a_run_on_pixels_does_not_open_in_diffusers(pixels):
     assert load_model(pixels[0]).tasks == ["masked"]
 
 
-def test_the_commands(translate, label, tmp_path):
+def test_the_commands(translate, label, vector, tmp_path):
     translate.save(tmp_path / "t")
     done = called("sample.py", "--task", "translate", "--model", tmp_path / "t", "--steps", 2, "--num-images", 2, "--out", tmp_path / "t.png",
                   "--given", f"source={ASSETS / 'examples/sr.png'}")
@@ -274,8 +306,12 @@ def test_the_commands(translate, label, tmp_path):
     first, second = done.stdout.splitlines()
     assert len(first.split(", ")) == 3 and first.split(", ")[0].rsplit(" ", 1)[0] in joint.classes()
     assert Image.open(tmp_path / "l.png").size == (64, 64)
-    done = called("sample.py", "--task", "label", "--model", tmp_path / "l", "--steps", 2, "--out", tmp_path / "l.png", "--given", "label=Food & Drink")
+    done = called("sample.py", "--task", "label", "--model", tmp_path / "l", "--steps", 2, "--out", tmp_path / "l.png",
+                  "--given", "label=Food & Drink")
     assert done.returncode == 0 and "given: label=Food & Drink" in done.stdout
+    vector.save(tmp_path / "r")
+    done = called("sample.py", "--task", "repr", "--model", tmp_path / "r", "--steps", 2, "--out", tmp_path / "r.png")
+    assert "nearest of 404 held-out captions: '" in done.stdout, done.stderr
 
     shutil.copy(ASSETS / "examples/edit.png", tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:100])
@@ -283,7 +319,8 @@ def test_the_commands(translate, label, tmp_path):
     for model, task, words, told in (
             ("l", "label", ["label=cats"], "the classes are activities"), ("l", "label", ["source=a.png"], "not trained on source"),
             ("l", "label", ["label=flags", "label=symbols"], "given twice"), ("l", "label", ["label=flags", edit], "nothing is left"),
-            ("l", "label", ["flags"], "NAME=VALUE"), ("l", "label", ["label="], "NAME=VALUE"), ("t", "translate", ["label=flags"], "not trained on label"),
+            ("l", "label", ["flags"], "NAME=VALUE"), ("l", "label", ["label="], "NAME=VALUE"),
+            ("t", "translate", ["label=flags"], "not trained on label"),
             ("t", "translate", ["source=nothing.png"], "nothing.png"), ("t", "translate", [f"image={tmp_path / 'cut.png'}"], "cut.png"),
             ("t", "label", [], "does not know the task 'label'; it knows translate"), ("t", "t2i", ["label=flags"], "--given goes with"),
             ("t", "t2i", [], "it knows translate")):
@@ -301,6 +338,7 @@ def test_a_masked_picture_needs_something_masked(pixels):
     model = load_model(pixels[0])
     with pytest.raises(UserError, match="transparent"):
         joint.read_given([f"masked={ASSETS / 'results/routing.png'}"], model)
+    assert list(joint.read_given([f"masked={ASSETS / 'examples/masked.png'}"], model)) == ["masked"]
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -309,7 +347,9 @@ def test_a_masked_picture_needs_something_masked(pixels):
     (["--task", "label", "--drop", "1"], "--drop"), (["--task", "label", "--head-weight", "-1"], "--head-weight"),
     (["--task", "translate", "--data", "x"], "--data"), (["--task", "masked", "--t-range", "0", "9"], "--t-range"),
     (["--task", "masked", "--decouple", "2"], "--decouple"), (["--task", "label", "--model", "scratch"], "text encoder"),
-    (["--task", "translate", "--model", str(ASSETS / "tiny-mtu")], "starts from"), (["--task", "translate", "--unet", "adm-tiny"], "--unet"),
+    (["--task", "repr", "--model", "scratch"], "text encoder"),
+    (["--task", "translate", "--model", str(ASSETS / "tiny-mtu")], "starts from"),
+    (["--task", "translate", "--unet", "adm-tiny"], "--unet"),
     (["--task", "translate", "--schedule", "interpolating"], "interpolating")])
 def test_a_mistake_in_training_is_one_line_and_exit_2(tmp_path, arguments, words):
     done = run(tmp_path / "run", "--steps", 1, *arguments, code=2)
@@ -330,4 +370,8 @@ def test_training_goes_on_from_a_joint_model_of_the_same_kind_alone(tmp_path, tr
     assert load_model(tmp_path / "on").tasks == ["translate"]
     for options in (["--input", "x"], ["--schedule", "zero"]):
         assert "another head" in run(tmp_path / "no", "--task", "translate", "--model", tmp_path / "t", "--steps", 1, *options, code=2).stderr
+    for task in ("all", "t2i"):
+        assert "it knows translate" in run(tmp_path / "no", "--task", task, "--model", tmp_path / "t", "--steps", 1, code=2).stderr
+    done = called("sample.py", "--export", "translate", "--export-to", tmp_path / "x", "--model", tmp_path / "t")
+    assert done.returncode == 2 and "joint" in done.stderr and not (tmp_path / "x").exists()
     assert "another head" in run(tmp_path / "no", "--task", "masked", "--model", tmp_path / "t", "--steps", 1, code=2).stderr
