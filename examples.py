@@ -79,7 +79,7 @@ def held_out_losses(denoiser, encode, model, examples, batch_size, device):
 
 def mean_by_task(examples, losses, modalities=()):
     """-> task -> its mean loss, and modality -> the mean of its term, a column each of a joint task's losses."""
-    tasks, (loss, *terms) = np.array([example["task"] for example in examples]), losses.reshape(len(losses), -1).T
+    tasks, (loss, *terms) = np.array([example["task"] for example in examples]), losses[:, None].T if losses.ndim == 1 else losses.T
     return {task: float(loss[tasks == task].mean()) for task in dict.fromkeys(tasks.tolist())} | {
         name: float(term.mean()) for name, term in zip(modalities, terms) if len(term)}
 

@@ -13,7 +13,7 @@ import joint
 from aggregation import joint_loss
 from conftest import called
 from data import ASSETS
-from examples import Examples, collate, per_sample_loss
+from examples import Examples, collate, mean_by_task, mean_by_task_and_t, per_sample_loss
 from folders import UserError
 from merge import merge_folders
 from sample import generate, load_model
@@ -171,6 +171,12 @@ def test_what_is_dropped_is_pure_generation_and_all_parameters_get_a_gradient(ma
     assert losses_kept.isfinite().all() and not torch.allclose(losses_kept[:, 0], losses[:, 0], atol=1e-4)
 
 
+def test_held_out_means_of_the_modalities_too():
+    examples, losses = [dict(task="label", t=t) for t in (0, 249, 999)], np.array([[1.0, 10], [3, 30], [5, 50]])
+    assert mean_by_task(examples, losses, ["label head"]) == {"label": 3.0, "label head": 30.0}
+    assert mean_by_task_and_t(examples, losses, 1000, ["label head"]) == {"label": [2.0, None, None, 5.0], "label head": [20.0, None, None, 50.0]}
+
+
 def test_drop_rates():
     for task, setting in joint.SETTINGS.items():
         examples = Examples({task: None}, 4, 0, 1000, (4, 16, 16), drop={task: (0, 0, 0.25)})
@@ -225,7 +231,8 @@ def test_what_is_known_enters_beside_z_t_and_zeros_where_it_is_not(pixels, monke
     model, e, seen = load_model(pixels[0]), joint.Pictures("masked", "heldout", 32)[9], []
     forward = model.unet.forward
     monkeypatch.setattr(model.unet, "forward", lambda z, *rest, **more: seen.append(z[:, 3:]) or forward(z, *rest, **more))
-    for known, beside in (({"masked": e["x"][None]}, e["x"]), ({}, torch.zeros_like(e["x"])), ({"image": e["target"][None]}, torch.zeros_like(e["x"]))):
+    nothing = torch.zeros_like(e["x"])
+    for known, beside in (({"masked": e["x"][None]}, e["x"]), ({}, nothing), ({"image": e["target"][None]}, nothing)):
         seen.clear()
         joint.draw(model, 1, known, steps=2)
         assert len(seen) == 2 and all(torch.equal(z[0], beside) for z in seen)
