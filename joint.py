@@ -6,7 +6,8 @@
     label       a picture                        label: its category                     the U-Net, by cross-attention on the category's name
     repr        a picture                        repr: its caption's text vector         the U-Net, by cross-attention on it as one token
 
-The equations, heads and encoders are aggregation.py's; here one x a task. The network sees no text: its context is that of "".
+The equations, heads and encoders are aggregation.py's; here one x a task. The network sees no text: its context is that of "". What is measured
+on held-out examples is both terms of Eq. 6: denoising, and the head's squared error or cross-entropy.
 
 Letters: B batch, C channels, h w latent, H W picture, K classes.
 """
@@ -28,7 +29,7 @@ from vae import Pixels
 class Setting(NamedTuple):
     modality: str  # x's name
     heads: tuple   # kinds of its head, the default first
-    drop: float    # share of samples that train without x: the starred variants, and -X, whose x is then all zeros
+    drop: float    # share of samples that train without x, the starred variants; with -X, whose x is then all zeros, DROP
 
 
 SETTINGS = {
@@ -111,7 +112,7 @@ def checked(args, tasks):
     for name in ("data", "t_range", "decouple"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} does not go with --task {task}, which trains on the built-in emoji, at all timesteps")
-    for name, default in zip(OPTIONS, (setting.heads[0], "z", setting.drop, "vanishing", LAMBDA)):
+    for name, default in zip(OPTIONS, (setting.heads[0], "z", DROP if args.input == "x" else setting.drop, "vanishing", LAMBDA)):
         if getattr(args, name) is None:
             setattr(args, name, default)
     if args.head not in setting.heads or args.input == "x" and setting.heads[0] != "image":
@@ -201,7 +202,8 @@ def class_encoder(model, h, w):
 # Training
 
 class Encoder(data.Encoder):
-    """A training batch -> z_0 (B, C, h, w) and what joint_loss takes of x: E (1, B, C, h, w), x, given (1, B)."""
+    """A training batch -> z_0 (B, C, h, w) and what joint_loss takes of x: E (1, B, C, h, w), x, given (1, B). Where the U-Net is the encoder, it is
+    that of the moment; in `draw` it is the averaged one."""
 
     def __init__(self, model):
         super().__init__(model.vae)

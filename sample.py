@@ -3,6 +3,7 @@
     python sample.py --task edit                       shipped model, shipped picture, an instruction
     python sample.py --task t2i --prompt "red apple, google style" --prompt "dog face, twitter style" --num-images 4
     python sample.py --task edit --image cat.png --prompt "make it snow" --model runs/all
+    python sample.py --task translate --given source=a.png                      several modalities (joint.py); nothing given, all are drawn
 
 `load_model` rebuilds a model with its methods from disk; `generate` draws with it. Letters: B batch, K guidance branches.
 """

@@ -2,6 +2,7 @@
 
     python train.py --task all                                  upcycles the shipped miniature to four tasks on the built-in data
     python train.py --task t2i --model scratch                  trains the miniature itself, text encoder included
+    python train.py --task translate                            two drawings of a thing, generated together (joint.py)
     torchrun --nproc_per_node 8 train.py --task all --model stable-diffusion-v1-5/stable-diffusion-v1-5 --data /data
 
 Every batch holds every task (MTU Eq. 2: L = sum over tasks of the task's mean loss); sample k has task k mod T. Data, noise and timesteps
@@ -85,7 +86,7 @@ def get_args():
     p.add_argument("--antithetic", action="store_true", help="of both: one draw of the range a batch, its second half mirrored (the official code)")
     p.add_argument("--head", choices=("image", "linear", "classifier"), help="MT-Diffusion: of label, linear (-M, the default) or classifier (-E)")
     p.add_argument("--input", choices=("z", "x"), help="of translate and masked: x enters beside z_t (-X), or not (-U, the default)")
-    p.add_argument("--drop", type=float, help="of joint tasks: share of samples that train without x (starred); default 0.1, of translate 0")
+    p.add_argument("--drop", type=float, help="of joint tasks: share of samples that train without x (starred); default 0.1, of translate -U 0")
     p.add_argument("--schedule", choices=SCHEDULES, help="of joint tasks: the weights w_t of x in the forward process; default vanishing")
     p.add_argument("--head-weight", type=float, help="of joint tasks: lambda of Eq. 6, default the paper's 0.1")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")

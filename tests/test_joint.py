@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import data
 import joint
+import train
 from aggregation import joint_loss
 from conftest import called
 from data import ASSETS
@@ -145,7 +146,8 @@ def test_the_loss_is_that_of_a_batch_made_by_hand(translate):
     assert torch.allclose(losses, torch.stack([denoising, term], dim=1), rtol=1e-3, atol=1e-4)
     assert torch.allclose(weighted, denoising + 0.3 * term, rtol=1e-3, atol=1e-4) and torch.allclose(weighted, total, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
-        _, p2 = per_sample_loss(joint.Denoiser(model, "p2", 0.3), joint.Encoder(model), model, batch, "cpu")
+        p2, uw = (per_sample_loss(joint.Denoiser(model, kind, 0.3), joint.Encoder(model), model, batch, "cpu")[1] for kind in ("p2", "uw"))
+    assert torch.allclose(uw, denoising / 2 + 0.3 * term, rtol=1e-3, atol=1e-4)
     assert torch.allclose(p2, denoising * model.diffusion.weight(t, "p2") + 0.3 * term, rtol=1e-3, atol=1e-4)
 
 
@@ -169,6 +171,17 @@ def test_what_is_dropped_is_pure_generation_and_all_parameters_get_a_gradient(ma
     with torch.no_grad():
         losses_kept, _ = per_sample_loss(denoiser, encode, model, kept, "cpu")
     assert losses_kept.isfinite().all() and not torch.allclose(losses_kept[:, 0], losses[:, 0], atol=1e-4)
+
+
+def test_without_x_the_loss_on_pixels_is_train_pys(pixels):
+    """Also its term for the learned variance."""
+    model, x0, noise, t = load_model(pixels[0]), torch.rand(2, 3, 32, 32) - 0.5, torch.randn(2, 3, 32, 32), torch.tensor([5, 700])
+    known = dict(E=torch.randn(1, 2, 3, 32, 32), x={"masked": torch.randn(2, 3, 32, 32)}, given=torch.tensor([[0.0, 1.0]]))
+    with torch.no_grad():
+        losses, weighted = joint.Denoiser(model)(x0, known, None, t, noise, None)
+        plain, plain_weighted = train.Denoiser(model.unet, None, model.diffusion)(x0, torch.zeros_like(x0), None, t, noise, None)
+    assert torch.allclose(losses[0, 0], plain[0]) and torch.allclose(weighted[0], plain_weighted[0]) and losses[0, 1].isnan()
+    assert not torch.allclose(plain[0], plain_weighted[0]) and not torch.allclose(losses[1, 0], plain[1], atol=1e-5) and losses[1].isfinite().all()
 
 
 def test_held_out_means_of_the_modalities_too():
