@@ -54,6 +54,15 @@ ALL = ("t2i", "edit", "sr", "inpaint")
 SDXL_GUIDANCE = {"t2i": (5.0, 1.0), "edit": (10.0, 1.5), "sr": (1.0, 1.0), "inpaint": (4.0, 1.5)}  # the paper's, text and image scale
 
 
+EXAMPLES = {  # what a task draws when nothing is given
+    "t2i": (None, "red apple, google style"),
+    "edit": ("edit.png", "give it dark skin"),
+    "sr": ("sr.png", ""),
+    "inpaint": ("inpaint.png", "remove the thumbs up sign on the left"),
+    "uncond": (None, ""),
+}
+
+
 def latents(rule, mean, logvar, scaling_factor, noise=None):
     """mean, logvar (B, 4, h, w) of q(z | image) -> the latents that `rule` asks for. The only place that scales."""
     z = mean + torch.exp(0.5 * logvar) * noise if rule.sample else mean
@@ -130,6 +139,7 @@ class Emoji(NamedTuple):
     person: str | None  # man, woman or person, where one figure is shown
     colour: str | None
     noun: str | None    # of its class, see CLASSES
+    category: str       # Unicode's
     cells: dict         # skin tone -> (x, y) in the sheets; None is the plain one
 
 
@@ -144,7 +154,7 @@ def _emoji(row):
             if words == f"{c} {thing}" or (c, thing) == ("red", words):
                 colour, concept = c, f"coloured {thing}"
     return Emoji(row["name"], concept, person if "27A1" not in codes else None, colour, CLASS.get(row["subcategory"]),
-                 {None: row["cell"]} | row.get("tones", {}))
+                 row["category"], {None: row["cell"]} | row.get("tones", {}))
 
 
 class Change(NamedTuple):

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from folders import UserError, command, fetch, new_folder, read_json, weight_files, write_file, write_json
 
 WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", *WITHOUT_WEIGHTS)
+PARTS = ("unet", "heads", "vae", "text_encoder", "text_encoder_2", "image_encoder", *WITHOUT_WEIGHTS)
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
          "F8_E4M3": 1, "F8_E5M2": 1}  # bytes, by safetensors' names
 # keys of a config.json that say nothing of the weights' meaning

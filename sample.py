@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,25 +18,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+import joint
 import moe
 from adm import UNet2D
+from aggregation import Heads, add_heads
 from clip import CLIPText, Tokenizer
-from data import ASSETS, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
+from data import ASSETS, EXAMPLES, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
-from folders import UserError, blaming, command, compiled, fetch, new_folder, pick_device, read_json, write_file, write_json
+from export import export
+from folders import UserError, blaming, command, compiled, fetch, load_weights, pick_device, read_json, write_file, write_json
 from merge import add_projections
 from routing import add_routing
 from unet import UNet
 from vae import VAE, Pixels
 
-EXAMPLES = {  # what a task draws when nothing is given
-    "t2i": (None, "red apple, google style"),
-    "edit": ("edit.png", "give it dark skin"),
-    "sr": ("sr.png", ""),
-    "inpaint": ("inpaint.png", "remove the thumbs up sign on the left"),
-    "uncond": (None, ""),
-}
-PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "RoutedPipeline2D", "ProjectedPipeline2D")
+PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "RoutedPipeline2D", "ProjectedPipeline2D", "JointPipeline2D")
 
 
 @dataclass
@@ -50,6 +46,7 @@ class Model:
     index: dict
     text_encoder_2: CLIPText | None = None   # SDXL
     tokenizer_2: Tokenizer | None = None
+    heads: Heads | None = None               # MT-Diffusion
 
     @property
     def diffusion(self):
@@ -59,6 +56,8 @@ class Model:
     def tasks(self):
         """Task names in the order of the U-Net's rows. A U-Net that is not upcycled does one thing, told by its input channels; which of the
         image-to-image tasks, it does not say."""
+        if self.heads is not None:
+            return [self.index["joint"]["task"]]
         if "moe" in self.unet.config:
             return self.unet.config["moe"]["tasks"]
         if isinstance(self.unet, UNet2D):
@@ -88,7 +87,7 @@ class Model:
         return {name: part for name, part in parts.items() if part is not None and not isinstance(part, Pixels)}
 
     def to(self, device):
-        for module in (self.unet, self.vae, *[encoder for _, encoder in self.texts]):
+        for module in filter(None, (self.unet, self.heads, self.vae, *[encoder for _, encoder in self.texts])):
             module.to(device)
         return self
 
@@ -120,6 +119,8 @@ class Model:
     def save(self, folder, frozen_too=True, dtype=None):
         """In the Hugging Face layout. dtype: of the files' tensors, default the parameters' own."""
         self.unet.save_pretrained(Path(folder) / "unet", **(dict(dtype=dtype) if dtype else {}))
+        if self.heads is not None:
+            self.heads.save_pretrained(Path(folder) / "heads", dtype)
         if frozen_too:
             for name, part in self.parts.items():
                 part.save_pretrained(Path(folder) / name, **(dict(dtype=dtype) if dtype and not name.startswith("tokenizer") else {}))
@@ -163,13 +164,13 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                 device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         dtype = torch.bfloat16 if fast and config.get("sample_size") != 16 else torch.float32
-    unet = load_unet(moe if "moe" in config else UNet, place("unet"), "unet", config, dtype)
+    unet, heads = load_unet(moe if "moe" in config else UNet, place("unet"), "unet", config, dtype)
     xl = bool(unet.config["addition_embed_type"])
     model = Model(unet, VAE.from_pretrained(place("vae"), dtype=dtype), CLIPText.from_pretrained(place("text_encoder"), dtype=dtype),
                   Tokenizer.from_pretrained(place("tokenizer")),
                   read_json(fetch(place("scheduler"), "scheduler") / "scheduler_config.json"), index,
                   CLIPText.from_pretrained(place("text_encoder_2"), "text_encoder_2", dtype) if xl else None,
-                  Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2") if xl else None)
+                  Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2") if xl else None, heads)
     u, T, texts = unet.config, model.diffusion.T, model.texts
     pooled = model.text_encoder_2.width if xl else 0
     for fits, parts in (
@@ -183,7 +184,8 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
              "the U-Net's projection_class_embeddings_input_dim and the pooled text's width with six numbers"),
             (all(max(t.vocab.values()) < e.config["vocab_size"] for t, e in texts), "the tokenizer's vocabulary and the text encoder's"),
             (all(t.length <= e.config["max_position_embeddings"] for t, e in texts), "the tokenizer's length and the text encoder's positions"),
-            (u.get("routing", {}).get("num_steps", T) == T, "the routing's num_steps and the scheduler's num_train_timesteps")):
+            (u.get("routing", {}).get("num_steps", T) == T, "the routing's num_steps and the scheduler's num_train_timesteps"),
+            (joint.fits(model), "the heads and the joint task of model_index.json")):
         if not fits:
             raise UserError(f"{path_or_hub_id}: cannot draw with {parts}" + (" that differ" if " and " in parts else ""))
     for module in (model.vae, *[encoder for _, encoder in texts]):
@@ -192,16 +194,21 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
 
 
 def load_unet(kind, path_or_hub_id, subfolder, config, dtype):
-    """kind: moe, UNet or UNet2D. config: of the folder's config.json, which records what else is attached."""
-    routing, projections = config.pop("routing", None), config.pop("projections", None)
-    if routing or projections:
+    """-> U-Net, Heads or None. kind: moe, UNet or UNet2D. config: of the folder's config.json, which records what else is attached."""
+    routing, projections, aggregation = (config.pop(key, None) for key in ("routing", "projections", "aggregation"))
+    if routing or projections or aggregation:
         config.pop("_class_name", None)
     attach = {"attach": lambda unet: add_projections(unet, projections)} if projections else {}
     unet = kind.from_pretrained(path_or_hub_id, subfolder, config, dtype, **attach)
     if routing:
         with blaming(f'{path_or_hub_id}: unet/config.json, "routing"'):
             add_routing(unet, **routing)
-    return unet.eval()
+    if not aggregation:
+        return unet.eval(), None
+    with blaming(f'{path_or_hub_id}: unet/config.json, "aggregation"'):
+        heads = add_heads(unet, **aggregation)
+    load_weights(heads, fetch(path_or_hub_id, "heads"), dtype=dtype)
+    return unet.eval(), heads.eval()
 
 
 def load_pixels(path_or_hub_id, index, dtype=torch.float32):
@@ -211,16 +218,17 @@ def load_pixels(path_or_hub_id, index, dtype=torch.float32):
     except UserError:
         inside, folder = "", fetch(path_or_hub_id, "")
     config = read_json(folder / "config.json")
-    unet = load_unet(UNet2D, path_or_hub_id, inside, config, dtype)
+    unet, heads = load_unet(UNet2D, path_or_hub_id, inside, config, dtype)
     scheduler = read_json(fetch(path_or_hub_id, "scheduler" if inside else "") / "scheduler_config.json")
-    model, c = Model(unet, Pixels(unet.config["sample_size"]), None, None, scheduler, index), unet.config
+    model, c = Model(unet, Pixels(unet.config["sample_size"]), None, None, scheduler, index, heads=heads), unet.config
     T = model.diffusion.T
     learned = scheduler.get("variance_type") == "learned_range"
     for fits, parts in ((c["sample_size"] is not None, "sample_size, which is null"),
-                        (c["in_channels"] == 3, f"in_channels = {c['in_channels']}: 3 are"),
+                        (c["in_channels"] == 3 or heads and c["in_channels"] == 6, f"in_channels = {c['in_channels']}: 3 are"),
                         (c["out_channels"] == 3 * (1 + learned), f"out_channels = {c['out_channels']}: 3 are, 6 with variance_type learned_range"),
                         (c["num_class_embeds"] is None, "num_class_embeds: no command gives classes"),
-                        (c.get("routing", {}).get("num_steps", T) == T, "routing for another num_train_timesteps")):
+                        (c.get("routing", {}).get("num_steps", T) == T, "routing for another num_train_timesteps"),
+                        (joint.fits(model), "heads, which are not those of model_index.json's joint task")):
         if not fits:
             raise UserError(f"{path_or_hub_id}: cannot draw with the U-Net's {parts}")
     return model
@@ -245,6 +253,8 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise ValueError("prompts is a list of strings, images a list of as many pictures")
     if task not in model.tasks:
         raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
+    if model.heads is not None:
+        raise UserError(f"{task} draws several modalities: joint.draw does that, and the command sample.py --task {task}")
     rule, B, device = TASKS.get(task, TASKS["edit"]), len(prompts), next(model.unet.parameters()).device
     if rule.source and not images:
         raise UserError(f"task {task} needs a picture: --image FILE")
@@ -309,63 +319,6 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     return [to_pil(image) for image in model.vae.decode(x0 / scale, tile)]
 
 
-def pipeline_index(model):
-    """The model_index.json with which diffusers opens a model that is not upcycled: the class of the whole and of each part."""
-    scheduler = ["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")]
-    if isinstance(model.unet, UNet2D):
-        return dict(_class_name="DDPMPipeline", _diffusers_version="0.30.0", unet=["diffusers", "UNet2DModel"], scheduler=scheduler)
-    xl = "XL" if model.text_encoder_2 else ""
-    edits = "" if model.tasks == ["t2i"] else "InstructPix2Pix"
-    index = {"_guidance": model.guidance} if model.guidance else {}
-    index |= dict(_class_name=f"StableDiffusion{xl}{edits}Pipeline", _diffusers_version="0.30.0", vae=["diffusers", "AutoencoderKL"],
-                 unet=["diffusers", "UNet2DConditionModel"], tokenizer=["transformers", "CLIPTokenizer"],
-                 text_encoder=["transformers", "CLIPTextModel"], scheduler=scheduler)
-    if xl:
-        return index | dict(tokenizer_2=["transformers", "CLIPTokenizer"], text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
-                            force_zeros_for_empty_prompt=model.index.get("force_zeros_for_empty_prompt", True))
-    return index | dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)
-
-
-def export(model, task, folder, base):
-    """One task as a folder that diffusers opens unmodified: StableDiffusionPipeline for t2i, StableDiffusionInstructPix2PixPipeline for
-    image-to-image tasks (Stable Diffusion XL's likewise), with a model card. base: what was trained, for the card; None: nothing, it is new."""
-    folder, upcycled = Path(folder), "moe" in model.unet.config
-    if task not in model.tasks:
-        raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
-    if "routing" in model.unet.config or "projections" in model.unet.config:
-        raise UserError("a routed model masks channels at every timestep, one with projections after blocks has layers that no other program "
-                        "knows: they cannot be exported")
-    if isinstance(model.unet, UNet2D):
-        raise UserError("a model that draws pixels has nothing to export: its folder is diffusers' own layout")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists; choose another --export-to")
-    plain = replace(model, unet=moe.fold(model.unet, task)) if upcycled else model
-    index, base = pipeline_index(plain), Path(base).name if base and Path(base).exists() else base
-    name, source = index["_class_name"], plain.tasks != ["t2i"]
-    index["_guidance"] = {task: scales for name, scales in model.guidance.items() if name == task}
-    how = "trained" if base is None else f"trained from `{base}`"
-    if upcycled:
-        how = f"upcycled from `{base}` to {', '.join(model.tasks)} (MTU, arXiv 2503.11905); its experts are folded into plain weights"
-    given, scales = ", image=picture" if source else "", index.get("_guidance", {}).get(task, "the defaults")
-    code = f"from diffusers import {name}\npipe = {name}.from_pretrained(\"{folder.name}\")\n"
-    about, licence = ("", "") if base is None else (f"base_model: {base}\n", f" The licence is that of `{base}`.")
-    card = f"""---
-{about}library_name: diffusers
-pipeline_tag: {"image-to-image" if source else "text-to-image"}
----
-The task `{task}` of a model {how}.{licence}
-
-```python
-{code}picture = pipe("{EXAMPLES.get(task, ("", ""))[1]}"{given}).images[0]
-```
-
-Text and image guidance: {scales}. In the project that trained it: `python sample.py --task {task} --model {folder.name}`.
-"""
-    with new_folder(folder) as beside:
-        replace(plain, index=index).save(beside)
-        write_file(beside / "README.md", lambda path: path.write_text(card))
-
-
 def _size(model, images, height, width):
     """The picture's height and width: as asked, or the model's native size along the longer side of the given picture."""
     ratio_h, ratio_w = (1, 1) if not images else (images[0].height, images[0].width)
@@ -392,6 +345,9 @@ def sample_grid(model, datasets, columns, seed, path):
     rows = []
     for task, dataset in datasets.items():
         chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
+        if model.heads is not None:
+            rows += joint.grid_rows(model, chosen, seed)
+            continue
         sources = [to_pil(e["source"]) for e in chosen] if "source" in chosen[0] else None
         samples = generate(model, task, [e["prompt"] for e in chosen], sources, seed=seed)
         rows += (sources or []) + samples + [to_pil(e["target"]) for e in chosen]
@@ -406,14 +362,36 @@ def save_png(picture, path, arguments):
     write_file(path, lambda beside: picture.save(beside, format="PNG", pnginfo=info))
 
 
+def draw_jointly(args, parser, out):
+    """The command for a joint task: all modalities side by side, a row a sample, labels and vectors in words."""
+    if other := [name for name in ("prompt", "negative_prompt", "image", "guidance", "image_guidance", "guidance_rescale", "strength", "trajectory",
+                                   "ensemble", "compile", "low_memory") if getattr(args, name) != parser.get_default(name)]:
+        raise UserError(f"--{other[0].replace('_', '-')} does not go with --task {args.task}; what is known comes by --given")
+    if args.model == f"runs/{args.task}" and not Path(args.model).is_dir():
+        raise UserError(f"no model at {args.model}: python train.py --task {args.task} makes it, or name another by --model")
+    model = load_model(args.model, {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision), pick_device(args.device))
+    if args.task not in model.tasks:
+        raise UserError(f"this model does not know the task {args.task!r}; it knows {', '.join(model.tasks)}")
+    given = joint.read_given(args.given, model)
+    height, width = _size(model, [value for value in given.values() if isinstance(value, Image.Image)], args.height, args.width)
+    bar = tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
+    pictures, columns, lines = joint.side_by_side(model, given, args.num_images, height, width, steps=args.steps, seed=args.seed, eta=args.eta,
+                                                  sampler=args.sampler, callback=lambda *_: bar.update())
+    bar.close()
+    save_png(grid(pictures, columns), out, vars(args))
+    print("\n".join([*lines, f"{args.task}: {', '.join(['image', *model.heads])}; given: {', '.join(args.given) or 'nothing'} -> {out}"]))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draw with a model folder or hub id.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--task", default="t2i", help=f"one of {', '.join(TASKS)}, or a task that the model was given later")
-    parser.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="folder in the Hugging Face layout, or hub id")
+    parser.add_argument("--task", default="t2i", help=f"one of {', '.join([*TASKS, *joint.SETTINGS])}, or a task that the model was given later")
+    parser.add_argument("--model", help="folder in the Hugging Face layout, or hub id; default assets/tiny-mtu, of joint tasks runs/TASK")
     parser.add_argument("--prompt", action="append", help="text; again for more pictures; default: the task's example")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     parser.add_argument("--image", help="source picture; default: the task's example")
+    parser.add_argument("--given", action="append", default=[], metavar="NAME=VALUE", help="what a joint task knows: image, which is z_0, source or "
+                        "masked (what is transparent is masked) =FILE, label=CLASS, repr=WORDS; default: nothing, all is drawn")
     parser.add_argument("--guidance", type=float, help="text scale; default the model's own, or the paper's: 7.5 for t2i and edit, 4 for inpaint")
     parser.add_argument("--image-guidance", type=float, help="image scale; default the model's own, or the paper's: 1.6 for edit, 1.5 for inpaint")
     parser.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: against too strong contrast (arXiv 2305.08891: 0.7)")
@@ -442,6 +420,9 @@ def main():
         raise UserError(f"--seed {args.seed}: from 0 to 2^62")
     if bool(args.export) != bool(args.export_to):
         raise UserError("--export TASK and --export-to FOLDER go together")
+    if args.given and args.task not in joint.SETTINGS:
+        raise UserError(f"--given goes with --task {', '.join(joint.SETTINGS)}")
+    args.model = args.model or (f"runs/{args.task}" if args.task in joint.SETTINGS else str(ASSETS / "tiny-mtu"))
     if args.export:
         model, arguments = load_model(args.model), Path(args.model) / "arguments.json"
         base = read_json(arguments).get("model", args.model) if arguments.is_file() else model.index.get("base", args.model)
@@ -454,6 +435,8 @@ def main():
     out = Path(args.out or f"samples/{args.task}.png")
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: pictures are written as .png files")
+    if args.task in joint.SETTINGS:
+        return draw_jointly(args, parser, out)
     images = [open_image(image)] * len(prompts) if image else None
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision)
     device = pick_device(args.device)

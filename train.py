@@ -25,18 +25,21 @@ from tqdm import tqdm
 import adm
 import clip
 import data
+import joint
 import merge
 import moe
+from aggregation import SCHEDULES
 from checkpoint import any_rank, averaged, forget_after, load_state, save_state, stoppable
 from data import ALL, ASSETS, TASKS, Encoder
 from diffusion import UncertaintyWeight
+from examples import BINS, Examples, collate, held_out_losses, mean_by_task, mean_by_task_and_t, per_sample_loss
+from export import pipeline_index
 from folders import UserError, command, compiled, pick_device, write_json
 from routing import MODES, add_routing
-from sample import Model, load_model, pipeline_index, sample_grid
+from sample import Model, load_model, sample_grid
 from unet import CONFIGS, UNet
 from vae import VAE, Pixels
 
-BINS = 4                       # the loss is logged in this many equal ranges of timesteps
 # From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv 2305.08891; the pictures are mostly white, which
 # noise of mean zero is not), and v-prediction, which that needs.
 SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
@@ -50,9 +53,9 @@ GUIDANCE = {"t2i": [3.0, 1.0], "edit": [1.5, 1.5], "inpaint": [3.0, 1.5]}  # tex
 
 def get_args():
     p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--task", default="all", help=f"all ({', '.join(ALL)}), one or several of them, or uncond")
-    p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond)")
-    p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch --task uncond, see adm.CONFIGS; default adm-tiny")
+    p.add_argument("--task", default="all", help=f"all ({', '.join(ALL)}), one or several of them; or one of uncond, {', '.join(joint.SETTINGS)}")
+    p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond, translate, masked)")
+    p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch, but for t2i, see adm.CONFIGS; default adm-tiny")
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
     p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
     p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
@@ -80,6 +83,11 @@ def get_args():
     p.add_argument("--projection", nargs="?", const="convolutions", choices=("convolutions", "blocks"),
                    help="of both: channel projections after convolutions (the default), folded on saving; or after blocks, kept (the official code)")
     p.add_argument("--antithetic", action="store_true", help="of both: one draw of the range a batch, its second half mirrored (the official code)")
+    p.add_argument("--head", choices=("image", "linear", "classifier"), help="MT-Diffusion: of label, linear (-M, the default) or classifier (-E)")
+    p.add_argument("--input", choices=("z", "x"), help="of translate and masked: x enters beside z_t (-X), or not (-U, the default)")
+    p.add_argument("--drop", type=float, help="of joint tasks: share of samples that train without x (starred); default 0.1, of translate 0")
+    p.add_argument("--schedule", choices=SCHEDULES, help="of joint tasks: the weights w_t of x in the forward process; default vanishing")
+    p.add_argument("--head-weight", type=float, help="of joint tasks: lambda of Eq. 6, default the paper's 0.1")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
@@ -92,52 +100,6 @@ def get_args():
     p.add_argument("--eval-every", type=int, default=0, help="steps between lines of log.jsonl with that loss, also per range of timesteps; 0: none")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args()
-
-
-class Examples(torch.utils.data.Dataset):
-    """Example i is sample k = i mod B of step i div B: picture, words, dropout, timestep and noise follow from (seed, step, k)."""
-
-    def __init__(self, datasets, batch_size, seed, num_timesteps, latent_shape, t_range=None, p_global=0.0, antithetic=False):
-        self.tasks, self.datasets, self.t_range, self.p_global, self.antithetic = list(datasets), datasets, t_range, p_global, antithetic
-        self.batch_size, self.seed, self.T, self.latent_shape = batch_size, seed, num_timesteps, latent_shape
-        if t_range:  # a mistake shows now
-            merge.sample_timesteps(t_range, num_timesteps, p_global, np.random.default_rng(0), 1)
-
-    def __getitem__(self, i):
-        step, k = divmod(i, self.batch_size)
-        rng = np.random.default_rng((self.seed, step, k))
-        task = self.tasks[k % len(self.tasks)]
-        dataset = self.datasets[task]
-        example = self.condition(dataset.get(int(rng.integers(len(dataset))), rng), task, rng.random())
-        draw = (np.random.default_rng((self.seed, step)), self.batch_size, True) if self.antithetic else (rng, 1)  # the batch's, or the sample's own
-        t = rng.integers(self.T) if self.t_range is None else merge.sample_timesteps(self.t_range, self.T, self.p_global, *draw)[k % draw[1]]
-        return self.noised(example, int(t), int(rng.integers(2 ** 62)))
-
-    def held_out(self, datasets, count):
-        """Fixed examples, timesteps (spread evenly) and noise, `count` per task, in the tasks' order again and again."""
-        for i in range(count):
-            for task, dataset in datasets.items():
-                yield self.noised(self.condition(dataset[i * len(dataset) // count], task, 1.0), int((i + 0.5) * self.T / count), i)
-
-    def condition(self, example, task, r):
-        """Conditioning dropout: r in [0, 1) nulls the text, both, or the picture (data.TASKS; InstructPix2Pix: 5 % each)."""
-        text, both, image = TASKS[task].drop
-        prompt = "" if r < text + both else example["prompt"]
-        keep = 0.0 if text <= r < text + both + image else 1.0
-        return dict(task=task, prompt=prompt, target=example["target"], source=example.get("source"), keep=keep)
-
-    def noised(self, example, t, seed):
-        noise, sample_noise = torch.randn(2, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
-        return dict(example, t=t, noise=noise, sample_noise=sample_noise)
-
-
-def collate(examples):
-    batch = {key: [e[key] for e in examples] for key in examples[0]}
-    for key in ("t", "keep"):
-        batch[key] = torch.tensor(batch[key])
-    for key in ("noise", "sample_noise", "target"):
-        batch[key] = torch.stack(batch[key])
-    return batch
 
 
 class Denoiser(nn.Module):
@@ -175,12 +137,13 @@ class Denoiser(nn.Module):
 
 def build_model(args, tasks):
     """The model to train and whether it is new; then its text encoder trains too."""
-    if args.unet and (args.model, tasks) != ("scratch", ["uncond"]):
-        raise UserError("--unet goes with --model scratch --task uncond")
+    pixels = tasks == ["uncond"] or tasks[0] in joint.SETTINGS
+    if args.unet and not (args.model == "scratch" and pixels):
+        raise UserError(f"--unet goes with --model scratch and --task uncond, {', '.join(joint.SETTINGS)}")
     if args.model == "scratch":
-        if tasks not in (["t2i"], ["uncond"]) or args.t_range:
+        if not (tasks == ["t2i"] or pixels) or args.t_range:
             raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result; or uncond")
-        if tasks == ["uncond"]:
+        if pixels:
             config = adm.CONFIGS[args.unet or "adm-tiny"] | dict(num_class_embeds=None)
             scheduler = ADM_SCHEDULER | ({} if config.get("out_channels") == 6 else dict(variance_type="fixed_large"))
             model = Model(adm.UNet2D(config), Pixels(config["sample_size"]), None, None, scheduler, {})
@@ -194,7 +157,9 @@ def build_model(args, tasks):
         return replace(model, index=pipeline_index(model) | {"_guidance": {"t2i": GUIDANCE["t2i"]}}), True
     model = load_model(args.model)
     model.index.pop("base", None)  # a run folder is whole
-    upcycles = "moe" not in model.unet.config and tasks not in (["t2i"], ["uncond"])
+    if model.heads is not None and tasks[0] not in joint.SETTINGS:
+        raise UserError(f"{args.model} does not know {', '.join(tasks)}; it knows {', '.join(model.tasks)}")
+    upcycles = "moe" not in model.unet.config and not (tasks == ["t2i"] or pixels)
     if args.t_range and (upcycles or args.routing):
         raise UserError("--t-range fine-tunes a model that can do its tasks already: train that first, then --model on it")
     if upcycles:
@@ -205,7 +170,7 @@ def build_model(args, tasks):
         model.index = pipeline_index(model)
     if args.full:
         model.unet.requires_grad_(True)
-    if unknown := [task for task in tasks if task not in model.tasks]:
+    if unknown := [task for task in tasks if task not in (*model.tasks, *joint.SETTINGS)]:
         raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows {', '.join(model.tasks)}")
     return model, False
 
@@ -234,44 +199,16 @@ def total_loss(losses, num_tasks, batch_size):
     return losses.sum() * num_tasks / batch_size
 
 
-def per_sample_loss(denoiser, encode, model, batch, device):
-    """A collated batch -> its losses and weighted losses (B,)."""
-    x0, source = encode(batch, device)
-    rows = torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
-    trains, prompts = model.text_encoder is not None and model.text_encoder.training, batch["prompt"]
-    text, pooled = (model.tokenizer(prompts).to(device), None) if trains else model.encode_text(prompts)
-    added = model.added(pooled, *[model.native_size] * 2)
-    return denoiser(x0, source, text, batch["t"].to(device), batch["noise"].to(device), rows, added)
-
-
-@torch.no_grad()
-def held_out_losses(denoiser, encode, model, examples, batch_size, device):
-    """The loss of each of the fixed examples, which have their timesteps and noise: (M,)"""
-    batches = [collate(examples[i:i + batch_size]) for i in range(0, len(examples), batch_size)]
-    return np.array([loss for batch in batches for loss in per_sample_loss(denoiser, encode, model, batch, device)[0].tolist()])
-
-
-def mean_by_task(examples, losses):
-    tasks = np.array([example["task"] for example in examples])
-    return {task: float(losses[tasks == task].mean()) for task in dict.fromkeys(tasks.tolist())}
-
-
-def mean_by_task_and_t(examples, losses, T):
-    """-> task -> its mean loss in each of BINS ranges of timesteps, None where there is none."""
-    bins = np.array([example["t"] for example in examples]) * BINS // T
-    each = [mean_by_task([e for e, b in zip(examples, bins) if b == i], losses[bins == i]) for i in range(BINS)]
-    return {task: [mean.get(task) for mean in each] for task in dict.fromkeys(e["task"] for e in examples)}
-
-
 def open_data(args, model, tasks):
     """-> the training examples, the held-out data sets per task, fixed examples of these."""
-    if not args.data and model.native_size != 64 and tasks != ["uncond"]:
+    if not args.data and model.native_size != 64 and model.texts:
         raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
     size, side = model.native_size, model.unet.config["sample_size"]
-    train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else data.builtin(task, split, size)
+    builtin = data.builtin if model.heads is None else joint.Pictures
+    train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else builtin(task, split, size)
                         for task in tasks} for split in ("train", "heldout"))
     examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (model.vae.config["latent_channels"], side, side),
-                        args.t_range, args.p_global, args.antithetic)
+                        args.t_range, args.p_global, args.antithetic, model.heads and {tasks[0]: (0, 0, args.drop)})
     return examples, held_out, list(examples.held_out(held_out, args.eval_size))
 
 
@@ -325,8 +262,11 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     tasks = list(ALL) if args.task == "all" else args.task.split(",")
-    if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks) or "uncond" in tasks[1:] or tasks[0] == "uncond" != args.task:
-        raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(ALL)}, or all; or uncond alone")
+    alone = {"uncond", *joint.SETTINGS}
+    if not set(tasks) <= {*TASKS, *alone} or len(set(tasks)) < len(tasks) or len(tasks) > 1 and alone & set(tasks):
+        raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(ALL)}, or all; or one of uncond, "
+                        f"{', '.join(joint.SETTINGS)} alone")
+    joint.checked(args, tasks)
     with stoppable() as told:
         (decouple if args.decouple is not None else train)(args, tasks, device, rank, world, told)
     if world > 1:
@@ -361,6 +301,8 @@ def train(args, tasks, device, rank, world, told):
     model, scratch = build_model(args, tasks)
     if args.routing:
         add_routing(model.unet, args.alpha, args.beta, args.routing, model.diffusion.T, args.seed)
+    if tasks[0] in joint.SETTINGS:
+        joint.attach(model, tasks[0], args.head, args.input, args.schedule)
     model.to(device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     miniature = sum(p.numel() for p in model.unet.parameters()) < 2e7
@@ -372,14 +314,19 @@ def train(args, tasks, device, rank, world, told):
     teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
     if args.projection:
         merge.add_projections(model.unet, args.projection)
-    if args.routing or args.projection == "blocks":
+    if args.routing or model.heads is not None or args.projection == "blocks":
         name = model.unet.config["_class_name"]
         model.index |= {"_class_name": name.replace("UNet", "Pipeline")} | ({"unet": ["diffusers", name]} if "unet" in model.index else {})
-    denoiser = Denoiser(model.unet, model.text_encoder if scratch else None, model.diffusion.to(device), args.loss_weight, teacher, args.consistency)
+    if model.heads is None:
+        trained = model.text_encoder if scratch else None
+        denoiser = Denoiser(model.unet, trained, model.diffusion.to(device), args.loss_weight, teacher, args.consistency)
+        encode, names = Encoder(model.vae), tasks
+    else:
+        denoiser, encode = joint.Denoiser(model, args.loss_weight, args.head_weight), joint.Encoder(model)
+        names = [*tasks, *(f"{modality} head" for modality in model.heads)]
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
     optimizer = torch.optim.AdamW(parameter_groups(denoiser, args.weight_decay, args.lr))
-    encode = Encoder(model.vae)
     trained, frozen = (sum(p.numel() for p in group) for group in (params.values(), [p for p in model.unet.parameters() if not p.requires_grad]))
     print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, on {world} x {device}")
 
@@ -400,7 +347,8 @@ def train(args, tasks, device, rank, world, told):
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
     if not scratch:
         del settings["vae"]
-    for key in ["steps"] * (args.lr_schedule == "constant") + ["p_global", "consistency", "projection", "antithetic"] * (args.t_range is None):
+    unused = ["p_global", "consistency", "projection", "antithetic"] * (args.t_range is None) + [*joint.OPTIONS] * (model.heads is None)
+    for key in ["steps"] * (args.lr_schedule == "constant") + unused:
         del settings[key]  # a run at constant lr may be made longer
     if state.exists():
         scalars = load_state(state, params, ema, optimizer, settings)
@@ -414,7 +362,11 @@ def train(args, tasks, device, rank, world, told):
         forget_after(out / "log.jsonl", start)
     if start >= args.steps:
         print0(f"{out} is finished ({start} steps); to train on from it: --model {out} with another --out")
-    before = before or mean_by_task(fixed, held_out_losses(denoiser, encode, model, fixed, args.batch_size, device))
+
+    def measured():
+        return mean_by_task(fixed, held_out_losses(denoiser, encode, model, fixed, args.batch_size, device), names[len(tasks):])
+
+    before = before or measured()
 
     # The loop
     run = denoiser
@@ -427,7 +379,7 @@ def train(args, tasks, device, rank, world, told):
                for step in range(start, args.steps) for m in range(0, per_rank, micro)]
     loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                                               persistent_workers=args.workers > 0))
-    sums, busy, saved, skipped, in_a_row = torch.zeros(len(tasks) * BINS, 2, device=device), 0.0, False, 0, 0
+    sums, busy, saved, skipped, in_a_row = torch.zeros(len(names) * BINS, 2, device=device), 0.0, False, 0, 0
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
@@ -444,11 +396,12 @@ def train(args, tasks, device, rank, world, told):
             with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
                 losses, weighted = per_sample_loss(run, encode, model, batch, device)
                 (total_loss(weighted, len(tasks), args.batch_size) * world).backward()  # DDP averages over the ranks
-            cell = torch.tensor([tasks.index(task) for task in batch["task"]]) * BINS + batch["t"] * BINS // denoiser.diffusion.T
-            finite = losses.detach().isfinite()
-            sums.index_add_(0, cell.to(device), torch.stack([losses.detach().where(finite, 0), finite.to(losses.dtype)], dim=1))
-            if not finite.all():
-                where = f", that of {batch['task'][k := finite.int().argmin().item()]} at timestep {batch['t'][k].item()}"
+            losses = losses.detach().reshape(len(losses), -1)  # a joint task's modalities beside its own; NaN: the sample goes without
+            cell = torch.tensor([tasks.index(task) for task in batch["task"]])[:, None] + torch.arange(losses.shape[1])
+            cell, finite = cell * BINS + (batch["t"] * BINS // denoiser.diffusion.T)[:, None], losses.isfinite()
+            sums.index_add_(0, cell.flatten().to(device), torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=-1).flatten(0, 1))
+            if not finite[:, 0].all():
+                where = f", that of {batch['task'][k := finite[:, 0].int().argmin().item()]} at timestep {batch['t'][k].item()}"
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         if torch.isfinite(norm):
             optimizer.step()
@@ -465,21 +418,21 @@ def train(args, tasks, device, rank, world, told):
         if done % args.log_every == 0 or done == args.steps:
             if world > 1:
                 dist.all_reduce(sums)
-            total, count = sums.view(len(tasks), BINS, 2).cpu().unbind(-1)
-            mean = {task: (total[i].sum() / n).item() if (n := count[i].sum()) else None for i, task in enumerate(tasks)}
-            bins = {task: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())] for i, task in enumerate(tasks)}
-            speed = count.sum().item() / busy
-            bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items() if v is not None})
+            total, count = sums.view(len(names), BINS, 2).cpu().unbind(-1)
+            mean = {name: (total[i].sum() / count[i].sum()).item() for i, name in enumerate(names) if count[i].any()}
+            bins = {name: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())] for i, name in enumerate(names)}
+            speed = count[:len(tasks)].sum().item() / busy
+            bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
             if rank == 0:
                 with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), grad_norm=norm.item() if in_a_row == 0 else None,
-                                            images_per_s=round(speed, 2), skipped=skipped)) + "\n")
+                    f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), images_per_s=round(speed, 2),
+                                            grad_norm=None if in_a_row else norm.item(), skipped=skipped)) + "\n")
             sums, busy = torch.zeros_like(sums), 0.0
         if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             with averaged(params, ema), open(out / "log.jsonl", "a") as f:
                 losses = held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
-                f.write(json.dumps(dict(step=done, held_out=mean_by_task(fixed, losses),
-                                        held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T))) + "\n")
+                f.write(json.dumps(dict(step=done, held_out=mean_by_task(fixed, losses, names[len(tasks):]),
+                                        held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T, names[len(tasks):]))) + "\n")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps or leaving):
             if not all(e.isfinite().all() for e in ema.values()):
                 raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
@@ -497,10 +450,10 @@ def train(args, tasks, device, rank, world, told):
                 sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
 
     with averaged(params, ema):
-        after = mean_by_task(fixed, held_out_losses(denoiser, encode, model, fixed, args.batch_size, device))
+        after = measured()
     print0("held-out loss      before    after")
-    for task in tasks:
-        print0(f"{task:<16}{before[task]:>9.4f}{after[task]:>9.4f}")
+    for name in names:
+        print0(f"{name:<16}{before[name]:>9.4f}{after[name]:>9.4f}")
     print0(f"saved in {out} (samples in {out / 'samples'}). "
            f"Next: python sample.py --task {'edit' if 'edit' in tasks else tasks[0]} --model {out}")
 

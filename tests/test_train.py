@@ -16,6 +16,7 @@ import data
 import train
 from conftest import ROOT, called
 from data import ALL, ASSETS, TASKS
+from examples import BINS, Examples, collate, mean_by_task, mean_by_task_and_t
 from sample import generate, load_model
 
 QUICK = ["--batch-size", "8", "--eval-size", "2", "--sample-every", "0", "--save-every", "2", "--log-every", "1", "--warmup", "1"]
@@ -52,7 +53,7 @@ def test_all_tasks_train_and_the_end_tells_what_to_do_next(straight):
     out, done = straight
     rows = log(out)
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(set(r["loss"]) == set(ALL) for r in rows)
-    assert all(len(bins) == train.BINS for r in rows for bins in r["loss_by_t"].values())
+    assert all(len(bins) == BINS for r in rows for bins in r["loss_by_t"].values())
     assert "held-out loss" in done.stdout and f"sample.py --task edit --model {out}" in done.stdout
     assert Image.open(out / "samples" / "000004.png").size == (6 * 64, (2 + 3 * 3) * 64)
     assert load_model(out).tasks == list(ALL)
@@ -108,8 +109,8 @@ def test_full_trains_the_whole_network_and_keeps_the_papers_layout(straight, tmp
 def test_held_out_means_per_task_and_range_of_timesteps():
     examples = [dict(task=task, t=t) for t in (0, 249, 250, 999) for task in ("edit", "sr")]
     losses = np.array([1.0, 10, 3, 30, 5, 50, 7, 70])
-    assert train.mean_by_task(examples, losses) == {"edit": 4.0, "sr": 40.0}
-    assert train.mean_by_task_and_t(examples, losses, 1000) == {"edit": [2.0, 5.0, None, 7.0], "sr": [20.0, 50.0, None, 70.0]}
+    assert mean_by_task(examples, losses) == {"edit": 4.0, "sr": 40.0}
+    assert mean_by_task_and_t(examples, losses, 1000) == {"edit": [2.0, 5.0, None, 7.0], "sr": [20.0, 50.0, None, 70.0]}
 
 
 def test_only_the_papers_list_has_changed(straight):
@@ -239,8 +240,8 @@ def test_accumulation_and_two_ranks_change_only_rounding(straight, tmp_path):
 def test_a_batch_is_a_function_of_seed_step_and_index():
     def batch(seed, size, workers=0):
         sets = {task: data.builtin(task, "train") for task in ALL}
-        examples = train.Examples(sets, size, seed, 1000, (4, 16, 16))
-        loader = torch.utils.data.DataLoader(examples, batch_sampler=[range(size, 2 * size)], collate_fn=train.collate, num_workers=workers)
+        examples = Examples(sets, size, seed, 1000, (4, 16, 16))
+        loader = torch.utils.data.DataLoader(examples, batch_sampler=[range(size, 2 * size)], collate_fn=collate, num_workers=workers)
         return next(iter(loader))
 
     a, b, c = batch(0, 8), batch(0, 8, workers=1), batch(1, 8)
@@ -252,7 +253,7 @@ def test_a_batch_is_a_function_of_seed_step_and_index():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_conditioning_dropout_has_the_stated_rates(task):
-    examples = train.Examples({task: None}, 8, 0, 1000, (4, 16, 16))
+    examples = Examples({task: None}, 8, 0, 1000, (4, 16, 16))
     seen = [examples.condition(dict(prompt="words", target=None), task, r) for r in np.linspace(0, 1, 2000, endpoint=False)]
     text, both, image = TASKS[task].drop
     none = [(e["prompt"] == "", e["keep"] == 0) for e in seen]
@@ -312,7 +313,7 @@ def test_a_range_is_trained_and_saved_without_projections(tmp_path):
 
 
 def test_antithetic_timesteps_mirror_each_other_in_a_batch():
-    examples = train.Examples({"t2i": data.builtin("t2i", "train")}, 8, 0, 1000, (4, 16, 16), (250, 500), 0.5, antithetic=True)
+    examples = Examples({"t2i": data.builtin("t2i", "train")}, 8, 0, 1000, (4, 16, 16), (250, 500), 0.5, antithetic=True)
     batches = [[examples[step * 8 + k]["t"] for k in range(8)] for step in range(12)]
     for t in batches:
         assert {a + b for a, b in zip(t[:4], t[4:])} in ({749}, {999})

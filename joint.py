@@ -1,0 +1,376 @@
+"""MT-Diffusion on real data: what z_0 and the other modality x are, task by task; training by Algorithm 2, drawing by Algorithm 1.
+
+    task        z_0                              x, as --given names it                  E(x)
+    translate   Twitter's drawing of an emoji    source: Google's                        x itself, as latents of the frozen VAE
+    masked      a picture                        masked: it with square patches zero     x itself, as latents or pixels
+    label       a picture                        label: its category                     the U-Net, by cross-attention on the category's name
+    repr        a picture                        repr: its caption's text vector         the U-Net, by cross-attention on it as one token
+
+The equations, heads and encoders are aggregation.py's; here one x a task. The network sees no text: its context is that of "".
+
+Letters: B batch, C channels, h w latent, H W picture, K classes.
+"""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import data
+from aggregation import DROP, LAMBDA, add_heads, each_class_once, expected, joint_loss, sample, unet_encoding, widen
+from data import STYLES, Latent, Sheet, latents, on_white, open_image, to_pil, to_tensor
+from diffusion import UncertaintyWeight, randn, seeded
+from folders import UserError
+from vae import Pixels
+
+
+class Setting(NamedTuple):
+    modality: str  # x's name
+    heads: tuple   # kinds of its head, the default first
+    drop: float    # share of samples that train without x: the starred variants, and -X, whose x is then all zeros
+
+
+SETTINGS = {
+    "translate": Setting("source", ("image",), 0.0),
+    "masked": Setting("masked", ("image",), DROP),
+    "label": Setting("label", ("linear", "classifier"), DROP),
+    "repr": Setting("repr", ("vector",), DROP),
+}
+X = Latent(sample=False, scaled=True)  # in the space of z_0; without its noise, which no head could predict
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+class Pictures(data.Builtin):
+    """The built-in emoji for a joint task: target is z_0, x the other modality: a picture (3, H, W), the number of a class, or
+    the caption whose vector it is."""
+
+    def _drawn(self, style, cell):
+        return to_tensor(on_white(Sheet.picture(style, cell)).resize((self.size, self.size), Image.LANCZOS))
+
+    def _translate_items(self):
+        return self.rows
+
+    def _translate(self, e, rng):
+        cell = e.cells[data._tone(e, rng)]
+        x, target = (self._drawn(style, cell) for style in STYLES)
+        return dict(prompt="", target=target, x=x)
+
+    def _masked_items(self):
+        return self._pictures()
+
+    def _masked(self, item, rng):
+        example = self._uncond(item, rng)
+        return dict(example, x=patched(example["target"], rng))
+
+    def _label_items(self):
+        return self._pictures()
+
+    def _label(self, item, rng):
+        return dict(self._uncond(item, rng), x=classes().index(item[0].category.lower()))
+
+    def _repr_items(self):
+        return self._pictures()
+
+    def _repr(self, item, rng):
+        (e, style), tone = item, data._tone(item[0], rng)
+        return dict(prompt="", target=self._drawn(style, e.cells[tone]), x=data.caption(e, tone, style))
+
+
+def classes():
+    return sorted({e.category.lower() for e in Sheet.load()})
+
+
+def patched(picture, rng, patches=None):
+    """(3, H, W) -> a copy with square patches set to zero, which may overlap: 5 to 20 of H/8 pixels [r]. No other value is exactly zero, since
+    255 is odd: x tells its mask."""
+    side = picture.shape[1] // 8
+    picture = picture.clone()
+    for _ in range(rng.integers(5, 21) if patches is None else patches):
+        top, left = (int(rng.integers(size - side + 1)) for size in picture.shape[1:])
+        picture[:, top:top + side, left:left + side] = 0
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model: train.py's options, and how a task attaches
+
+OPTIONS = ("head", "input", "drop", "schedule", "head_weight")
+
+
+def checked(args, tasks):
+    """Fills in the defaults of OPTIONS, which are train.py's for joint tasks alone."""
+    task, asked = tasks[0], [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
+    if task not in SETTINGS:
+        if asked:
+            raise UserError(f"{asked[0]} goes with --task {', '.join(SETTINGS)}")
+        return
+    setting = SETTINGS[task]
+    for name in ("data", "t_range", "decouple"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} does not go with --task {task}, which trains on the built-in emoji, at all timesteps")
+    for name, default in zip(OPTIONS, (setting.heads[0], "z", setting.drop, "vanishing", LAMBDA)):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.head not in setting.heads or args.input == "x" and setting.heads[0] != "image":
+        raise UserError(f"--head {args.head} --input {args.input}: {task} has the head {' or '.join(setting.heads)}; only pictures go in beside z_t")
+    if not 0 <= args.drop < 1 or not 0 <= args.head_weight < float("inf"):
+        raise UserError(f"--drop {args.drop} is in [0, 1), --head-weight {args.head_weight} at least 0")
+
+
+def attach(model, task, head, input, schedule):
+    """A model that draws one picture -> the same with a head for the task's x; or, where it has that already, as it is."""
+    setting, channels = SETTINGS[task], model.vae.config["latent_channels"]
+    asked = dict(weights=schedule, k=1.0, kind=head)
+    if head == "image" and task == "masked":
+        asked["silu"] = False
+    if task == "label":
+        asked["classes"] = len(classes())
+    if head == "classifier":  # as deep as the U-Net; the paper's is 128 wide
+        first = model.unet.config["block_out_channels"][0]
+        asked |= dict(width=min(128, max(32, first // 64 * 32)), depth=model.unet.config["layers_per_block"])
+    if task == "repr":
+        asked["width"] = model.unet.config.get("cross_attention_dim")
+    if model.heads is not None:
+        if model.heads.config["modalities"] != {setting.modality: asked} or beside(model) != (input == "x"):
+            raise UserError(f"this model has another head, schedule or input: {model.tasks[0]}, {model.heads.config['modalities']}, "
+                            f"--input {'x' if beside(model) else 'z'}")
+        return
+    if model.tasks not in (["t2i"], ["uncond"]):
+        raise UserError(f"{task} starts from a model that draws from text or from nothing, not one for {', '.join(model.tasks)}")
+    if task in ("label", "repr") and not model.texts:
+        raise UserError(f"{task} enters by cross-attention: it needs a model with a text encoder, and this one draws pixels")
+    if task == "repr" and vectors(model, [""]).shape[1] != asked["width"]:
+        raise UserError("repr enters by cross-attention as one token: it needs a text encoder whose pooled state is as wide as that takes")
+    if input == "x":
+        widen(model.unet, channels)
+    model.heads = add_heads(model.unet, {setting.modality: asked}, channels)
+    model.index["joint"] = dict(task=task) | (dict(classes=classes()) if task == "label" else {})
+
+
+def beside(model):
+    """Whether x goes in beside z_t, the paper's -X."""
+    return model.unet.config["in_channels"] > model.vae.config["latent_channels"]
+
+
+def fits(model):
+    """Whether a folder's heads are those of the task that its model_index.json names."""
+    if model.heads is None:
+        return True
+    told, modalities = model.index.get("joint"), model.heads.config["modalities"]
+    if not isinstance(told, dict) or told.get("task") not in SETTINGS or list(modalities) != [SETTINGS[told["task"]].modality]:
+        return False
+    names, wanted = told.get("classes", []), [m.get("classes", 0) for m in modalities.values()]
+    return isinstance(names, list) and all(isinstance(name, str) for name in names) and [len(names)] == wanted
+
+
+def network(unet, context, added, x=None):
+    """-> (z_t (B, C, h, w), t (B,)) -> prediction, features. x: what goes in beside z_t."""
+    def predict(z, t):
+        z = z if x is None else torch.cat([z, x.to(z.dtype)], dim=1)
+        return unet(z.to(unet.conv_out.weight.dtype), t, context, added=added, return_features=True)
+    return predict
+
+
+@torch.no_grad()
+def vectors(model, captions):
+    """-> the frozen text encoder's pooled states (B, D)"""
+    tokenizer, encoder = model.texts[0]
+    return encoder(tokenizer(captions).to(model.unet.conv_out.weight.device))[2].float()
+
+
+def encoding(model, context, h, w, pooled=None):
+    """context (B, S, D), pooled (B, P) or None -> E (B, C, h, w) by the U-Net itself"""
+    z = torch.empty(len(context), model.vae.config["latent_channels"], h, w, device=context.device)
+    added = model.added(pooled, h * model.vae.factor, w * model.vae.factor)
+    return unet_encoding(model.unet, z, context.to(model.unet.conv_out.weight.dtype), added).float()
+
+
+def class_encoder(model, h, w):
+    """-> encode(numbers of classes (n,)) -> E (n, C, h, w), from the text states of their names, which are computed once."""
+    context, pooled = model.encode_text(model.index["joint"]["classes"])
+
+    def encode(numbers):
+        return encoding(model, context.index_select(0, numbers), h, w, None if pooled is None else pooled.index_select(0, numbers))
+    return encode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+class Encoder(data.Encoder):
+    """A training batch -> z_0 (B, C, h, w) and what joint_loss takes of x: E (1, B, C, h, w), x, given (1, B)."""
+
+    def __init__(self, model):
+        super().__init__(model.vae)
+        self.model, self.modality, self.task = model, *model.heads, model.tasks[0]
+        if self.task == "label":  # outside of autocast, so that a resumed run has the same
+            self.encode = class_encoder(model, *[model.unet.config["sample_size"]] * 2)
+
+    @torch.no_grad()
+    def __call__(self, batch, device):
+        z0, _ = super().__call__(batch, device)
+        if self.task == "label":
+            x = torch.tensor(batch["x"], device=device)
+            E = each_class_once(self.encode, x)
+        elif self.task == "repr":
+            x = vectors(self.model, batch["x"])
+            E = encoding(self.model, x[:, None], *z0.shape[2:])
+        else:
+            x = E = latents(X, *self.moments(batch["x"], device), self.vae.config["scaling_factor"])
+        return z0, dict(E=E[None], x={self.modality: x}, given=batch["keep"].to(device)[None])
+
+
+class Denoiser(nn.Module):
+    """In the place of train.Denoiser: the U-Net and its heads, per-sample losses of a batch."""
+
+    def __init__(self, model, loss_weight="none", head_weight=LAMBDA):
+        super().__init__()
+        self.diffusion = model.diffusion.to(model.unet.conv_out.weight.device)
+        self.unet, self.heads, self.beside, self.loss_weight, self.head_weight = model.unet, model.heads, beside(model), loss_weight, head_weight
+        self.aggregation = model.heads.aggregation(self.diffusion.alpha_bar).to(self.diffusion.alpha_bar.device)
+        self.uncertainty = UncertaintyWeight(self.diffusion.T).to(self.diffusion.alpha_bar.device) if loss_weight == "uw" else None
+
+    def forward(self, x0, known, text, t, noise, task, added=None):
+        """x0, noise (B, C, h, w), known: what Encoder returns of x, text (B, S, D) or None, t (B,) -> losses (B, 1 + modalities), the denoising
+        term and the modalities', NaN where a sample goes without, and the weighted sum (B,)."""
+        E, x, given = known["E"], known["x"], known["given"]
+        x_in = [x[name] * row[:, None, None, None] for name, row in zip(self.heads, given)] if self.beside else [None]
+        weighted, terms, prediction = joint_loss(self.diffusion, self.aggregation, network(self.unet, text, added, *x_in), self.heads, x0, t, noise,
+                                                 E, x, given, self.head_weight)
+        loss = terms["denoising"]
+        if self.uncertainty is not None:
+            weighted = weighted - loss + self.uncertainty(loss, t)
+        elif self.loss_weight != "none":
+            weighted = weighted - loss + loss * self.diffusion.weight(t, self.loss_weight)
+        if prediction.shape[1] > x0.shape[1]:  # improved DDPM Eq. 16, of y_t = z_t - C_t
+            y = self.diffusion.add_noise(x0, noise, t)
+            weighted = weighted + 0.001 * self.diffusion.T * self.diffusion.variance_loss(prediction, x0, y, t)
+        without = torch.full_like(loss, torch.nan)
+        return torch.stack([loss, *(torch.where(row > 0, terms[name], without) for name, row in zip(self.heads, given))], dim=1), weighted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+def read_given(words, model):
+    """--given's words, ["source=a.png"], ["label=flags"] or ["repr=red apple"] -> {name: a PIL picture, the number of a class, words}; image is
+    z_0."""
+    (modality,), given = model.heads, {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not name or not value:
+            raise UserError(f"--given {word}: give NAME=VALUE, where NAME is image or {modality}")
+        if name not in ("image", modality):
+            raise UserError(f"--given {word}: this model was not trained on {name}; it knows image and {modality}")
+        if name in given:
+            raise UserError(f"--given {word}: {name} is given twice")
+        if name == "label":
+            names = model.index["joint"]["classes"]
+            if value.lower() not in names:
+                raise UserError(f"--given {word}: the classes are {', '.join(names)}")
+            given[name] = names.index(value.lower())
+        elif name == "repr":
+            given[name] = value
+        else:
+            given[name] = open_image(value)
+            if name == "masked" and given[name].getchannel("A").getextrema()[0] > 0:
+                raise UserError(f"--given {word}: what is to be restored is what is transparent, and nothing is")
+    if len(given) == 2:
+        raise UserError(f"--given image and {modality}: nothing is left to draw")
+    return given
+
+
+def tensors(model, given, count, height, width):
+    """read_given's -> `count` times each: pictures (B, 3, H, W), what is transparent in a masked one zero; classes (B,); vectors (B, D)"""
+    out = {}
+    for name, value in given.items():
+        if not isinstance(value, Image.Image):
+            out[name] = torch.full((count,), value) if isinstance(value, int) else vectors(model, [value] * count)
+            continue
+        picture = to_tensor(on_white(value).resize((width, height), Image.BICUBIC))
+        if name == "masked":
+            alpha = np.asarray(value.getchannel("A").resize((width, height), Image.NEAREST))
+            picture[:, torch.from_numpy(alpha == 0)] = 0
+        out[name] = picture.expand(count, -1, -1, -1)
+    return out
+
+
+@torch.no_grad()
+def draw(model, count, known=None, steps=20, seed=0, sampler=None, eta=0.0, height=None, width=None, callback=None):
+    """Algorithm 1 -> {"image": (B, 3, H, W), modality: pictures, probabilities (B, K) or vectors (B, D)}, each as given where it is.
+
+    known: {"image" or modality: pictures (B, 3, H, W), classes (B,) or vectors}, not all. Sample i has seed `seed + i`.
+    sampler: ddim or ddpm; default the folder's, else ddim. callback(i, t, z, z_0, x) sees each step.
+    """
+    (modality,), known, device = model.heads, known or {}, model.unet.conv_out.weight.device
+    height, width, diffusion = height or model.native_size, width or model.native_size, model.diffusion.to(device)
+    scale, f = model.vae.config["scaling_factor"], model.vae.factor
+    shape, generators = (count, model.vae.config["latent_channels"], height // f, width // f), seeded(range(seed, seed + count))
+    noise = randn(shape, generators, device)
+    context, pooled = model.encode_text([""] * count)
+    fixed = {name: latents(X, *model.vae.encode(value.to(device)), scale).float() if value.dim() == 4 else value.to(device)
+             for name, value in known.items()}
+    z0, encode = fixed.pop("image", None), lambda x: x
+    if model.tasks == ["label"]:
+        table = class_encoder(model, *shape[2:])(torch.arange(len(model.index["joint"]["classes"]), device=device))
+        encode = lambda x: expected(table, x)  # noqa: E731
+    if model.tasks == ["repr"]:
+        encode = lambda x: encoding(model, x[:, None], *shape[2:])  # noqa: E731
+    x_in = [fixed.get(modality, torch.zeros_like(noise))] if beside(model) else []
+    z, x = sample(diffusion, model.heads.aggregation(diffusion.alpha_bar).to(device),
+                  network(model.unet, context, model.added(pooled, height, width), *x_in), model.heads, {modality: encode}, noise, fixed, z0, steps,
+                  sampler or ("ddpm" if diffusion.sampler == "ddpm" else "ddim"), eta, generators, callback)
+    drawn = {"image": z} | x
+    return {name: known[name] if name in known else model.vae.decode(value / scale).float().cpu() if value.dim() == 4 else value.cpu()
+            for name, value in drawn.items()}
+
+
+def restored(model, out, known):
+    """`draw`'s of a masked picture -> z_0 in which, for a model on pixels, what was not masked is as given; and a line that says how far from it
+    the network's own drawing is there. Through an autoencoder nothing stays exactly."""
+    x, drawn = known["masked"], out["image"]
+    kept = (x != 0).any(dim=1, keepdim=True).expand_as(x)
+    image = torch.where(kept, x, drawn) if isinstance(model.vae, Pixels) else drawn
+
+    def apart(image):
+        return (image.clamp(-1, 1) - x).abs()[kept].mul(127.5)
+    if not kept.any():
+        return image, "all is masked"
+    return image, (f"where nothing is masked, of 255: mean difference {apart(image).mean():.2f}, largest {apart(image).max():.2f}; "
+                   f"the network's own drawing: mean {apart(drawn).mean():.2f}")
+
+
+def side_by_side(model, given, count, height, width, **options):
+    """-> PIL pictures, row by row all that are pictures of a sample, z_0 first; how many a row; lines to print. Otherwise as `draw`."""
+    known = tensors(model, given, count, height, width)
+    out, lines = draw(model, count, known, height=height, width=width, **options), []
+    if "masked" in known:
+        out["image"], line = restored(model, out, known)
+        lines.append(line)
+    pictures = [value for value in out.values() if value.dim() == 4]
+    if "label" in out and "label" not in known:
+        for row in out["label"]:
+            best = row.topk(min(3, len(row)))
+            lines.append(", ".join(f"{model.index['joint']['classes'][k]} {p:.3f}" for p, k in zip(best.values.tolist(), best.indices.tolist())))
+    if "repr" in out and "repr" not in known:
+        captions = list(dict.fromkeys(data.caption(e, None, style) for e, style in Pictures("repr", "heldout").items))
+        cosine = torch.nn.functional.cosine_similarity(out["repr"][:, None], vectors(model, captions).cpu(), dim=2)
+        lines += [f"nearest of {len(captions)} held-out captions: {captions[row.argmax()]!r}, cosine {row.max():.3f}" for row in cosine]
+    return [to_pil(picture) for row in zip(*pictures) for picture in row], len(pictures), lines
+
+
+def grid_rows(model, examples, seed):
+    """Held-out examples -> PIL pictures, a row each: z_0 and x of nothing given; z_0 of x given, and that x; the true z_0."""
+    (modality,) = model.heads
+    x = [example["x"] for example in examples]
+    x = torch.stack(x) if torch.is_tensor(x[0]) else vectors(model, x) if isinstance(x[0], str) else torch.tensor(x)
+    known, rows = {modality: x}, []
+    for given in ({}, known):
+        out = draw(model, len(x), given, seed=seed)
+        if "masked" in given:
+            out["image"], _ = restored(model, out, given)
+        rows += [value for value in out.values() if value.dim() == 4]
+    return [to_pil(picture) for row in [*rows, [example["target"] for example in examples]] for picture in row]
