@@ -11,8 +11,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import unet
 from folders import UserError, blaming, fetch, load_weights, read_json, save_weights
-from unet import Cond, Conv2d, ResnetBlock2D, TimestepEmbedding, UNet, completed, count
+from unet import Cond, Conv2d, Downsample2D, ResnetBlock2D, TimestepEmbedding, UNet, completed, count
 from vae import Attention, older_attention_names
 
 # diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
@@ -63,17 +64,6 @@ class Double(nn.Module):
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class Downsample2D(nn.Module):
-    """padding: on all sides, or (0) on the right and at the bottom only, as DDPM's."""
-
-    def __init__(self, channels, padding):
-        super().__init__()
-        self.conv, self.pad = nn.Conv2d(channels, channels, 3, stride=2, padding=padding), (0, 1 - padding) * 2
-
-    def forward(self, x, cond):
-        return self.conv(F.pad(x, self.pad))
-
-
 class Upsample2D(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -90,9 +80,9 @@ def attention(channels, groups, c):
     return Attention(channels, groups, channels // head, c["norm_eps"])
 
 
-class DownBlock(nn.Module):
+class DownBlock(unet.DownBlock):
     def __init__(self, cin, cout, kind, last, c):
-        super().__init__()
+        nn.Module.__init__(self)
         layers, attends = c["layers_per_block"], kind == "AttnDownBlock2D"
         if attends:
             self.attentions = nn.ModuleList([attention(cout, c["norm_num_groups"], c) for _ in range(layers)])
@@ -101,35 +91,18 @@ class DownBlock(nn.Module):
         self.downsamplers = None if last else nn.ModuleList([
             ResnetBlock2D(cout, cout, c, Halve()) if by_resnet else Downsample2D(cout, c["downsample_padding"])])
 
-    def forward(self, x, cond, run):
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = run(resnet, x, cond)
-            if hasattr(self, "attentions"):
-                x = run(self.attentions[i], x, cond)
-            skips.append(x)
-        if self.downsamplers is not None:
-            x = run(self.downsamplers[0], x, cond)
-            skips.append(x)
-        return x, skips
 
-
-class MidBlock(nn.Module):
+class MidBlock(unet.MidBlock):
     def __init__(self, channels, c):
-        super().__init__()
+        nn.Module.__init__(self)
         groups = c["attn_norm_num_groups"] or c["norm_num_groups"]
         self.attentions = nn.ModuleList([attention(channels, groups, c)] if c["add_attention"] else [])
         self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, c) for _ in range(2)])
 
-    def forward(self, x, cond, run):
-        for module in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = run(module, x, cond)
-        return x
 
-
-class UpBlock(nn.Module):
+class UpBlock(unet.UpBlock):
     def __init__(self, cin, cout, below, kind, last, c):
-        super().__init__()
+        nn.Module.__init__(self)
         layers, attends = c["layers_per_block"] + 1, kind == "AttnUpBlock2D"
         if attends:
             self.attentions = nn.ModuleList([attention(cout, c["norm_num_groups"], c) for _ in range(layers)])
@@ -139,12 +112,8 @@ class UpBlock(nn.Module):
         by_resnet = kind.startswith("Resnet") or attends and c["upsample_type"] == "resnet"
         self.upsamplers = None if last else nn.ModuleList([ResnetBlock2D(cout, cout, c, Double()) if by_resnet else Upsample2D(cout)])
 
-    def forward(self, x, cond, skips, run):
-        for i, resnet in enumerate(self.resnets):
-            x = run(resnet, torch.cat([x, skips.pop()], dim=1), cond)
-            if hasattr(self, "attentions"):
-                x = run(self.attentions[i], x, cond)
-        return x if self.upsamplers is None else run(self.upsamplers[0], x, cond)
+    def upsample(self, x, cond, skips, run):
+        return run(self.upsamplers[0], x, cond)
 
 
 def checked(config):

@@ -5,7 +5,10 @@ state of random generators to keep.
 """
 import contextlib
 import json
+import signal
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -21,6 +24,32 @@ def averaged(params, ema):
     swap()
     yield
     swap()
+
+
+@contextlib.contextmanager
+def stoppable():
+    """-> a list that is no longer empty once the process was told to stop, by SIGTERM or Ctrl-C; told again, it stops at once."""
+    told = []
+
+    def tell(*_):
+        if told:
+            raise KeyboardInterrupt
+        told.append(True)
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_rank(told, device):
+    """Whether a rank was told to stop: all must leave at the same step."""
+    if not dist.is_initialized():
+        return bool(told)
+    flag = torch.tensor(float(bool(told)), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
 
 
 def save_state(path, params, ema, optimizer, scalars):

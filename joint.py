@@ -19,7 +19,7 @@ import torch.nn as nn
 from PIL import Image
 
 import data
-from aggregation import DROP, LAMBDA, SCHEDULES, add_heads, each_class_once, expected, joint_loss, sample, unet_encoding, widen
+from aggregation import DROP, LAMBDA, add_heads, each_class_once, expected, joint_loss, sample, unet_encoding, widen
 from data import STYLES, Latent, Sheet, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import UncertaintyWeight, randn, seeded
 from folders import UserError

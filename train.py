@@ -30,7 +30,7 @@ import joint
 import merge
 import moe
 from aggregation import SCHEDULES
-from checkpoint import averaged, forget_after, load_state, save_state
+from checkpoint import any_rank, averaged, forget_after, load_state, save_state, stoppable
 from data import ALL, ASSETS, TASKS, Encoder
 from diffusion import UncertaintyWeight
 from examples import BINS, Examples, collate, held_out_losses, mean_by_task, mean_by_task_and_t, per_sample_loss
@@ -213,7 +213,7 @@ def open_data(args, model, tasks):
     return examples, held_out, list(examples.held_out(held_out, args.eval_size))
 
 
-def decouple(args, tasks, device, rank, world):
+def decouple(args, tasks, device, rank, world, told):
     """DeMe as a whole: one copy a timestep range (each a run of its own, which resumes), the weights of Eq. 8 searched on one half of the
     held-out examples, the merged model, and a table of losses on the other half."""
     out, N = Path(args.out or "runs/deme"), args.decouple
@@ -224,7 +224,7 @@ def decouple(args, tasks, device, rank, world):
         merge.add_projections(model.unet, "blocks")  # each the identity: what the copies started from
     T, ranges, copies = model.diffusion.T, merge.timestep_ranges(model.diffusion.T, N), [out / f"range-{i}" for i in range(N)]
     for t_range, folder in zip(ranges, copies):
-        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world)
+        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world, told)
     if rank > 0:
         return
     fixed = open_data(args, model, tasks)[2]
@@ -268,13 +268,14 @@ def main():
         raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(ALL)}, or all; or one of uncond, "
                         f"{', '.join(joint.SETTINGS)} alone")
     joint.checked(args, tasks)
-    (decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
+    with stoppable() as told:
+        (decouple if args.decouple is not None else train)(args, tasks, device, rank, world, told)
     if world > 1:
         dist.destroy_process_group()
 
 
-def train(args, tasks, device, rank, world):
-    """One run, resumed if it was begun."""
+def train(args, tasks, device, rank, world, told):
+    """One run, resumed if it was begun. told: fills when the process is told to stop; the run then saves and ends."""
     print0 = tqdm.write if rank == 0 else lambda *_: None
 
     # What is asked
@@ -379,12 +380,12 @@ def train(args, tasks, device, rank, world):
                for step in range(start, args.steps) for m in range(0, per_rank, micro)]
     loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                                               persistent_workers=args.workers > 0))
-    sums, busy, saved = torch.zeros(len(names) * BINS, 2, device=device), 0.0, False
+    sums, busy, saved, skipped, in_a_row = torch.zeros(len(names) * BINS, 2, device=device), 0.0, False, 0, 0
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
     for step in bar:
-        began = time.time()
+        began, where = time.time(), ""
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(step, args)
         for m in range(0, per_rank, micro):
@@ -398,17 +399,22 @@ def train(args, tasks, device, rank, world):
                 (total_loss(weighted, len(tasks), args.batch_size) * world).backward()  # DDP averages over the ranks
             losses = losses.detach().reshape(len(losses), -1)  # a joint task's modalities beside its own; NaN: the sample goes without
             cell = torch.tensor([tasks.index(task) for task in batch["task"]])[:, None] + torch.arange(losses.shape[1])
-            cell, there = cell * BINS + (batch["t"] * BINS // denoiser.diffusion.T)[:, None], ~losses.isnan()
-            sums.index_add_(0, cell.flatten().to(device), torch.stack([torch.where(there, losses, 0.0), there.float()], dim=-1).flatten(0, 1))
+            cell, finite = cell * BINS + (batch["t"] * BINS // denoiser.diffusion.T)[:, None], losses.isfinite()
+            sums.index_add_(0, cell.flatten().to(device), torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=-1).flatten(0, 1))
+            if not finite[:, 0].all():
+                where = f", that of {batch['task'][k := finite[:, 0].int().argmin().item()]} at timestep {batch['t'][k].item()}"
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        if not torch.isfinite(norm):
-            raise UserError(f"the loss or its gradient is not finite at step {step}; the last checkpoint in {out} is kept. "
-                            "Try a lower --lr")
-        optimizer.step()
+        if torch.isfinite(norm):
+            optimizer.step()
+            decay, in_a_row = min(args.ema, (1 + step) / (10 + step)), 0
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+        else:  # such a step changes nothing
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            if in_a_row == 3:
+                raise UserError(f"the loss{where} or its gradient is not finite at step {step}, nor at the two before; the last checkpoint in {out} "
+                                "is kept. Try a lower --lr")
         optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
-        done, busy = step + 1, busy + time.time() - began
+        done, busy, leaving = step + 1, busy + time.time() - began, any_rank(told, device)
 
         if done % args.log_every == 0 or done == args.steps:
             if world > 1:
@@ -420,15 +426,15 @@ def train(args, tasks, device, rank, world):
             bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
             if rank == 0:
                 with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), grad_norm=norm.item(),
-                                            images_per_s=round(speed, 2))) + "\n")
+                    f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), images_per_s=round(speed, 2),
+                                            grad_norm=None if in_a_row else norm.item(), skipped=skipped)) + "\n")
             sums, busy = torch.zeros_like(sums), 0.0
         if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             with averaged(params, ema), open(out / "log.jsonl", "a") as f:
                 losses = held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
                 f.write(json.dumps(dict(step=done, held_out=mean_by_task(fixed, losses, names[len(tasks):]),
                                         held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T, names[len(tasks):]))) + "\n")
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps or leaving):
             if not all(e.isfinite().all() for e in ema.values()):
                 raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
             write_json(out / "arguments.json", vars(args))
@@ -437,6 +443,9 @@ def train(args, tasks, device, rank, world):
                 whole.save(out, frozen_too=scratch or not saved)  # what does not train, once per start
             saved = True
             save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))  # last: what it counts is there
+        if leaving and done < args.steps:
+            print0(f"stopped at step {done}, saved in {out}; the same command goes on from there")
+            raise KeyboardInterrupt
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
             with averaged(params, ema):
                 sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")

@@ -185,6 +185,17 @@ class Transformer2DModel(nn.Module):
         return x + (h if self.linear else self.proj_out(h))
 
 
+class Downsample2D(nn.Module):
+    """padding: 1 on all sides, or 0: on the right and at the bottom only, as DDPM's."""
+
+    def __init__(self, channels, padding=1):
+        super().__init__()
+        self.conv, self.pad = nn.Conv2d(channels, channels, 3, stride=2, padding=padding), (0, 1 - padding) * 2
+
+    def forward(self, x, cond):
+        return self.conv(F.pad(x, self.pad) if any(self.pad) else x)
+
+
 class Upsample2D(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -204,7 +215,7 @@ class DownBlock(nn.Module):
         if depth:
             self.attentions = nn.ModuleList([Transformer2DModel(cout, depth, heads, c) for _ in range(layers)])
         self.resnets = nn.ModuleList([ResnetBlock2D(cin if i == 0 else cout, cout, c) for i in range(layers)])
-        self.downsamplers = None if last else nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(cout, cout, 3, stride=2, padding=1)})])
+        self.downsamplers = None if last else nn.ModuleList([Downsample2D(cout)])
 
     def forward(self, x, cond, run):
         skips = []
@@ -214,7 +225,7 @@ class DownBlock(nn.Module):
                 x = run(self.attentions[i], x, cond)
             skips.append(x)
         if self.downsamplers is not None:
-            x = self.downsamplers[0]["conv"](x)
+            x = run(self.downsamplers[0], x, cond)
             skips.append(x)
         return x, skips
 
@@ -226,7 +237,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, c) for _ in range(2)])
 
     def forward(self, x, cond, run):
-        return run(self.resnets[1], run(self.attentions[0], run(self.resnets[0], x, cond), cond), cond)
+        for module in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = run(module, x, cond)
+        return x
 
 
 class UpBlock(nn.Module):
@@ -245,9 +258,10 @@ class UpBlock(nn.Module):
             x = run(resnet, torch.cat([x, skips.pop()], dim=1), cond)
             if hasattr(self, "attentions"):
                 x = run(self.attentions[i], x, cond)
-        if self.upsamplers is not None:
-            x = self.upsamplers[0](x, skips[-1].shape[-2:])  # the skip's size, so that odd sizes work
-        return x
+        return x if self.upsamplers is None else self.upsample(x, cond, skips, run)
+
+    def upsample(self, x, cond, skips, run):
+        return self.upsamplers[0](x, skips[-1].shape[-2:])  # the skip's size, so that odd sizes work
 
 
 class TimestepEmbedding(nn.Module):

@@ -1,6 +1,7 @@
 """The loop: every task in every batch, exact resume, ranks and accumulation, bad input."""
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import checkpoint
 import data
 import train
 from conftest import ROOT, called
@@ -138,6 +140,54 @@ train.main()
     a, b = weights(straight[0]), weights(tmp_path / "a")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert [r["step"] for r in log(tmp_path / "a")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_bit_for_bit(straight, tmp_path, monkeypatch, number):
+    told, factor = [], train.lr_factor
+
+    def telling(step, args):
+        if step == 2 and not told:
+            told.append(signal.raise_signal(number))
+        return factor(step, args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "lr_factor", telling)
+        done = run(tmp_path / "a", "--task", "all", "--steps", 4, "--save-every", 100, check=False)
+    assert done.returncode == 130 and "stopped at step 3, saved in" in done.stdout and "held-out loss" not in done.stdout
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert "at step 3" in run(tmp_path / "a", "--task", "all", "--steps", 4, "--save-every", 100).stdout
+    a, b = weights(straight[0]), weights(tmp_path / "a")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_told_twice_a_run_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), checkpoint.stoppable() as told:
+        signal.raise_signal(signal.SIGTERM)
+        assert told
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("bad", [[2], [1, 2, 3]])
+def test_steps_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(tmp_path, monkeypatch, bad):
+    per_sample, calls = train.per_sample_loss, iter(range(100))
+
+    def broken(denoiser, encode, model, batch, device):
+        losses, weighted = per_sample(denoiser, encode, model, batch, device)
+        factor = torch.ones(len(losses))
+        if torch.is_grad_enabled() and next(calls) in bad:
+            factor[1] = float("nan")  # the batch's second task is edit
+        return losses * factor, weighted * factor
+    monkeypatch.setattr(train, "per_sample_loss", broken)
+    done = run(tmp_path / "a", "--task", "all", "--steps", 5, "--save-every", 1, check=False)
+    rows = log(tmp_path / "a")
+    assert load_model(tmp_path / "a").tasks == list(ALL) and all(v.isfinite().all() for v in weights(tmp_path / "a").values())
+    if bad == [2]:
+        assert done.returncode == 0 and [row["skipped"] for row in rows] == [0, 0, 1, 1, 1] and rows[2]["grad_norm"] is None
+        assert all(np.isfinite(value) for row in rows for value in row["loss"].values())
+    else:
+        assert done.returncode == 2 and "edit at timestep" in done.stderr and "at step 3" in done.stderr and len(rows) == 3
+        state = load_file(tmp_path / "a" / "state" / "state.safetensors")
+        assert {int(v) for k, v in state.items() if k.startswith("adam/step/")} == {1}
 
 
 def test_steps_after_the_checkpoint_leave_the_log(tmp_path):
