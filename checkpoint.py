@@ -28,13 +28,14 @@ def averaged(params, ema):
 
 @contextlib.contextmanager
 def stoppable():
-    """-> a list that is no longer empty once the process was told to stop, by SIGTERM or Ctrl-C; told again, it stops at once."""
+    """-> a list that is no longer empty once the process was told to stop, by SIGTERM or Ctrl-C; at a second Ctrl-C it stops at once. torchrun
+    sends SIGTERM after the terminal's Ctrl-C: that is once."""
     told = []
 
-    def tell(*_):
-        if told:
+    def tell(number, _):
+        if number == signal.SIGINT and number in told:
             raise KeyboardInterrupt
-        told.append(True)
+        told.append(number)
     before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield told

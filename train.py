@@ -385,7 +385,7 @@ def train(args, tasks, device, rank, world, told):
         out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
     for step in bar:
-        began, where = time.time(), ""
+        began, seen = time.time(), []
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(step, args)
         for m in range(0, per_rank, micro):
@@ -401,8 +401,7 @@ def train(args, tasks, device, rank, world, told):
             cell = torch.tensor([tasks.index(task) for task in batch["task"]])[:, None] + torch.arange(losses.shape[1])
             cell, finite = cell * BINS + (batch["t"] * BINS // denoiser.diffusion.T)[:, None], losses.isfinite()
             sums.index_add_(0, cell.flatten().to(device), torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=-1).flatten(0, 1))
-            if not finite[:, 0].all():
-                where = f", that of {batch['task'][k := finite[:, 0].int().argmin().item()]} at timestep {batch['t'][k].item()}"
+            seen.append((batch["task"], batch["t"], losses[:, 0]))
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         if torch.isfinite(norm):
             optimizer.step()
@@ -411,8 +410,9 @@ def train(args, tasks, device, rank, world, told):
         else:  # such a step changes nothing
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row == 3:
-                raise UserError(f"the loss{where} or its gradient is not finite at step {step}, nor at the two before; the last checkpoint in {out} "
-                                "is kept. Try a lower --lr")
+                where = [f", that of {name} at timestep {t}" for part in seen for name, t, v in zip(*part) if not torch.isfinite(v)]
+                raise UserError(f"the loss{''.join(where[:1])} or its gradient is not finite at step {step}, nor at the two before; the last "
+                                f"checkpoint in {out} is kept. Try a lower --lr")
         optimizer.zero_grad(set_to_none=True)
         done, busy, leaving = step + 1, busy + time.time() - began, any_rank(told, device)
 
@@ -444,6 +444,8 @@ def train(args, tasks, device, rank, world, told):
             saved = True
             save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))  # last: what it counts is there
         if leaving and done < args.steps:
+            if world > 1:
+                dist.barrier()  # torchrun ends the others when one has ended
             print0(f"stopped at step {done}, saved in {out}; the same command goes on from there")
             raise KeyboardInterrupt
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
