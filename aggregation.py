@@ -6,11 +6,11 @@ masked one, a label, a representation. So z_t carries them all, and one network 
 Known of the paper are its words, its formulas are not: [r] marks what is reconstructed, from the words, from Eq. 3 as others quote it, and by
 derivation; tests/test_aggregation.py checks Eq. 3 to 9 by other ways to compute them. a_t = alpha_t, ab_t = a_1 .. a_t, ab_0 = 1:
 
-    Eq. 1      q(z_t, X | z_{t-1}) = q(z_t | z_{t-1}, X) prod_i q(x_i)                   the modalities independent, and of no time
+    Eq. 1 [r]  q(z_t, X | z_{t-1}) = q(z_t | z_{t-1}, X) prod_i q(x_i)                   the modalities independent, and of no time
     Eq. 2 [r]  -ELBO = KL(q(z_T | z_0, X) || p(z_T))  +  sum_{t>1} KL(q(z_{t-1} | z_t, z_0, X) || p(z_{t-1} | z_t))
                        + sum_t sum_i KL(q(x_i) || p(x_i | z_t))  -  log p(z_0 | z_1)
     Eq. 3 [r]  q(z_t | z_{t-1}, X) = N(sqrt(a_t) (z_{t-1} + A_t), (1 - a_t) I)           A_t = sum_i w_t^i E_i(x_i)
-    Eq. 4, 7   q(z_t | z_0, X) = N(sqrt(ab_t) z_0 + C_t, (1 - ab_t) I)                   C_t = sqrt(a_t) (C_{t-1} + A_t), C_0 = 0  [r]
+    Eq. 4 [r]  q(z_t | z_0, X) = N(sqrt(ab_t) z_0 + C_t, (1 - ab_t) I)                   C_t = sqrt(a_t) (C_{t-1} + A_t), C_0 = 0; Eq. 7
     Eq. 5, 9   q(z_{t-1} | z_t, z_0, X) = N(mu_t, s2_t I)                                s2_t = (1 - ab_{t-1}) (1 - a_t) / (1 - ab_t)
           [r]  mu_t = (sqrt(ab_{t-1}) (1 - a_t) z_0 + sqrt(a_t) (1 - ab_{t-1}) z_t + (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t) / (1 - ab_t)
                     = (z_t - (1 - a_t) / sqrt(1 - ab_t) eps) / sqrt(a_t) - A_t           DDPM's and one more term (Remark 2)
@@ -103,7 +103,9 @@ SCHEDULES = {f.__name__: f for f in (vanishing, interpolating, first, zero)}
 # The process
 
 class Aggregation:
-    """The equations. alpha_bar (T,) decreasing; weights: (M, T), or M rows, each T numbers or any function of alpha_bar that returns them.
+    """The equations; `transition` and `posterior_from_eps` are for reading, sampling needs `posterior` alone.
+
+    alpha_bar (T,) decreasing; weights: (M, T), or M rows, each T numbers or any function of alpha_bar that returns them.
 
     Tensors may be of any floating type; arithmetic and results are in fp32, or float64 for float64. z (B, C, H, W), E (M, B, C, H, W), zeros
     for what is unknown, t a number or (B,). std and var come as (B or 1, 1, 1, 1).
@@ -116,7 +118,8 @@ class Aggregation:
         if not ((ab.diff() < 0).all() and ab[-1] >= 0):
             raise UserError("aggregation: alpha_bar must decrease, from below 1 to 0 or above")
         if not w or any(row.shape != (T,) or not row.isfinite().all() for row in w):
-            raise UserError(f"aggregation: a modality's weights are {T} finite numbers, one a timestep (interpolating has none at alpha_bar = 0)")
+            raise UserError(f"aggregation: a modality's weights are {T} finite numbers, one a timestep (interpolating has none where betas end in "
+                            "pure noise)")
         self.ab, self.w = ab, torch.cat([a.new_zeros(len(w), 1), torch.stack(w)], dim=1)    # (T + 1,) and (M, T + 1), row t + 1 is t
         self.c = torch.zeros_like(self.w)                                                   # C_t = sum_i c_t^i E_i(x_i)
         for t in range(T):
@@ -442,7 +445,7 @@ def main():
     emoji, out = {e.name: e for e in Sheet.load()}.get(args.emoji), Path(args.out)
     if emoji is None or not math.isfinite(args.k) or out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--emoji {args.emoji} --k {args.k} --out {out}: a name in assets/emoji/emoji.json, a finite number, a .png file")
-    z0, x = (to_tensor(on_white(Sheet.picture(style, emoji.cells[None])))[None] for style in STYLES)
+    x, z0 = (to_tensor(on_white(Sheet.picture(style, emoji.cells[None])))[None] for style in STYLES)
     noise, alpha_bar = randn(z0.shape, seeded([0])), Diffusion.from_config({}).alpha_bar
     side, times = 128, (0, 100, 200, 300, 400, 500, 600, 800, 999)
     processes = {name: Aggregation(alpha_bar, [schedule(alpha_bar, args.k)]) for name, schedule in SCHEDULES.items()}

@@ -190,14 +190,15 @@ def main():
     parser.add_argument("what", choices=(*ARMS, *DEME, "gradients"))
     parser.add_argument("--steps", type=int, default=600, help="of each run; deme: of each of the four copies")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, seeds 0, 1 ..")
-    parser.add_argument("--eval-size", type=int, default=256, help="held-out examples, each with its own noise and timestep")
+    parser.add_argument("--eval-size", type=int, default=256,
+                        help="held-out examples, each with its own noise and timestep; of gradients: training examples a side")
     parser.add_argument("--model", default=str(data.ASSETS / "tiny"), help="of gradients: a 64 x 64 text-to-image model")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the CPU's cores")
     parser.add_argument("--out", help="folder for the runs, the table and the curve; default runs/compare-WHAT")
     args = parser.parse_args()
-    if min(args.steps, args.seeds, args.jobs) < 1 or args.eval_size < 4:
+    if min(args.steps, args.seeds, args.jobs) < 1 or args.eval_size < (8 if args.what in DEME else 4):
         raise UserError(f"--steps {args.steps}, --seeds {args.seeds} and --jobs {args.jobs} must be at least 1, --eval-size {args.eval_size} "
-                        "at least 4")
+                        "at least 4, of deme 8")
     out, every = Path(args.out or f"runs/compare-{args.what}"), max(1, args.steps // 6)
     out.mkdir(parents=True, exist_ok=True)
     if args.what in (*DEME, "gradients"):
@@ -206,7 +207,10 @@ def main():
     def run(arm, seed):
         options = shlex.split(ARMS[args.what][arm]) + ["--steps", str(args.steps), "--eval-every", str(every), "--seed", str(seed),
                                                        "--sample-every", "0", "--save-every", str(every), "--eval-size", str(args.eval_size)]
-        rows = train(options, out / f"{''.join(c for c in arm.lower() if c.isalnum())}-{seed}", max(1, (os.cpu_count() or 1) // args.jobs))
+        folder = out / f"{''.join(c for c in arm.lower() if c.isalnum())}-{seed}"
+        rows = train(options, folder, max(1, (os.cpu_count() or 1) // args.jobs))
+        if not rows:
+            raise UserError(f"{folder} holds a run without --eval-every; choose another --out")
         print(f"{arm}, seed {seed}: {rows[-1]['held_out']}", flush=True)
         return rows
 

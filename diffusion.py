@@ -128,7 +128,8 @@ class Diffusion:
 
     def variance_loss(self, prediction, x0, x_t, t):
         """What trains the second half of prediction's 2 C channels (see learned_variance): one term of the variational bound (improved DDPM
-        Eqs. 4 to 6) in bits per dimension, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of 8-bit pixels -> (B,).
+        Eqs. 4 to 6) in bits per dimension, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of 8-bit
+        pixels -> (B,).
 
         No gradient reaches the first half. Times T it estimates L_vlb but for the constant L_T; L_hybrid = loss + 0.001 L_vlb (Eq. 16).
         """

@@ -28,7 +28,8 @@ class Examples(torch.utils.data.Dataset):
         task = self.tasks[k % len(self.tasks)]
         dataset = self.datasets[task]
         example = self.condition(dataset.get(int(rng.integers(len(dataset))), rng), task, rng.random())
-        draw = (np.random.default_rng((self.seed, step)), self.batch_size, True) if self.antithetic else (rng, 1)  # the batch's, or the sample's own
+        of_batch = np.random.default_rng((self.seed, step, self.batch_size))
+        draw = (of_batch, self.batch_size, True) if self.antithetic else (rng, 1)
         t = rng.integers(self.T) if self.t_range is None else merge.sample_timesteps(self.t_range, self.T, self.p_global, *draw)[k % draw[1]]
         return self.noised(example, int(t), int(rng.integers(2 ** 62)))
 
@@ -61,7 +62,7 @@ def collate(examples):
 
 
 def per_sample_loss(denoiser, encode, model, batch, device):
-    """A collated batch -> its losses and weighted losses (B,)."""
+    """A collated batch -> its losses (B,), of a joint task (B, 1 + modalities), and weighted losses (B,)."""
     x0, source = encode(batch, device)
     rows = torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
     trains, prompts = model.text_encoder is not None and model.text_encoder.training, batch["prompt"]

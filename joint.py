@@ -161,7 +161,7 @@ def fits(model):
     if model.heads is None:
         return True
     told, modalities = model.index.get("joint"), model.heads.config["modalities"]
-    if not isinstance(told, dict) or told.get("task") not in SETTINGS or list(modalities) != [SETTINGS[told["task"]].modality]:
+    if not isinstance(told, dict) or str(told.get("task")) not in SETTINGS or list(modalities) != [SETTINGS[told["task"]].modality]:
         return False
     names, wanted = told.get("classes", []), [m.get("classes", 0) for m in modalities.values()]
     return isinstance(names, list) and all(isinstance(name, str) for name in names) and [len(names)] == wanted
@@ -222,6 +222,7 @@ class Encoder(data.Encoder):
             E = encoding(self.model, x[:, None], *z0.shape[2:])
         else:
             x = E = latents(X, *self.moments(batch["x"], device), self.vae.config["scaling_factor"])
+        torch.clear_autocast_cache()  # before torch 2.10 it keeps the weights that were cast here without a gradient
         return z0, dict(E=E[None], x={self.modality: x}, given=batch["keep"].to(device)[None])
 
 
@@ -315,17 +316,23 @@ def draw(model, count, known=None, steps=20, seed=0, sampler=None, eta=0.0, heig
     context, pooled = model.encode_text([""] * count)
     fixed = {name: latents(X, *model.vae.encode(value.to(device)), scale).float() if value.dim() == 4 else value.to(device)
              for name, value in known.items()}
-    z0, encode = fixed.pop("image", None), lambda x: x
+    z0, encode, unknown = fixed.pop("image", None), lambda x: x, modality not in known
+    if unknown and model.heads.config["modalities"][modality]["weights"] == "interpolating":
+        raise UserError(f"this model was trained with --schedule interpolating, for a {modality} that is always given: --given {modality}=...")
+    if unknown and z0 is not None and beside(model):
+        raise UserError(f"this model sees {modality} beside z_t (--input x): it draws from it, or the image alone, and does not tell it")
     if model.tasks == ["label"]:
         table = class_encoder(model, *shape[2:])(torch.arange(len(model.index["joint"]["classes"]), device=device))
         encode = lambda x: expected(table, x)  # noqa: E731
     if model.tasks == ["repr"]:
         encode = lambda x: encoding(model, x[:, None], *shape[2:])  # noqa: E731
     x_in = [fixed.get(modality, torch.zeros_like(noise))] if beside(model) else []
+    if x_in and unknown:  # pure generation, as its zeros mean in training
+        encode = torch.zeros_like
     z, x = sample(diffusion, model.heads.aggregation(diffusion.alpha_bar).to(device),
                   network(model.unet, context, model.added(pooled, height, width), *x_in), model.heads, {modality: encode}, noise, fixed, z0, steps,
                   sampler or ("ddpm" if diffusion.sampler == "ddpm" else "ddim"), eta, generators, callback)
-    drawn = {"image": z} | x
+    drawn = {"image": z} | ({} if x_in and unknown else x)
     return {name: known[name] if name in known else model.vae.decode(value / scale).float().cpu() if value.dim() == 4 else value.cpu()
             for name, value in drawn.items()}
 
@@ -370,7 +377,7 @@ def grid_rows(model, examples, seed):
     x = [example["x"] for example in examples]
     x = torch.stack(x) if torch.is_tensor(x[0]) else vectors(model, x) if isinstance(x[0], str) else torch.tensor(x)
     known, rows = {modality: x}, []
-    for given in ({}, known):
+    for given in ({}, known) if model.heads.config["modalities"][modality]["weights"] != "interpolating" else (known,):
         out = draw(model, len(x), given, seed=seed)
         if "masked" in given:
             out["image"], _ = restored(model, out, given)

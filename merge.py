@@ -29,6 +29,7 @@ WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
 PARTS = ("unet", "heads", "vae", "text_encoder", "text_encoder_2", "image_encoder", *WITHOUT_WEIGHTS)
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
          "F8_E4M3": 1, "F8_E5M2": 1}  # bytes, by safetensors' names
+METHODS = ("moe", "routing", "projections", "aggregation")  # keys of a config.json that record what is attached; absent: nothing
 # keys of a config.json that say nothing of the weights' meaning
 NOT_THE_NETWORK = {"dtype", "torch_dtype", "transformers_version", "architectures", "use_cache", "sample_size", "bos_token_id", "eos_token_id",
                    "pad_token_id"}
@@ -259,8 +260,9 @@ def merge_folders(base, tuned, weights, out):
             config = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_") and k not in NOT_THE_NETWORK}
             for other in others:
                 told = read_json(other / "config.json")
-                if differ := [k for k in config if k in told and told[k] != config[k]]:
-                    raise UserError(f"{other} and {folder} are different networks: {differ[0]} = {told[differ[0]]!r} and {config[differ[0]]!r}")
+                if differ := [k for k in (*METHODS, *config) if (k in told or k in METHODS) and told.get(k) != config.get(k)]:
+                    raise UserError(f"{other} and {folder} are different networks: {differ[0]} = {told.get(differ[0])!r} and "
+                                    f"{config.get(differ[0])!r}")
             write_file(beside / part / name, lambda path: merge_files(folder, others, weights, path, spelling(part)))
         write_json(beside / "model_index.json", index)
 

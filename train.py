@@ -87,7 +87,8 @@ def get_args():
     p.add_argument("--head", choices=("image", "linear", "classifier"), help="MT-Diffusion: of label, linear (-M, the default) or classifier (-E)")
     p.add_argument("--input", choices=("z", "x"), help="of translate and masked: x enters beside z_t (-X), or not (-U, the default)")
     p.add_argument("--drop", type=float, help="of joint tasks: share of samples that train without x (starred); default 0.1, of translate -U 0")
-    p.add_argument("--schedule", choices=SCHEDULES, help="of joint tasks: the weights w_t of x in the forward process; default vanishing")
+    p.add_argument("--schedule", choices=SCHEDULES, help="of joint tasks: the weights w_t of x in the forward process; default vanishing; "
+                   "interpolating is for x that is always given, and for betas that do not end in pure noise")
     p.add_argument("--head-weight", type=float, help="of joint tasks: lambda of Eq. 6, default the paper's 0.1")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
@@ -213,7 +214,7 @@ def open_data(args, model, tasks):
     return examples, held_out, list(examples.held_out(held_out, args.eval_size))
 
 
-def decouple(args, tasks, device, rank, world, told):
+def decouple(args, tasks, device, rank, world):
     """DeMe as a whole: one copy a timestep range (each a run of its own, which resumes), the weights of Eq. 8 searched on one half of the
     held-out examples, the merged model, and a table of losses on the other half."""
     out, N = Path(args.out or "runs/deme"), args.decouple
@@ -224,7 +225,7 @@ def decouple(args, tasks, device, rank, world, told):
         merge.add_projections(model.unet, "blocks")  # each the identity: what the copies started from
     T, ranges, copies = model.diffusion.T, merge.timestep_ranges(model.diffusion.T, N), [out / f"range-{i}" for i in range(N)]
     for t_range, folder in zip(ranges, copies):
-        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world, told)
+        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world)
     if rank > 0:
         return
     fixed = open_data(args, model, tasks)[2]
@@ -268,14 +269,13 @@ def main():
         raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(ALL)}, or all; or one of uncond, "
                         f"{', '.join(joint.SETTINGS)} alone")
     joint.checked(args, tasks)
-    with stoppable() as told:
-        (decouple if args.decouple is not None else train)(args, tasks, device, rank, world, told)
+    (decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
 
 
-def train(args, tasks, device, rank, world, told):
-    """One run, resumed if it was begun. told: fills when the process is told to stop; the run then saves and ends."""
+def train(args, tasks, device, rank, world):
+    """One run, resumed if it was begun."""
     print0 = tqdm.write if rank == 0 else lambda *_: None
 
     # What is asked
@@ -337,7 +337,7 @@ def train(args, tasks, device, rank, world, told):
     examples, held_out, fixed = open_data(args, model, tasks)
 
     # Resume
-    out, start, before = Path(args.out), 0, None
+    out, start, before, skipped, in_a_row = Path(args.out), 0, None, 0, 0
     state = out / "state" / "state.safetensors"
     settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
         "out", "device", "device_batch_size", "workers", "compile", "gradient_checkpointing", "save_every", "sample_every", "log_every",
@@ -353,7 +353,7 @@ def train(args, tasks, device, rank, world, told):
         del settings[key]  # a run at constant lr may be made longer
     if state.exists():
         scalars = load_state(state, params, ema, optimizer, settings)
-        start, before = scalars["step"], scalars["before"]
+        start, before, skipped, in_a_row = scalars["step"], scalars["before"], scalars.get("skipped", 0), scalars.get("in_a_row", 0)
         print0(f"resuming {out} at step {start}")
     elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; it names a folder")
@@ -380,77 +380,79 @@ def train(args, tasks, device, rank, world, told):
                for step in range(start, args.steps) for m in range(0, per_rank, micro)]
     loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                                               persistent_workers=args.workers > 0))
-    sums, busy, saved, skipped, in_a_row = torch.zeros(len(names) * BINS, 2, device=device), 0.0, False, 0, 0
+    sums, busy, saved = torch.zeros(len(names) * BINS, 2, device=device), 0.0, False
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
-    for step in bar:
-        began, seen = time.time(), []
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor(step, args)
-        for m in range(0, per_rank, micro):
-            try:
-                batch = next(loader)
-            except UserError as error:  # one from a worker process comes wrapped in its traceback
-                raise UserError(str(error).strip().splitlines()[-1].removeprefix("folders.UserError: ")) from None
-            last = m + micro == per_rank
-            with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
-                losses, weighted = per_sample_loss(run, encode, model, batch, device)
-                (total_loss(weighted, len(tasks), args.batch_size) * world).backward()  # DDP averages over the ranks
-            losses = losses.detach().reshape(len(losses), -1)  # a joint task's modalities beside its own; NaN: the sample goes without
-            cell = torch.tensor([tasks.index(task) for task in batch["task"]])[:, None] + torch.arange(losses.shape[1])
-            cell, finite = cell * BINS + (batch["t"] * BINS // denoiser.diffusion.T)[:, None], losses.isfinite()
-            sums.index_add_(0, cell.flatten().to(device), torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=-1).flatten(0, 1))
-            seen.append((batch["task"], batch["t"], losses[:, 0]))
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        if torch.isfinite(norm):
-            optimizer.step()
-            decay, in_a_row = min(args.ema, (1 + step) / (10 + step)), 0
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
-        else:  # such a step changes nothing
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            if in_a_row == 3:
-                where = [f", that of {name} at timestep {t}" for part in seen for name, t, v in zip(*part) if not torch.isfinite(v)]
-                raise UserError(f"the loss{''.join(where[:1])} or its gradient is not finite at step {step}, nor at the two before; the last "
-                                f"checkpoint in {out} is kept. Try a lower --lr")
-        optimizer.zero_grad(set_to_none=True)
-        done, busy, leaving = step + 1, busy + time.time() - began, any_rank(told, device)
+    with stoppable() as told:
+        for step in bar:
+            began, seen = time.time(), []
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor(step, args)
+            for m in range(0, per_rank, micro):
+                try:
+                    batch = next(loader)
+                except UserError as error:  # one from a worker process comes wrapped in its traceback
+                    raise UserError(str(error).strip().splitlines()[-1].removeprefix("folders.UserError: ")) from None
+                last = m + micro == per_rank
+                with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
+                    losses, weighted = per_sample_loss(run, encode, model, batch, device)
+                    (total_loss(weighted, len(tasks), args.batch_size) * world).backward()  # DDP averages over the ranks
+                losses = losses.detach().reshape(len(losses), -1)  # a joint task's modalities beside its own; NaN: the sample goes without
+                cell = torch.tensor([tasks.index(task) for task in batch["task"]])[:, None] + torch.arange(losses.shape[1])
+                cell, finite = cell * BINS + (batch["t"] * BINS // denoiser.diffusion.T)[:, None], losses.isfinite()
+                sums.index_add_(0, cell.flatten().to(device), torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=-1).flatten(0, 1))
+                seen.append((batch["task"], batch["t"], losses[:, 0]))
+            norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+            if torch.isfinite(norm):
+                optimizer.step()
+                decay, in_a_row = min(args.ema, (1 + step) / (10 + step)), 0
+                torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+            else:  # such a step changes nothing
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                if in_a_row == 3:
+                    where = [f", that of {name} at timestep {t}" for part in seen for name, t, v in zip(*part) if not torch.isfinite(v)]
+                    raise UserError(f"the loss{''.join(where[:1])} or its gradient is not finite at step {step}, nor at the two before; the last "
+                                    f"checkpoint in {out} is kept. Try a lower --lr")
+            optimizer.zero_grad(set_to_none=True)
+            done, busy, leaving = step + 1, busy + time.time() - began, any_rank(told, device)
 
-        if done % args.log_every == 0 or done == args.steps:
-            if world > 1:
-                dist.all_reduce(sums)
-            total, count = sums.view(len(names), BINS, 2).cpu().unbind(-1)
-            mean = {name: (total[i].sum() / count[i].sum()).item() for i, name in enumerate(names) if count[i].any()}
-            bins = {name: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())] for i, name in enumerate(names)}
-            speed = count[:len(tasks)].sum().item() / busy
-            bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
-            if rank == 0:
-                with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), images_per_s=round(speed, 2),
-                                            grad_norm=None if in_a_row else norm.item(), skipped=skipped)) + "\n")
-            sums, busy = torch.zeros_like(sums), 0.0
-        if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            with averaged(params, ema), open(out / "log.jsonl", "a") as f:
-                losses = held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
-                f.write(json.dumps(dict(step=done, held_out=mean_by_task(fixed, losses, names[len(tasks):]),
-                                        held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T, names[len(tasks):]))) + "\n")
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps or leaving):
-            if not all(e.isfinite().all() for e in ema.values()):
-                raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
-            write_json(out / "arguments.json", vars(args))
-            with averaged(params, ema):
-                whole = replace(model, unet=merge.fold_projections(model.unet)) if args.projection == "convolutions" else model
-                whole.save(out, frozen_too=scratch or not saved)  # what does not train, once per start
-            saved = True
-            save_state(state, params, ema, optimizer, dict(step=done, before=before, settings=settings))  # last: what it counts is there
-        if leaving and done < args.steps:
-            if world > 1:
-                dist.barrier()  # torchrun ends the others when one has ended
-            print0(f"stopped at step {done}, saved in {out}; the same command goes on from there")
-            raise KeyboardInterrupt
-        if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
-            with averaged(params, ema):
-                sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
+            if done % args.log_every == 0 or done == args.steps:
+                if world > 1:
+                    dist.all_reduce(sums)
+                total, count = sums.view(len(names), BINS, 2).cpu().unbind(-1)
+                mean = {name: (total[i].sum() / count[i].sum()).item() for i, name in enumerate(names) if count[i].any()}
+                bins = {name: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())] for i, name in enumerate(names)}
+                speed = count[:len(tasks)].sum().item() / busy
+                bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
+                if rank == 0:
+                    with open(out / "log.jsonl", "a") as f:
+                        f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), skipped=skipped,
+                                                grad_norm=None if in_a_row else norm.item(), images_per_s=round(speed, 2))) + "\n")
+                sums, busy = torch.zeros_like(sums), 0.0
+            if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+                with averaged(params, ema), open(out / "log.jsonl", "a") as f:
+                    losses = held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
+                    f.write(json.dumps(dict(step=done, held_out=mean_by_task(fixed, losses, names[len(tasks):]),
+                                            held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T, names[len(tasks):]))) + "\n")
+            if rank == 0 and (done % args.save_every == 0 or done == args.steps or leaving):
+                if not all(e.isfinite().all() for e in ema.values()):
+                    raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
+                write_json(out / "arguments.json", vars(args))
+                with averaged(params, ema):
+                    whole = replace(model, unet=merge.fold_projections(model.unet)) if args.projection == "convolutions" else model
+                    whole.save(out, frozen_too=scratch or not saved)  # what does not train, once per start
+                saved = True
+                scalars = dict(step=done, before=before, skipped=skipped, in_a_row=in_a_row, settings=settings)
+                save_state(state, params, ema, optimizer, scalars)  # last: what it counts is there
+            if leaving:
+                if world > 1:
+                    dist.barrier()  # torchrun ends the others when one has ended
+                print0(f"stopped at step {done}, saved in {out}; the same command goes on from there")
+                raise KeyboardInterrupt
+            if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+                with averaged(params, ema):
+                    sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
 
     with averaged(params, ema):
         after = measured()

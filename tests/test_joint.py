@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import data
 import joint
 import train
-from aggregation import joint_loss
+from aggregation import Aggregation, joint_loss
 from conftest import called
 from data import ASSETS
 from examples import Examples, collate, mean_by_task, mean_by_task_and_t, per_sample_loss
@@ -240,15 +240,28 @@ def test_known_modalities_stay_exactly_as_given(translate):
 
 
 def test_what_is_known_enters_beside_z_t_and_zeros_where_it_is_not(pixels, monkeypatch):
-    """-X: also where it is the heads that tell x."""
+    """-X without x is pure generation, as in training: no E either, and no x drawn."""
     model, e, seen = load_model(pixels[0]), joint.Pictures("masked", "heldout", 32)[9], []
     forward = model.unet.forward
     monkeypatch.setattr(model.unet, "forward", lambda z, *rest, **more: seen.append(z[:, 3:]) or forward(z, *rest, **more))
     nothing = torch.zeros_like(e["x"])
-    for known, beside in (({"masked": e["x"][None]}, e["x"]), ({}, nothing), ({"image": e["target"][None]}, nothing)):
-        seen.clear()
-        joint.draw(model, 1, known, steps=2)
-        assert len(seen) == 2 and all(torch.equal(z[0], beside) for z in seen)
+    aggregated, aggregate = [], Aggregation.aggregate
+    monkeypatch.setattr(Aggregation, "aggregate", lambda *args: aggregated.append(aggregate(*args)) or aggregated[-1])
+    for known, beside, names in (({"masked": e["x"][None]}, e["x"], {"image", "masked"}), ({}, nothing, {"image"})):
+        seen.clear(), aggregated.clear()
+        out = joint.draw(model, 1, known, steps=2)
+        assert len(seen) == 2 and all(torch.equal(z[0], beside) for z in seen) and set(out) == names
+        assert any(C.any() for C in aggregated) == bool(known)
+    with pytest.raises(UserError, match="beside z_t"):
+        joint.draw(model, 1, {"image": e["target"][None]}, steps=2)
+
+
+def test_interpolating_weights_need_x(monkeypatch):
+    model = attached("translate")
+    monkeypatch.setitem(model.heads.config["modalities"]["source"], "weights", "interpolating")
+    for known in ({}, {"image": torch.zeros(1, 3, 64, 64)}):
+        with pytest.raises(UserError, match="--given source"):
+            joint.draw(model, 1, known, steps=2)
 
 
 def test_a_picture_is_classified_and_a_class_is_drawn(label):
@@ -280,7 +293,7 @@ def test_restoring_on_pixels_keeps_the_others_exactly(pixels, tmp_path):
     assert not torch.equal(drawn[0], drawn[1])
     differs = float(done.stdout.split("mean ")[-1].split()[0])
     assert differs > 5  # after one step the network's own is far off, and that is what is told
-    assert Image.open(pixels[0] / "samples" / "000001.png").size == (6 * 32, 5 * 32)
+    assert Image.open(pixels[0] / "samples" / "000001.png").size == (6 * 32, 4 * 32)  # z_0 alone; z_0 and x of x; the true z_0
 
 
 def test_folders_reload_and_draw_the_same_and_diffusers_refuses_them(tmp_path):

@@ -281,6 +281,14 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folders, prepare, weights,
     assert sorted(folders.rglob("*")) == files
 
 
+def test_a_method_on_one_side_only_is_named(folders):
+    path = folders / "B/unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"aggregation": {"channels": 4}}))
+    for base, tuned in (("A", "B"), ("B", "A")):
+        done = called("merge.py", "--base", folders / base, "--tuned", folders / tuned, "--weights", 1, "--out", folders / "E")
+        assert done.returncode == 2 and "aggregation" in done.stderr and not (folders / "E").exists()
+
+
 def test_a_missing_copy_is_named(folders):
     done = called("merge.py", "--base", folders / "A", "--tuned", folders / "nowhere", "--weights", 1, "--out", folders / "E")
     assert done.returncode == 2 and "nowhere" in done.stderr
