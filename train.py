@@ -49,7 +49,7 @@ SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012
 # On pixels: DDPM's; ADM's U-Nets learn the variance, as improved DDPM's
 ADM_SCHEDULER = dict(_class_name="DDPMScheduler", beta_start=0.0001, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000,
                      clip_sample=True, variance_type="learned_range")
-GUIDANCE = {"t2i": [3.0, 1.0], "edit": [1.5, 1.5], "inpaint": [3.0, 1.5]}  # text and image scale that suit the miniature
+GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.5], "inpaint": [3.0, 1.5]}  # text and image scale that suit the miniature
 
 
 def get_args():
