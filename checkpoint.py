@@ -36,7 +36,8 @@ def stoppable():
         if number == signal.SIGINT and number in told:
             raise KeyboardInterrupt
         told.append(number)
-    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    ours = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays ignored
+    before = {number: signal.signal(number, tell) for number in ours}
     try:
         yield told
     finally:

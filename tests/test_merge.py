@@ -117,7 +117,7 @@ def test_the_official_projections_follow_blocks_and_spare_the_skips(make, tmp_pa
     unet.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] == f"Projected{type(unet).__name__}" and config["projections"] == "blocks"
-    again = load_unet(type(unet), tmp_path, "", config, torch.float32)
+    again, _ = load_unet(type(unet), tmp_path, "", config, torch.float32)
     assert torch.equal(again(x, t, text), unet(x, t, text))
 
 

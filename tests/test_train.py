@@ -142,8 +142,18 @@ train.main()
     assert [r["step"] for r in log(tmp_path / "a")] == [1, 2, 3, 4]
 
 
+@pytest.fixture
+def interruptible():
+    """-> the two signals' handlers, which are Python's own, also where the tests run in the background."""
+    handlers = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield handlers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_told_to_stop_saves_and_goes_on_bit_for_bit(straight, tmp_path, monkeypatch, number):
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_bit_for_bit(straight, tmp_path, monkeypatch, interruptible, number):
     told, factor = [], train.lr_factor
 
     def telling(step, args):
@@ -154,13 +164,20 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_bit_for_bit(straight, tmp_
         patch.setattr(train, "lr_factor", telling)
         done = run(tmp_path / "a", "--task", "all", "--steps", 4, "--save-every", 100, check=False)
     assert done.returncode == 130 and "stopped at step 3, saved in" in done.stdout and "held-out loss" not in done.stdout
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(number) == interruptible[number]
     assert "at step 3" in run(tmp_path / "a", "--task", "all", "--steps", 4, "--save-every", 100).stdout
     a, b = weights(straight[0]), weights(tmp_path / "a")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_at_a_second_interrupt_a_run_ends_at_once():
+def test_an_ignored_signal_stays_ignored(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with checkpoint.stoppable() as told:
+        signal.raise_signal(signal.SIGINT)
+        assert not told
+
+
+def test_at_a_second_interrupt_a_run_ends_at_once(interruptible):
     with pytest.raises(KeyboardInterrupt), checkpoint.stoppable() as told:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):  # torchrun's are no second time
             signal.raise_signal(number)
