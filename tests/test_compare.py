@@ -1,6 +1,7 @@
 """The comparison of arms: what it runs and what it reports."""
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 import compare
 import data
+from conftest import called
 from folders import UserError
 from sample import load_model
 
@@ -20,7 +22,25 @@ def arms(monkeypatch):
     monkeypatch.setitem(compare.ARMS, "dtr", {"plain": TINY, "routed": TINY + " --routing dtr"})
 
 
+class OneThread:
+    def __init__(self, jobs):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
 def call(monkeypatch, *args):
+    """The runs in this process, one after another."""
+    def run(words, stdout, **options):
+        done = called(Path(words[1]).name, *words[2:])
+        stdout.write(done.stdout + done.stderr)
+        return done
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "ThreadPoolExecutor", OneThread)
     monkeypatch.setattr(sys, "argv", ["compare.py", "dtr", "--eval-size", "4", *map(str, args)])
     compare.main()
 
