@@ -360,8 +360,10 @@ def divergence(head, output, x):
     return (output.float() - x).square().flatten(1).mean(1)
 
 
-def joint_loss(diffusion, aggregation, network, heads, z0, t, noise, E, x, given=None, weight=LAMBDA):
+def joint_loss(diffusion, aggregation, network, heads, z0, t, noise, E, x, given=None, weight=LAMBDA,
+               objective=lambda denoising, prediction: denoising):
     """Eq. 6, by Algorithm 2 -> the loss (B,), its terms {"denoising": (B,), modality: (B,)} before `weight`, lambda, and the prediction.
+    objective: what of the denoising term counts, where training weights it (Diffusion.objective); in y_t = z_t - C_t it is DDPM's.
 
     E (M, B, C, H, W) in the order of the heads, x {modality: its values}. given (M, B) of 0 and 1: what a sample does not have, or what was
     dropped for the starred variants, has E = 0 and no KL, whatever its values. A modality that no sample has may be absent from x; its head's
@@ -377,7 +379,7 @@ def joint_loss(diffusion, aggregation, network, heads, z0, t, noise, E, x, given
     terms = {"denoising": diffusion.loss(shifted, z0, t, noise)}  # y_t is DDPM's
     for row, (name, output) in zip(given, out[1].items()):
         terms[name] = divergence(heads[name], output, x[name]) * row if name in x else 0 * output.float().flatten(1).sum(1)
-    return terms["denoising"] + weight * sum(terms[name] for name in heads), terms, out[0]
+    return objective(terms["denoising"], out[0]) + weight * sum(terms[name] for name in heads), terms, out[0]
 
 
 @torch.no_grad()

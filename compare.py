@@ -48,9 +48,13 @@ DEME = {  # the base, trained first where it is not a folder; how it is tuned
 }
 
 
-def train(options, out, threads):
-    """One run of train.py -> its lines of log.jsonl with held-out losses."""
-    log = out.with_suffix(".txt")
+def ranges(n):
+    return [f"{1000 * i // n}..{1000 * (i + 1) // n - 1}" for i in range(n)] + ["all t"]
+
+
+def train(options, out, jobs):
+    """One run of train.py, of `jobs` at a time -> its lines of log.jsonl with held-out losses."""
+    log, threads = out.with_suffix(".txt"), max(1, (os.cpu_count() or 1) // jobs)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as f:
         done = subprocess.run([sys.executable, str(Path(__file__).parent / "train.py"), *options, "--out", str(out)], stdout=f, stderr=f,
@@ -108,14 +112,14 @@ def compare_deme(args, out, n=4):
 
     def run(seed):
         common = ["--seed", str(seed), "--sample-every", "0", "--eval-size", str(args.eval_size)]
-        threads, model, found = max(1, (os.cpu_count() or 1) // args.jobs), base, {}
+        model, found = base, {}
         if base.startswith("--"):
             model = out / f"base-{seed}"
-            train([*shlex.split(base), *common, "--steps", str(n * args.steps)], model, threads)
+            train([*shlex.split(base), *common, "--steps", str(n * args.steps)], model, args.jobs)
         for copies in (n, 1):
             folder = out / f"copies-{copies}-{seed}"
             train([*shlex.split(tuning), *common, "--model", str(model), "--decouple", str(copies), "--steps", str(n * args.steps // copies)],
-                  folder, threads)
+                  folder, args.jobs)
             unseen = json.loads((folder / "merge.json").read_text())["unseen"]  # by the search
             bins = np.array(unseen["t"]) * n // 1000
             names = ["before", "ensemble (Eq. 7)", "merged, 1/N each", "merged, searched"]
@@ -128,7 +132,7 @@ def compare_deme(args, out, n=4):
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(run, range(args.seeds)))
     ends = {row: np.array([found[row] for found in rows]) for row in rows[0]}
-    names = [f"{1000 * i // n}..{1000 * (i + 1) // n - 1}" for i in range(n)] + ["all t"]
+    names = ranges(n)
     print_table(ends, names, "one copy (N = 1)", f"held-out loss after {n * args.steps} steps in all")
     write_json(out / "table.json", dict(arguments=vars(args), ranges=names, losses={row: v.tolist() for row, v in ends.items()}))
     print(out / "table.json")
@@ -146,14 +150,16 @@ def gradients(model, count, levels=20, batch_size=16):
     for half in range(2):
         chosen = [dataset[(2 * k + half) * len(dataset) // (2 * count)] for k in range(count)]
         noise = torch.randn(2, count, model.vae.config["latent_channels"], side, side, generator=torch.Generator().manual_seed(half))
+        batches = []
+        for i in range(0, count, batch_size):
+            part, examples = slice(i, i + batch_size), chosen[i:i + batch_size]
+            batch = dict(target=[e["target"] for e in examples], source=[None] * len(examples), sample_noise=noise[1, part])
+            batches.append((encode(batch, "cpu")[0], model.encode_text([e["prompt"] for e in examples])[0], noise[0, part]))
         for level in range(levels):
             unet.zero_grad(set_to_none=True)
-            for i in range(0, count, batch_size):
-                part = slice(i, i + batch_size)
-                batch = dict(target=[e["target"] for e in chosen[part]], source=[None] * len(chosen[part]), sample_noise=noise[1, part])
-                x0, context = encode(batch, "cpu")[0], model.encode_text([e["prompt"] for e in chosen[part]])[0]
+            for x0, context, eps in batches:
                 t = torch.full((len(x0),), int((level + 0.5) * diffusion.T / levels))
-                diffusion.loss(lambda x_t, t: unet(x_t, t, context), x0, t, noise[0, part]).sum().backward()
+                diffusion.loss(lambda x_t, t: unet(x_t, t, context), x0, t, eps).sum().backward()
                 bar.update(len(x0))
             g = torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
             sums.append(g / g.norm())
@@ -208,7 +214,7 @@ def main():
         options = shlex.split(ARMS[args.what][arm]) + ["--steps", str(args.steps), "--eval-every", str(every), "--seed", str(seed),
                                                        "--sample-every", "0", "--save-every", str(every), "--eval-size", str(args.eval_size)]
         folder = out / f"{''.join(c for c in arm.lower() if c.isalnum())}-{seed}"
-        rows = train(options, folder, max(1, (os.cpu_count() or 1) // args.jobs))
+        rows = train(options, folder, args.jobs)
         if not rows:
             raise UserError(f"{folder} holds a run without --eval-every; choose another --out")
         print(f"{arm}, seed {seed}: {rows[-1]['held_out']}", flush=True)
@@ -222,8 +228,7 @@ def main():
               for arm in ARMS[args.what]}
     ends = {arm: np.array([rows[arm, s][-1]["held_out_by_t"][task] + [rows[arm, s][-1]["held_out"][task]] for s in range(args.seeds)])
             for arm in series}
-    bins = len(next(iter(ends.values()))[0]) - 1
-    names = [f"{1000 * i // bins}..{1000 * (i + 1) // bins - 1}" for i in range(bins)] + ["all t"]
+    names = ranges(len(next(iter(ends.values()))[0]) - 1)
     print_table(ends, names, next(iter(ends)), f"held-out loss after {args.steps} steps")
     write_json(out / "table.json", dict(arguments=vars(args), arms=ARMS[args.what], ranges=names, losses={arm: v.tolist() for arm, v in ends.items()},
                                         steps=series[next(iter(series))][0], curves={arm: v.tolist() for arm, (_, v) in series.items()}))

@@ -126,6 +126,14 @@ class Diffusion:
         prediction = model(self.add_noise(x0, noise, t), t)[:, :x0.shape[1]]  # a second half of the channels tells the variance
         return (self.target(x0, noise, t) - prediction.float()).square().flatten(1).mean(1)
 
+    def objective(self, losses, prediction, x0, noise, t, kind="none", uncertainty=None):
+        """What training minimises of per-sample losses (B,) -> (B,): weighted by `weight`, or by a UncertaintyWeight in its place, and where the
+        network tells the variance (prediction of 2 C channels) improved DDPM Eq. 16."""
+        weighted = losses * self.weight(t, kind) if uncertainty is None else uncertainty(losses, t)
+        if prediction.shape[1] > x0.shape[1]:
+            weighted = weighted + 0.001 * self.T * self.variance_loss(prediction, x0, self.add_noise(x0, noise, t), t)
+        return weighted
+
     def variance_loss(self, prediction, x0, x_t, t):
         """What trains the second half of prediction's 2 C channels (see learned_variance): one term of the variational bound (improved DDPM
         Eqs. 4 to 6) in bits per dimension, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of 8-bit

@@ -28,8 +28,7 @@ class Examples(torch.utils.data.Dataset):
         task = self.tasks[k % len(self.tasks)]
         dataset = self.datasets[task]
         example = self.condition(dataset.get(int(rng.integers(len(dataset))), rng), task, rng.random())
-        of_batch = np.random.default_rng((self.seed, step, self.batch_size))
-        draw = (of_batch, self.batch_size, True) if self.antithetic else (rng, 1)
+        draw = (np.random.default_rng((self.seed, step, self.batch_size)), self.batch_size, True) if self.antithetic else (rng, 1)
         t = rng.integers(self.T) if self.t_range is None else merge.sample_timesteps(self.t_range, self.T, self.p_global, *draw)[k % draw[1]]
         return self.noised(example, int(t), int(rng.integers(2 ** 62)))
 

@@ -241,18 +241,15 @@ class Denoiser(nn.Module):
         term and the modalities', NaN where a sample goes without, and the weighted sum (B,)."""
         E, x, given = known["E"], known["x"], known["given"]
         x_in = [x[name] * row[:, None, None, None] for name, row in zip(self.heads, given)] if self.beside else [None]
-        weighted, terms, prediction = joint_loss(self.diffusion, self.aggregation, network(self.unet, text, added, *x_in), self.heads, x0, t, noise,
-                                                 E, x, given, self.head_weight)
-        loss = terms["denoising"]
-        if self.uncertainty is not None:
-            weighted = weighted - loss + self.uncertainty(loss, t)
-        elif self.loss_weight != "none":
-            weighted = weighted - loss + loss * self.diffusion.weight(t, self.loss_weight)
-        if prediction.shape[1] > x0.shape[1]:  # improved DDPM Eq. 16, of y_t = z_t - C_t
-            y = self.diffusion.add_noise(x0, noise, t)
-            weighted = weighted + 0.001 * self.diffusion.T * self.diffusion.variance_loss(prediction, x0, y, t)
-        without = torch.full_like(loss, torch.nan)
-        return torch.stack([loss, *(torch.where(row > 0, terms[name], without) for name, row in zip(self.heads, given))], dim=1), weighted
+
+        def objective(denoising, prediction):
+            return self.diffusion.objective(denoising, prediction, x0, noise, t, self.loss_weight, self.uncertainty)
+
+        weighted, terms, _ = joint_loss(self.diffusion, self.aggregation, network(self.unet, text, added, *x_in), self.heads, x0, t, noise,
+                                        E, x, given, self.head_weight, objective)
+        without = torch.full_like(weighted, torch.nan)
+        columns = [torch.where(row > 0, terms[name], without) for name, row in zip(self.heads, given)]
+        return torch.stack([terms["denoising"], *columns], dim=1), weighted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

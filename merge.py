@@ -96,8 +96,8 @@ def add_projections(unet, placement="convolutions"):
         config.json records them, and copies merge with them.
     """
     if placement == "blocks":
-        if unet.config.get("_class_name") or "projections" in unet.config:
-            raise UserError(f"projections after blocks are for a plain U-Net, not for a {unet.config.get('_class_name')}")
+        if "_class_name" in unet.config:  # something is attached
+            raise UserError(f"projections after blocks are for a plain U-Net, not for a {unet.config['_class_name']}")
         for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
             channels, like = block.resnets[-1].conv2.out_channels, unet.conv_out.weight
             block.__class__ = type(f"Projected{type(block).__name__}", (BlockProjection, type(block)), {})

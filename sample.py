@@ -33,6 +33,7 @@ from routing import add_routing
 from unet import UNet
 from vae import VAE, Pixels
 
+DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}  # of --precision
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "RoutedPipeline2D", "ProjectedPipeline2D", "JointPipeline2D")
 
 
@@ -370,7 +371,7 @@ def draw_jointly(args, parser, out):
         raise UserError(f"--{other[0].replace('_', '-')} does not go with --task {args.task}; what is known comes by --given")
     if args.model == f"runs/{args.task}" and not Path(args.model).is_dir():
         raise UserError(f"no model at {args.model}: python train.py --task {args.task} makes it, or name another by --model")
-    model = load_model(args.model, {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision), pick_device(args.device))
+    model = load_model(args.model, DTYPES[args.precision], pick_device(args.device))
     if args.task not in model.tasks:
         raise UserError(f"this model does not know the task {args.task!r}; it knows {', '.join(model.tasks)}")
     given = joint.read_given(args.given, model)
@@ -439,7 +440,7 @@ def main():
     if args.task in joint.SETTINGS:
         return draw_jointly(args, parser, out)
     images = [open_image(image)] * len(prompts) if image else None
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision)
+    dtype = DTYPES[args.precision]
     device = pick_device(args.device)
     model = load_model(args.model, dtype, device)
     copies = [load_model(path, dtype, device) for path in args.ensemble or ()]

@@ -129,9 +129,7 @@ class Denoiser(nn.Module):
 
         out = []
         losses = self.diffusion.loss(model, x0, t, noise)
-        weighted = losses * self.diffusion.weight(t, self.loss_weight) if self.uncertainty is None else self.uncertainty(losses, t)
-        if out[0].shape[1] > x0.shape[1]:  # improved DDPM Eq. 16
-            weighted = weighted + 0.001 * self.diffusion.T * self.diffusion.variance_loss(out[0], x0, self.diffusion.add_noise(x0, noise, t), t)
+        weighted = self.diffusion.objective(losses, out[0], x0, noise, t, self.loss_weight, self.uncertainty)
         if len(out) == 2:  # DeMe Eq. 5
             weighted = weighted + self.consistency * merge.consistency_loss(*(y[:, :x0.shape[1]] for y in out))
         return losses, weighted

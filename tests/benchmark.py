@@ -7,9 +7,11 @@
 
 Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
 the autoencoder likewise; a whole picture of assets/tiny in 20 guided steps against diffusers' pipeline; the U-Net upcycled to four experts
-against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain one. Latents are 32 x 32. memory: the peak while one guided picture of the model's own
-size is drawn in bf16, of CUDA's memory, or of the process on CPU above what it held before the weights. merge: four copies of the U-Net's
-file in fp32 merged into the fifth, beside reading the five and writing one, and the peak memory; it needs six files' room in the folder.
+against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain one. Latents are 32 x 32.
+
+memory: the peak while one guided picture of the model's own size is drawn in bf16, of CUDA's memory, or of the process on CPU above what it
+held before the weights. merge: four copies of the U-Net's file in fp32 merged into the fifth, beside reading the five and writing one, and the
+peak memory; it needs six files' room in the folder.
 """
 import argparse
 import os
@@ -99,7 +101,8 @@ def memory(size):
         for p in part.parameters():
             p.normal_(std=0.02)
     unet, vae, *encoders = parts
-    model = Model(unet, vae, encoders[0], tiny.tokenizer, tiny.scheduler, {}, *[part for encoder in encoders[1:] for part in (encoder, tiny.tokenizer)])
+    second = [part for encoder in encoders[1:] for part in (encoder, tiny.tokenizer)]
+    model = Model(unet, vae, encoders[0], tiny.tokenizer, tiny.scheduler, {}, *second)
     weights = sum(p.nbytes for part in parts for p in part.parameters()) / 1e9
     print(f"{size}, one picture of {model.native_size} x {model.native_size}, bf16, {device}: weights {weights:.2f} GB", flush=True)
     for low in (False, True):
@@ -172,9 +175,8 @@ def main():
         c = lambda: routed(x, t, text)  # noqa: E731
         print(f"{'':<44}{'routed':>11}{'plain':>11}")
         ratio("forward", forward(c), forward(a), args.runs)
-        plain = ratio("forward and backward", step(c, routed), step(a, ours), args.runs)
-        alone = masks_alone(routed, c, args.runs)
-        print(f"{'the masks and their products alone':<44}{alone:>9.3f} s{'':>11}   of the plain step {alone / plain:.1%}", flush=True)
+        whole, alone = ratio("forward and backward", step(c, routed), step(a, ours), args.runs), masks_alone(routed, c, args.runs)
+        print(f"{'the masks and their products alone':<44}{alone:>9.3f} s{'':>11}   of the plain step {alone / whole:.1%}", flush=True)
         if args.compile:
             fast, plain = (torch.compile(module, fullgraph=True) for module in (routed, ours))
             ratio("forward and backward, compiled", step(lambda: fast(x, t, text), routed), step(lambda: plain(x, t, text), ours), args.runs)
