@@ -1,7 +1,9 @@
 """Does a method help? The same training with and without it, several seeds, held-out loss on fixed noise over training.
 
     python compare.py dtr --out runs/compare-dtr
-    python compare.py deme --steps 200                    DeMe's copies, ensemble and merges beside one copy tuned as long as all of them
+    python compare.py masked                              MT-Diffusion: -U, -X and controls; then what is restored, beside SDEdit
+    python compare.py label                               MT-Diffusion: -M, -E and controls; then what is recognised
+    python compare.py deme --steps 150                    DeMe's copies, ensemble and merges beside one copy tuned as long as all of them
     python compare.py gradients --out runs/gradients      do timesteps pull the weights in the same direction? (DTR, DeMe Fig. 1)
 
 Each run is `train.py` with a row of ARMS and a seed; a comparison that was interrupted goes on where it was. Prints the held-out loss per range
@@ -22,11 +24,16 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+import joint
+from aggregation import Classifier
+from examples import Examples, collate
 from folders import UserError, command, write_file, write_json
-from sample import load_model
+from sample import generate, load_model
 
 SCRATCH = "--task t2i --model scratch --batch-size 16 --lr 1.5e-3"
 ADM = "--task uncond --model scratch --unet adm-tiny --batch-size 16 --lr 1e-3"
+MASKED = ADM.replace("uncond", "masked")
+LABEL = "--task label --batch-size 16 --lr 1e-3"
 
 
 def _routings(options):
@@ -38,6 +45,10 @@ ARMS = {  # name of the comparison -> arm -> arguments of train.py
     "loss-weights": {"none": SCRATCH, "DTR": SCRATCH + " --routing dtr"} | {
         f"{weight}, {name}": f"{SCRATCH} --loss-weight {weight}{option}" for weight in ("min-snr", "p2", "uw")
         for name, option in (("no routing", ""), ("DTR", " --routing dtr"))},
+    "masked": {"plain": ADM, "U": MASKED, "X": MASKED + " --input x", "U, w = 0": MASKED + " --schedule zero",
+               "U, lambda = 0": MASKED + " --head-weight 0"},
+    "label": {"plain": LABEL + " --schedule zero --head-weight 0", "M": LABEL, "M, none dropped": LABEL + " --drop 0",
+              "M, w = 0": LABEL + " --schedule zero", "M, lambda = 0": LABEL + " --head-weight 0", "E": LABEL + " --head classifier"},
 }
 COLOURS = ("#222222", "#1565c0", "#c62828", "#2e7d32", "#8e24aa", "#ef6c00", "#00838f", "#6d4c41")
 
@@ -97,14 +108,96 @@ def curves(series, path, size=(640, 400)):
     write_file(path, lambda beside: picture.resize(size, Image.LANCZOS).save(beside, format="PNG"))
 
 
-def print_table(ends, names, reference, title):
-    """ends: row -> (seeds, ranges + 1) losses; their mean and standard deviation, and the difference of the last column from row `reference`."""
-    print(f"\n{title}, mean (standard deviation) of {len(ends[reference])} seeds; difference: of all t, from {reference}")
-    print(f"{'':<22}" + "".join(f"{name:>18}" for name in names) + f"{'difference':>20}")
+def print_table(ends, names, title, reference=None, digits=4):
+    """ends: row -> (seeds, columns); their mean and standard deviation, and the difference of the last column from row `reference`."""
+    print(f"\n{title}, mean (standard deviation) of {len(next(iter(ends.values())))} seeds"
+          + (f"; difference: of {names[-1]}, from {reference}" if reference else ""))
+    print(f"{'':<22}" + "".join(f"{name:>18}" for name in [*names, *["difference"] * bool(reference)]))
     for row, values in ends.items():
-        cells = [f"{v.mean():.4f} ({v.std(ddof=len(values) > 1):.4f})" for v in [*values.T, values[:, -1] - ends[reference][:, -1]]]
-        print(f"{row:<22}" + "".join(f"{cell:>18}" for cell in cells[:-1]) + f"{cells[-1]:>20}")
+        columns = [*values.T] + ([values[:, -1] - ends[reference][:, -1]] if reference else [])
+        print(f"{row:<22}" + "".join(f"{f'{v.mean():.{digits}f} ({v.std(ddof=len(values) > 1):.{digits}f})':>18}" for v in columns))
 
+
+def folder_of(out, arm, seed):
+    return out / f"{''.join(c for c in arm.lower() if c.isalnum())}-{seed}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MT-Diffusion: what the modalities are good for
+
+def restoration(args, out, steps=25, strengths=(0.3, 0.5, 0.7)):
+    """-> {row: (seeds, 8)} PSNR inside and outside of 5, 10, 15, 20 patches: of what -U and -X draw, of SDEdit with the plain model, which starts
+    from the masked picture, and of that picture. Outside, a model on pixels gives back what it was given; this is its own drawing."""
+    rows, count = {}, max(1, args.eval_size // 4)
+    for seed in range(args.seeds):
+        models = {arm: load_model(folder_of(out, arm, seed)) for arm in ("U", "X", "plain")}
+        pictures = joint.Pictures("masked", "heldout", models["U"].native_size)
+        chosen, figures = [pictures[i * len(pictures) // count]["target"] for i in range(count)], {}
+        for patches in (5, 10, 15, 20):
+            x = torch.stack([joint.patched(z0, np.random.default_rng((patches, i)), patches) for i, z0 in enumerate(chosen)])
+            drawn = {"as it is": x} | {f"MT-Diffusion-{arm}": joint.draw(models[arm], count, {"masked": x}, steps, sampler="ddim")["image"]
+                                       for arm in ("U", "X")}
+            for strength in strengths:
+                pils = generate(models["plain"], "uncond", [""] * count, [data.to_pil(one) for one in x], steps=steps, strength=strength,
+                                sampler="ddim")
+                drawn[f"SDEdit, {strength}"] = torch.stack([data.to_tensor(pil) for pil in pils])
+            hidden = (x == 0).all(dim=1, keepdim=True).expand_as(x)
+            for row, picture in drawn.items():
+                errors = ((picture.clamp(-1, 1) - torch.stack(chosen)) / 2).square()
+                figures.setdefault(row, []).extend(-10 * np.log10(max(errors[part].mean().item(), 1e-10)) for part in (hidden, ~hidden))
+        for row, values in figures.items():
+            rows.setdefault(row, []).append(values)
+    names = [f"{patches} {where}" for patches in (5, 10, 15, 20) for where in ("in", "out")]
+    return "PSNR in dB inside and outside of the patches", names, {row: np.array(values) for row, values in rows.items()}
+
+
+def classifier_alone(model, steps, seed, batch_size=16, lr=1e-3):
+    """The label head of a joint model trained without diffusion, on clean pictures: -M's with the U-Net before it, -E's by itself.
+    -> pictures (B, 3, H, W) -> logits (B, K)"""
+    encode, head, side = data.Encoder(model.vae), model.heads["label"], model.unet.config["sample_size"]
+    examples = Examples({"label": joint.Pictures("label", "train")}, batch_size, seed, model.diffusion.T,
+                        (model.vae.config["latent_channels"], side, side), drop={"label": (0, 0, 0)})
+    context, params = model.encode_text([""])[0], [*model.unet.requires_grad_(True).parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(params, lr, weight_decay=0.0)
+
+    def logits(z0):
+        t = torch.zeros(len(z0), dtype=torch.long)
+        network = joint.network(model.unet, context.expand(len(z0), -1, -1), None)
+        return head({"picture": z0} if isinstance(head, Classifier) else network(z0, t)[1], t)
+
+    for step in tqdm(range(steps), desc="classifier alone", leave=False):
+        batch = collate([examples[step * batch_size + k] for k in range(batch_size)])
+        loss = torch.nn.functional.cross_entropy(logits(encode(batch, "cpu")[0]), torch.tensor(batch["x"]))
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / steps))  # train.py's default
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+    return torch.no_grad()(lambda pictures: logits(model.vae.encode(pictures)[0] * model.vae.config["scaling_factor"]))
+
+
+def recognition(args, out, steps=10):
+    """-> {row: (seeds, 1)} the share of held-out pictures whose category is found: by the joint models, by the same classifiers alone, and by
+    always saying the commonest of these pictures' categories."""
+    pictures, rows, count = joint.Pictures("label", "heldout"), {}, args.eval_size
+    chosen = [pictures[i * len(pictures) // count] for i in range(count)]
+    z0, truth = torch.stack([e["target"] for e in chosen]), torch.tensor([e["x"] for e in chosen])
+    for seed in range(args.seeds):
+        found = {arm: joint.draw(load_model(folder_of(out, arm, seed)), count, {"image": z0}, steps)["label"]
+                 for arm in ("M", "M, none dropped", "M, w = 0", "E")}
+        for arm, head in (("M", "linear"), ("E", "classifier")):
+            torch.manual_seed(seed)
+            model = load_model(data.ASSETS / "tiny")
+            joint.attach(model, "label", head, "z", "zero")
+            found[f"{arm}'s classifier alone"] = classifier_alone(model, args.steps, seed)(z0)
+        for row, says in found.items():
+            rows.setdefault(row, []).append([(says.argmax(1) == truth).float().mean().item()])
+        rows.setdefault("the commonest", []).append([(truth == truth.mode().values).float().mean().item()])
+    return f"share recognised of {count} held-out pictures", ["accuracy"], {row: np.array(values) for row, values in rows.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeMe
 
 def compare_deme(args, out, n=4):
     """At equal total steps: n copies of `steps` steps, and one copy of n * steps, both scored on the same examples, which no search has seen."""
@@ -133,7 +226,7 @@ def compare_deme(args, out, n=4):
         rows = list(pool.map(run, range(args.seeds)))
     ends = {row: np.array([found[row] for found in rows]) for row in rows[0]}
     names = ranges(n)
-    print_table(ends, names, "one copy (N = 1)", f"held-out loss after {n * args.steps} steps in all")
+    print_table(ends, names, f"held-out loss after {n * args.steps} steps in all", "one copy (N = 1)")
     write_json(out / "table.json", dict(arguments=vars(args), ranges=names, losses={row: v.tolist() for row, v in ends.items()}))
     print(out / "table.json")
 
@@ -190,6 +283,9 @@ def compare_gradients(args, out):
     print(f"{out / 'gradients.json'}, {out / 'gradients.png'}")
 
 
+AFTERWARDS = {"masked": restoration, "label": recognition}  # what is measured besides, on the trained arms
+
+
 def main():
     parser = argparse.ArgumentParser(description="Train with and without a method and compare held-out losses.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -213,7 +309,7 @@ def main():
     def run(arm, seed):
         options = shlex.split(ARMS[args.what][arm]) + ["--steps", str(args.steps), "--eval-every", str(every), "--seed", str(seed),
                                                        "--sample-every", "0", "--save-every", str(every), "--eval-size", str(args.eval_size)]
-        folder = out / f"{''.join(c for c in arm.lower() if c.isalnum())}-{seed}"
+        folder = folder_of(out, arm, seed)
         rows = train(options, folder, args.jobs)
         if not rows:
             raise UserError(f"{folder} holds a run without --eval-every; choose another --out")
@@ -223,15 +319,21 @@ def main():
     pairs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS[args.what]]  # an equal number of each, also while it runs
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = dict(zip(pairs, pool.map(lambda pair: run(*pair), pairs)))
-    task = next(iter(rows[pairs[0]][0]["held_out"]))
-    series = {arm: ([row["step"] for row in rows[arm, 0]], np.array([[row["held_out"][task] for row in rows[arm, s]] for s in range(args.seeds)]))
+
+    def first(losses):  # of the task itself; a joint one's heads come after it
+        return next(iter(losses.values()))
+    series = {arm: ([row["step"] for row in rows[arm, 0]], np.array([[first(row["held_out"]) for row in rows[arm, s]] for s in range(args.seeds)]))
               for arm in ARMS[args.what]}
-    ends = {arm: np.array([rows[arm, s][-1]["held_out_by_t"][task] + [rows[arm, s][-1]["held_out"][task]] for s in range(args.seeds)])
+    ends = {arm: np.array([first(rows[arm, s][-1]["held_out_by_t"]) + [first(rows[arm, s][-1]["held_out"])] for s in range(args.seeds)])
             for arm in series}
-    names = ranges(len(next(iter(ends.values()))[0]) - 1)
-    print_table(ends, names, next(iter(ends)), f"held-out loss after {args.steps} steps")
+    names, found = ranges(len(next(iter(ends.values()))[0]) - 1), {}
+    print_table(ends, names, f"held-out loss after {args.steps} steps", next(iter(ends)))
+    if args.what in AFTERWARDS:
+        title, columns, found = AFTERWARDS[args.what](args, out)
+        print_table(found, columns, title, digits=2)
+        found = {AFTERWARDS[args.what].__name__: dict(columns=columns) | {row: v.tolist() for row, v in found.items()}}
     write_json(out / "table.json", dict(arguments=vars(args), arms=ARMS[args.what], ranges=names, losses={arm: v.tolist() for arm, v in ends.items()},
-                                        steps=series[next(iter(series))][0], curves={arm: v.tolist() for arm, (_, v) in series.items()}))
+                                        steps=series[next(iter(series))][0], curves={arm: v.tolist() for arm, (_, v) in series.items()}) | found)
     curves(series, out / "curve.png")
     print(f"{out / 'table.json'}, {out / 'curve.png'}")
 

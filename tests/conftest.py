@@ -30,6 +30,31 @@ def called(script, *words):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+class OneThread:
+    """In the place of a ThreadPoolExecutor."""
+
+    def __init__(self, jobs):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def in_one_process(monkeypatch):
+    """compare.py's runs of train.py, one after another in this process."""
+    import compare
+
+    def run(words, stdout, **options):
+        done = called(Path(words[1]).name, *words[2:])
+        stdout.write(done.stdout + done.stderr)
+        return done
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "ThreadPoolExecutor", OneThread)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """The comparison of arms: what it runs and what it reports."""
 import json
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ from PIL import Image
 
 import compare
 import data
-from conftest import called
+import joint
+from conftest import in_one_process
 from folders import UserError
 from sample import load_model
 
@@ -22,26 +23,9 @@ def arms(monkeypatch):
     monkeypatch.setitem(compare.ARMS, "dtr", {"plain": TINY, "routed": TINY + " --routing dtr"})
 
 
-class OneThread:
-    def __init__(self, jobs):
-        self.map = map
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-
-def call(monkeypatch, *args):
-    """The runs in this process, one after another."""
-    def run(words, stdout, **options):
-        done = called(Path(words[1]).name, *words[2:])
-        stdout.write(done.stdout + done.stderr)
-        return done
-    monkeypatch.setattr(compare.subprocess, "run", run)
-    monkeypatch.setattr(compare, "ThreadPoolExecutor", OneThread)
-    monkeypatch.setattr(sys, "argv", ["compare.py", "dtr", "--eval-size", "4", *map(str, args)])
+def call(monkeypatch, *args, what="dtr"):
+    in_one_process(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["compare.py", what, "--eval-size", "4", *map(str, args)])
     compare.main()
 
 
@@ -58,6 +42,57 @@ def test_a_comparison_from_runs_to_table_and_curve(arms, tmp_path, monkeypatch, 
     difference = np.subtract(*[[row[-1] for row in table["losses"][arm]] for arm in ("routed", "plain")])
     assert f"{difference.mean():.4f} ({difference.std(ddof=1):.4f})" in capsys.readouterr().out
     assert Image.open(tmp_path / "c" / "curve.png").size == (640, 400)
+
+
+def test_what_is_restored_is_compared_with_sdedit_and_with_the_truth(tmp_path, monkeypatch):
+    small = TINY.replace("uncond", "masked")
+    monkeypatch.setitem(compare.ARMS, "masked", {"plain": TINY, "U": small, "X": small + " --input x"})
+    real = joint.draw
+
+    def draw(model, count, known, steps, **options):
+        if joint.beside(model):  # -X is a perfect painter in this test
+            return {"image": torch.stack([pictures[i * len(pictures) // count]["target"] for i in range(count)])}
+        return real(model, count, known, steps, **options)
+    pictures = joint.Pictures("masked", "heldout", 32)
+    monkeypatch.setattr(joint, "draw", draw)
+    monkeypatch.setattr(compare.restoration, "__defaults__", (2, (0.5,)))
+    call(monkeypatch, "--steps", 1, "--seeds", 1, "--out", tmp_path, "--eval-size", 8, what="masked")
+    told = json.loads((tmp_path / "table.json").read_text())
+    assert {arm: len(v[0]) for arm, v in told["losses"].items()} == dict(plain=5, U=5, X=5)
+    rows = told["restoration"]
+    assert rows["columns"][:2] == ["5 in", "5 out"] and np.allclose(rows["MT-Diffusion-X"], 100)
+    given = np.array(rows["as it is"][0])
+    assert (given[1::2] == 100).all() and (given[::2] < 20).all()
+    drawn = np.array([rows[row][0] for row in ("MT-Diffusion-U", "SDEdit, 0.5")])
+    assert (drawn < 50).all() and not np.allclose(*drawn)
+
+
+def test_what_is_recognised_is_counted_against_the_truth(tmp_path, monkeypatch):
+    def draw(model, count, known, steps):
+        right = torch.nn.functional.one_hot(torch.tensor([pictures[i * len(pictures) // count]["x"] for i in range(count)]), 10).float()
+        right[0] = 1 - right[0]
+        return {"label": right if model[0] == "E" else 1 - right}
+    pictures = joint.Pictures("label", "heldout")
+    monkeypatch.setattr(joint, "draw", draw)
+    monkeypatch.setattr(compare, "load_model", lambda folder: folder.name.upper() if folder.parent == tmp_path else load_model(folder))
+    monkeypatch.setattr(compare, "classifier_alone", lambda model, steps, seed: lambda z0: torch.eye(10)[[0] * len(z0)])
+    args = SimpleNamespace(eval_size=8, steps=1, seeds=2)
+    _, _, rows = compare.recognition(args, tmp_path)
+    truth = [pictures[i * len(pictures) // 8]["x"] for i in range(8)]
+    assert (rows["E"] == 7 / 8).all() and (rows["M"] <= 1 / 8).all() and rows["E"].shape == (2, 1)
+    assert (rows["M's classifier alone"] == truth.count(0) / 8).all()
+    assert (rows["the commonest"] == max(map(truth.count, truth)) / 8).all()
+
+
+@pytest.mark.parametrize("head", ["linear", "classifier"])
+def test_a_classifier_alone_learns_what_it_sees(head, monkeypatch):
+    model = load_model(data.ASSETS / "tiny")
+    joint.attach(model, "label", head, "z", "zero")
+    real = joint.Pictures("label", "train")
+    two = [next(real[i] for i in range(len(real)) if real[i]["x"] == k) for k in (1, 7)]
+    monkeypatch.setattr(joint.Pictures, "get", lambda self, i, rng: two[i % 2])
+    predict = compare.classifier_alone(model, 12, 0, batch_size=4)
+    assert predict(torch.stack([e["target"] for e in two])).argmax(1).tolist() == [1, 7]
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, called
+from conftest import ROOT, called, in_one_process
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
@@ -57,6 +57,7 @@ def test_command(project, monkeypatch, command):
     words = [word for word in words if word != "--compile"]
     if words[0] == "python" and words[1] in started:
         monkeypatch.chdir(project)
+        in_one_process(monkeypatch)
         done = called(*words[1:])
     else:
         started.add(words[1])
