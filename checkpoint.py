@@ -54,11 +54,29 @@ def any_rank(told, device):
     return flag.item() > 0
 
 
+def same_on_all_ranks(params):
+    """UserError names the first parameter whose bits are not the same everywhere: averaged gradients would hide it."""
+    sums = torch.stack([p.detach().contiguous().view(torch.int32).sum() for p in params.values()])  # one bit that differs changes it
+    least, most = sums.clone(), sums.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if different := [name for name, same in zip(params, (least == most).tolist()) if not same]:
+        raise UserError(f"the weights differ between the processes, {different[0]} first, {len(different)} of {len(params)} in all: a device or a "
+                        "library is at fault; the last checkpoint is kept")
+
+
+def indices(params, optimizer):
+    """name -> its number in optimizer.state_dict(), which counts in the order of the groups."""
+    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    return {name: order[id(p)] for name, p in params.items()}
+
+
 def save_state(path, params, ema, optimizer, scalars):
     """One safetensors file: weights, average, Adam's moments; scalars as JSON."""
     tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"ema/{n}": e for n, e in ema.items()}
-    for name, p in params.items():
-        tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state[p].items()}
+    moments = optimizer.state_dict()["state"]
+    for name, i in indices(params, optimizer).items():
+        tensors |= {f"adam/{key}/{name}": value for key, value in moments.get(i, {}).items()}
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
     write_file(path, lambda beside: save_file(tensors, beside, metadata={"scalars": json.dumps(scalars)}))
 
@@ -74,8 +92,10 @@ def load_state(path, params, ema, optimizer, settings):
             for name, p in params.items():
                 p.data.copy_(f.get_tensor(f"param/{name}").view_as(p))
                 ema[name].copy_(f.get_tensor(f"ema/{name}").view_as(p))
-                optimizer.state[p] = {k: f.get_tensor(f"adam/{k}/{name}").to("cpu" if k == "step" else p.device)
-                                      for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in keys}
+            moments = {i: {k: f.get_tensor(f"adam/{k}/{name}").view(params[name].shape if k != "step" else ())
+                           for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in keys} for name, i in indices(params, optimizer).items()}
+            groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+            optimizer.load_state_dict(dict(state={i: state for i, state in moments.items() if state}, param_groups=groups))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
     return scalars

@@ -241,25 +241,10 @@ def from_pretrained(path_or_hub_id, subfolder="unet", config=None, dtype=torch.f
     return freeze(UNet.from_pretrained(path_or_hub_id, subfolder, config, dtype, attach=lambda unet: upcycle(unet, **moe)))
 
 
-def counted(unet, task=None):
-    """-> parameters, trainable parameters, FLOPs of one forward of one sample at the model's own size (a multiply-add is two)."""
-    from torch.utils.flop_counter import FlopCounterMode
-    config, device = unet.config, unet.conv_out.weight.device
-    x = torch.zeros(1, config["moe"]["in_channels"][config["moe"]["tasks"][task]] if task is not None else config["in_channels"],
-                    config["sample_size"], config["sample_size"], device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        added = None
-        if config["addition_embed_type"]:
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            added = dict(text_embeds=torch.zeros(1, pooled, device=device), time_ids=torch.zeros(1, 6, device=device))
-        unet(x, torch.zeros(1, device=device), torch.zeros(1, 77, config["cross_attention_dim"], device=device),
-             task=None if task is None else torch.full((1,), task, device=device), added=added)
-    total, trained = (sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) for only in (False, True))
-    return total, trained, counter.get_total_flops()
-
-
 def main():
     import argparse
+
+    from watch import flops
     parser = argparse.ArgumentParser(description="Parameters, FLOPs and experts before and after upcycling.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="sd15", help=f"{', '.join(CONFIGS)} (shapes only), or a folder or hub id")
@@ -273,8 +258,8 @@ def main():
         unet = from_pretrained(args.model) if "moe" in config else UNet.from_pretrained(args.model)
 
     def row(name, unet, task=None):
-        total, trained, flops = counted(unet, task)
-        print(f"{name:<22}{total / 1e6:>12.2f}M{trained / 1e6:>12.2f}M{flops / 1e9:>12.2f}G")
+        total, trained = (sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) for only in (False, True))
+        print(f"{name:<22}{total / 1e6:>12.2f}M{trained / 1e6:>12.2f}M{flops(unet, task) / 1e9:>12.2f}G")
 
     size = unet.config["sample_size"]
     print(f"{args.model:<22}{'parameters':>13}{'trainable':>13}{'FLOPs':>13}   one forward, {size} x {size} latent")

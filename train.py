@@ -13,6 +13,7 @@ import contextlib
 import copy
 import json
 import os
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +30,15 @@ import data
 import joint
 import merge
 import moe
-from aggregation import SCHEDULES
-from checkpoint import any_rank, averaged, forget_after, load_state, save_state, stoppable
+import watch
+from checkpoint import any_rank, averaged, forget_after, load_state, same_on_all_ranks, save_state, stoppable
 from data import ALL, ASSETS, TASKS, Encoder
 from diffusion import UncertaintyWeight
 from examples import BINS, Examples, collate, held_out_losses, mean_by_task, mean_by_task_and_t, per_sample_loss
 from export import pipeline_index
 from folders import UserError, command, compiled, pick_device, write_json
-from routing import MODES, add_routing
+from options import check, get_args
+from routing import add_routing
 from sample import Model, load_model, sample_grid
 from unet import CONFIGS, UNet
 from vae import VAE, Pixels
@@ -50,58 +52,6 @@ SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012
 ADM_SCHEDULER = dict(_class_name="DDPMScheduler", beta_start=0.0001, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000,
                      clip_sample=True, variance_type="learned_range")
 GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.5], "inpaint": [3.0, 1.5]}  # text and image scale that suit the miniature
-
-
-def get_args():
-    p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--task", default="all", help=f"all ({', '.join(ALL)}), one or several of them; or one of uncond, {', '.join(joint.SETTINGS)}")
-    p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond, translate, masked)")
-    p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch, but for t2i, see adm.CONFIGS; default adm-tiny")
-    p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
-    p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
-    p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
-    p.add_argument("--steps", type=int, help="default 200 for the miniature upcycled, 5000 from scratch; the paper: 100 epochs")
-    p.add_argument("--batch-size", type=int, default=32, help="global, a multiple of the number of tasks (the paper: 128)")
-    p.add_argument("--device-batch-size", type=int, help="samples at a time on one device; the rest is accumulated. Default: all")
-    p.add_argument("--lr", type=float, help="default 1e-3 for the miniature, else the paper's 1e-4")
-    p.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine", help="after the warm-up; cosine ends at zero")
-    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW, on weight matrices only (the paper: 0.01 for SDXL)")
-    p.add_argument("--ema", type=float, default=0.9999, help="largest decay of the weight average; (1 + step) / (10 + step) before")
-    p.add_argument("--loss-weight", choices=("none", "v", "min-snr", "p2", "uw"), default="none", help="of timesteps (MTU: none); uw learns them")
-    p.add_argument("--num-experts", type=int, default=4, help="N, experts per FFN (the paper: 4 for SD 1.5, 1 for SDXL)")
-    p.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve", help="preserve equals the dense network at step 0")
-    p.add_argument("--expert-width", type=float, help="the paper's G, as a share of the FFN's width; default 1/N")
-    p.add_argument("--top-k", type=int, help="keep the k largest router weights; default all")
-    p.add_argument("--full", action="store_true", help="train the whole upcycled U-Net, not only the paper's list")
-    p.add_argument("--routing", choices=MODES, help="dtr: each timestep sees its window of channels; random: the control. Default: none")
-    p.add_argument("--alpha", type=float, default=4.0, help="of --routing: the window moves with t to this power (the paper: 4)")
-    p.add_argument("--beta", type=float, default=0.8, help="of --routing: share of channels that a timestep sees (the paper: 0.8)")
-    p.add_argument("--t-range", type=int, nargs=2, metavar=("START", "END"), help="DeMe: tune for timesteps START <= t < END. Default: all alike")
-    p.add_argument("--decouple", type=int, metavar="N", help="DeMe as a whole: N ranges, a copy for each, weights searched, merged; --out runs/deme")
-    p.add_argument("--p-global", type=float, default=0.3, help="of both: share of samples from all timesteps (the official code: 0.3)")
-    p.add_argument("--consistency", type=float, default=1.0, help="of both: weight of staying near the pretrained output (the paper: 1)")
-    p.add_argument("--projection", nargs="?", const="convolutions", choices=("convolutions", "blocks"),
-                   help="of both: channel projections after convolutions (the default), folded on saving; or after blocks, kept (the official code)")
-    p.add_argument("--antithetic", action="store_true", help="of both: one draw of the range a batch, its second half mirrored (the official code)")
-    p.add_argument("--head", choices=("image", "linear", "classifier"), help="MT-Diffusion: of label, linear (-M, the default) or classifier (-E)")
-    p.add_argument("--input", choices=("z", "x"), help="of translate and masked: x enters beside z_t (-X), or not (-U, the default)")
-    p.add_argument("--drop", type=float, help="of joint tasks: share of samples that train without x (starred); default 0.1, of translate -U 0")
-    p.add_argument("--schedule", choices=SCHEDULES, help="of joint tasks: the weights w_t of x in the forward process; default vanishing; "
-                   "interpolating is for x that is always given, and for betas that do not end in pure noise")
-    p.add_argument("--head-weight", type=float, help="of joint tasks: lambda of Eq. 6, default the paper's 0.1")
-    p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
-    p.add_argument("--device", help="default: cuda, else mps, else cpu")
-    p.add_argument("--workers", type=int, default=0, help="processes that read pictures")
-    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    p.add_argument("--sample-every", type=int, help="steps between sample grids, 0 for none; default: half way and at the end")
-    p.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
-    p.add_argument("--eval-size", type=int, default=64, help="held-out examples per task for the loss before and after")
-    p.add_argument("--eval-every", type=int, default=0, help="steps between lines of log.jsonl with that loss, also per range of timesteps; 0: none")
-    p.add_argument("--seed", type=int, default=0)
-    return p.parse_args()
 
 
 class Denoiser(nn.Module):
@@ -267,9 +217,25 @@ def main():
         raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(ALL)}, or all; or one of uncond, "
                         f"{', '.join(joint.SETTINGS)} alone")
     joint.checked(args, tasks)
-    (decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
+    (bench if args.bench else decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
+
+
+def bench(args, tasks, device, rank, world):
+    """The speed of the last two thirds of a short run's steps, by its log."""
+    steps = args.steps or 30
+    if args.decouple is not None or steps < 3:
+        raise UserError(f"--bench times one run of three steps or more, not --decouple, nor --steps {steps}")
+    with tempfile.TemporaryDirectory() as out:
+        train(argparse.Namespace(**vars(args) | dict(out=out, steps=steps, log_every=steps // 3, save_every=0, sample_every=0, eval_every=0,
+                                                     eval_size=1)), tasks, device, rank, world)
+        if rank == 0:
+            rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][1:]
+            mean = {key: np.mean([row[key] for row in rows]) for key in ("images_per_s", "tflops", "data_share") if rows[0][key] is not None}
+            mfu = f"{100 * np.mean([row['mfu'] for row in rows]):.1f} %" if rows[0]["mfu"] is not None else "not known, for want of this device's peak"
+            print(f"{mean['images_per_s']:.2f} images/s; U-Net, forward and backward, {mean['tflops']:.3f} TFLOP/s, MFU {mfu} (what counts: watch.py); "
+                  f"waiting for data {100 * mean['data_share']:.1f} % of the time; peak memory {rows[-1]['memory_gb'] or float('nan'):.2f} GB")
 
 
 def train(args, tasks, device, rank, world):
@@ -277,13 +243,7 @@ def train(args, tasks, device, rank, world):
     print0 = tqdm.write if rank == 0 else lambda *_: None
 
     # What is asked
-    for name in ("steps", "batch_size", "device_batch_size", "save_every", "log_every", "eval_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
-    if (not 0 <= args.ema < 1 or (args.lr is not None and not 0 < args.lr < float("inf")) or not 0 <= args.weight_decay < float("inf")
-            or min(args.warmup, args.workers, args.eval_every) < 0 or not 0 <= args.seed < 2 ** 62):
-        raise UserError(f"--ema {args.ema} must be in [0, 1), --lr {args.lr} above 0, --weight-decay {args.weight_decay}, --warmup {args.warmup}, "
-                        f"--workers {args.workers}, --eval-every {args.eval_every} and --seed {args.seed} at least 0")
+    check(args)
     args.out = args.out or f"runs/{'tiny' if args.model == 'scratch' and args.task == 't2i' else args.task.replace(',', '-')}"
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     per_rank = args.batch_size // world
@@ -291,8 +251,6 @@ def train(args, tasks, device, rank, world):
     if args.batch_size % (len(tasks)) or args.batch_size % world or per_rank % micro:
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(tasks)} tasks, of {world} processes and of "
                         "--device-batch-size")
-    if args.t_range is None and (args.projection or args.antithetic) or not 0 <= args.consistency < float("inf"):
-        raise UserError(f"--projection and --antithetic go with --t-range, and --consistency {args.consistency} is at least 0")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -303,6 +261,8 @@ def train(args, tasks, device, rank, world):
     if tasks[0] in joint.SETTINGS:
         joint.attach(model, tasks[0], args.head, args.input, args.schedule)
     model.to(device)
+    if device.type == "cuda":
+        model.unet.to(memory_format=torch.channels_last)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     miniature = sum(p.numel() for p in model.unet.parameters()) < 2e7
     args.lr = args.lr or (1e-3 if miniature else 1e-4)
@@ -325,7 +285,12 @@ def train(args, tasks, device, rank, world):
         names = [*tasks, *(f"{modality} head" for modality in model.heads)]
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = torch.optim.AdamW(parameter_groups(denoiser, args.weight_decay, args.lr))
+    groups = parameter_groups(denoiser, args.weight_decay, args.lr)
+    if args.zero and world > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        optimizer = ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
     trained, frozen = (sum(p.numel() for p in group) for group in (params.values(), [p for p in model.unet.parameters() if not p.requires_grad]))
     print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, on {world} x {device}")
 
@@ -339,7 +304,7 @@ def train(args, tasks, device, rank, world):
     state = out / "state" / "state.safetensors"
     settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
         "out", "device", "device_batch_size", "workers", "compile", "gradient_checkpointing", "save_every", "sample_every", "log_every",
-        "eval_every")}
+        "eval_every", "zero", "tensorboard", "bench", "preset")}
     for key in ("model", "vae", "data"):  # the same folder under another name, or after the checkout moved, is the same
         if settings[key] and Path(settings[key]).exists():
             path = Path(settings[key]).resolve()
@@ -378,9 +343,13 @@ def train(args, tasks, device, rank, world):
                for step in range(start, args.steps) for m in range(0, per_rank, micro)]
     loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                                               persistent_workers=args.workers > 0))
-    sums, busy, saved = torch.zeros(len(names) * BINS, 2, device=device), 0.0, False
+    sums, busy, waited, saved = torch.zeros(len(names) * BINS, 2, device=device), 0.0, 0.0, False
+    per_image = np.mean([watch.flops(model.unet, row if "moe" in model.unet.config else None, backward=True)
+                         for row in (model.tasks.index(task) for task in tasks)]) / 1e12 / world  # TFLOP of a device
+    peak = watch.peak(device, args.precision)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        log = watch.Log(out, args.tensorboard)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
     with stoppable() as told:
         for step in bar:
@@ -388,10 +357,12 @@ def train(args, tasks, device, rank, world):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor(step, args)
             for m in range(0, per_rank, micro):
+                asked = time.time()
                 try:
                     batch = next(loader)
                 except UserError as error:  # one from a worker process comes wrapped in its traceback
                     raise UserError(str(error).strip().splitlines()[-1].removeprefix("folders.UserError: ")) from None
+                waited += time.time() - asked
                 last = m + micro == per_rank
                 with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
                     losses, weighted = per_sample_loss(run, encode, model, batch, device)
@@ -424,16 +395,23 @@ def train(args, tasks, device, rank, world):
                 speed = count[:len(tasks)].sum().item() / busy
                 bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
                 if rank == 0:
-                    with open(out / "log.jsonl", "a") as f:
-                        f.write(json.dumps(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), skipped=skipped,
-                                                grad_norm=None if in_a_row else norm.item(), images_per_s=round(speed, 2))) + "\n")
-                sums, busy = torch.zeros_like(sums), 0.0
+                    memory = watch.memory(device)
+                    log.write(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), skipped=skipped,
+                                   grad_norm=None if in_a_row else norm.item(), images_per_s=round(speed, 2), tflops=round(speed * per_image, 4),
+                                   mfu=peak and round(speed * per_image * 1e12 / peak, 4), data_share=round(waited / busy, 4),
+                                   memory_gb=memory and round(memory, 3)))
+                sums, busy, waited = torch.zeros_like(sums), 0.0, 0.0
             if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-                with averaged(params, ema), open(out / "log.jsonl", "a") as f:
+                with averaged(params, ema):
                     losses = held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
-                    f.write(json.dumps(dict(step=done, held_out=mean_by_task(fixed, losses, names[len(tasks):]),
-                                            held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T, names[len(tasks):]))) + "\n")
-            if rank == 0 and (done % args.save_every == 0 or done == args.steps or leaving):
+                log.write(dict(step=done, held_out=mean_by_task(fixed, losses, names[len(tasks):]),
+                               held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T, names[len(tasks):])))
+            saving = args.save_every > 0 and (done % args.save_every == 0 or done == args.steps or leaving)
+            if saving and world > 1:
+                same_on_all_ranks(params)
+                if args.zero:
+                    optimizer.consolidate_state_dict(to=0)
+            if rank == 0 and saving:
                 if not all(e.isfinite().all() for e in ema.values()):
                     raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
                 write_json(out / "arguments.json", vars(args))
@@ -446,12 +424,14 @@ def train(args, tasks, device, rank, world):
             if leaving:
                 if world > 1:
                     dist.barrier()  # torchrun ends the others when one has ended
-                print0(f"stopped at step {done}, saved in {out}; the same command goes on from there")
+                print0(f"stopped at step {done}" + f", saved in {out}; the same command goes on from there" * saving)
                 raise KeyboardInterrupt
             if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
                 with averaged(params, ema):
                     sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
 
+    if not args.save_every:
+        return
     with averaged(params, ema):
         after = measured()
     print0("held-out loss      before    after")

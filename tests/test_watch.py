@@ -1,0 +1,161 @@
+"""What a run tells of itself: FLOPs, speed, TensorBoard; recipes; processes that share an optimizer and must have the same weights."""
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import adm
+import merge
+import moe
+import options
+import train
+import watch
+from conftest import ROOT, called
+from routing import add_routing
+from sample import load_model
+from test_train import log, run, weights
+from unet import CONFIGS, UNet
+
+
+@pytest.mark.parametrize("kind", ["dense", "upcycled", "routed", "projected", "blocks", "checkpointed", "pixels", "sdxl"])
+def test_flops_are_those_of_a_step(kind):
+    """Counted on the weights themselves; the network is as it was afterwards."""
+    side = 16
+    if kind == "pixels":
+        unet, side = adm.UNet2D(adm.CONFIGS["adm-tiny"] | dict(num_class_embeds=None)), 32
+    elif kind == "sdxl":
+        unet = UNet(CONFIGS["sdxl"] | dict(block_out_channels=(32, 64, 64), sample_size=16, attention_head_dim=(1, 2, 2), norm_num_groups=8,
+                                           transformer_layers_per_block=(1, 1, 1), cross_attention_dim=64))
+    else:
+        unet = UNet(CONFIGS["tiny"])
+    if kind == "upcycled":
+        moe.upcycle(unet)
+    if kind == "routed":
+        add_routing(unet)
+    if kind in ("projected", "blocks"):
+        merge.add_projections(unet, "blocks" if kind == "blocks" else "convolutions")
+    unet.gradient_checkpointing = kind == "checkpointed"
+    task, channels = (1, 8) if kind == "upcycled" else (None, unet.config["in_channels"])
+    frozen = {name for name, p in unet.named_parameters() if not p.requires_grad}
+    counted = [watch.flops(unet, task, backward) for backward in (False, True)]
+    assert unet.gradient_checkpointing == (kind == "checkpointed") and {n for n, p in unet.named_parameters() if not p.requires_grad} == frozen
+    assert all(p.grad is None and p.device.type == "cpu" for p in unet.parameters())
+    unet.gradient_checkpointing = False
+    context = None if kind == "pixels" else torch.zeros(1, 77, unet.config["cross_attention_dim"])
+    pooled = unet.config.get("projection_class_embeddings_input_dim")
+    added = dict(text_embeds=torch.zeros(1, pooled - 6 * 256), time_ids=torch.zeros(1, 6)) if pooled else None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        out = unet(torch.zeros(1, channels, side, side), torch.zeros(1), context, task=None if task is None else torch.tensor([task]), added=added)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert counted == [forward, counter.get_total_flops()] and 2 * forward < counted[1] < 3 * forward
+
+
+def test_the_log_tells_the_speed(tmp_path):
+    run(tmp_path / "a", "--task", "sr", "--steps", 2)
+    unet = load_model(tmp_path / "a").unet
+    for row in log(tmp_path / "a"):
+        assert row["tflops"] == pytest.approx(row["images_per_s"] * watch.flops(unet, 0, backward=True) / 1e12, rel=0.01)
+        assert row["mfu"] is None and 0 < row["data_share"] < 1 and 0.1 < row["memory_gb"] < 50
+
+
+def test_the_peak_is_that_of_the_device(monkeypatch):
+    for name, wanted in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("some other", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert watch.peak(SimpleNamespace(type="cuda"), "bf16") == wanted
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert watch.peak(SimpleNamespace(type="cuda"), "fp32") == 156e12 and watch.peak(torch.device("cpu"), "bf16") is None
+
+
+@pytest.mark.parametrize("task", ["sr", "label"])
+def test_bench_prints_the_speed_and_leaves_nothing(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = called("train.py", "--bench", "--task", task, "--batch-size", 2, "--steps", 3)
+    assert done.returncode == 0 and " images/s; " in done.stdout and "saved in" not in done.stdout and not list(tmp_path.iterdir())
+    assert called("train.py", "--bench", "--steps", 2).returncode == 2
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == tmp_path / "a"
+
+        def add_scalar(self, *scalar):
+            seen.append(scalar)
+
+        def flush(self):
+            pass
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    run(tmp_path / "a", "--task", "sr", "--steps", 1, "--tensorboard", "--eval-every", 1)
+    told, held_out = log(tmp_path / "a")
+    assert ("loss/sr", told["loss"]["sr"], 1) in seen and ("images_per_s", told["images_per_s"], 1) in seen
+    assert ("held_out/sr", held_out["held_out"]["sr"], 1) in seen
+    assert [s[1] for s in seen if s[0].startswith("held_out_by_t/sr/")] == [v for v in held_out["held_out_by_t"]["sr"] if v is not None]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = run(tmp_path / "b", "--task", "sr", "--steps", 1, "--tensorboard", check=False)
+    assert done.returncode == 2 and "pip install tensorboard" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_recipe_gives_defaults_and_options_win(monkeypatch):
+    def asked(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        return options.get_args()
+    args, own = asked("--preset", "mtu-sdxl"), asked("--lr", "0.1", "--preset", "mtu-sdxl", "--batch-size", "8")
+    assert (args.lr, args.batch_size, args.num_experts, args.weight_decay) == (5e-5, 128, 1, 0.01) and "xl" in args.model
+    assert (own.lr, own.batch_size, own.weight_decay) == (0.1, 8, 0.01)
+    assert asked().lr is None and asked("--preset", "mtu-sd15").num_experts == 4
+
+
+def test_one_graph_for_all_steps(tmp_path, monkeypatch):
+    """No graph break, and no recompilation from step to step."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(train, "compiled", lambda run, device: torch.compile(run, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
+    run(tmp_path / "a", "--task", "all", "--steps", 3, "--compile", "--device-batch-size", 4)
+    assert len(graphs) == 1
+
+
+def test_adams_moments_divided_among_processes_are_saved_whole(tmp_path):
+    """ZeRO's run is the plain run, and each goes on as the other, with another number of processes."""
+    asked, states = ("--task", "edit,sr", "--lr-schedule", "constant"), []
+    for name, option in (("plain", []), ("zero", ["--zero"])):
+        run(tmp_path / name, *asked, "--steps", 2, *option, ranks=2)
+        states.append(load_file(tmp_path / name / "state" / "state.safetensors"))
+    plain, zero = states
+    assert plain.keys() == zero.keys() and any(key.startswith("adam/exp_avg_sq/") for key in plain)
+    assert all(torch.allclose(plain[key], zero[key], rtol=1e-4, atol=1e-7) for key in plain)
+    run(tmp_path / "zero", *asked, "--steps", 4)
+    run(tmp_path / "plain", *asked, "--steps", 4, "--zero", ranks=2)
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "zero")
+    assert all(torch.allclose(a[key], b[key], atol=2e-4) for key in a)
+    assert [row["step"] for row in log(tmp_path / "zero")] == [1, 2, 3, 4]
+
+
+def test_weights_that_differ_between_processes_are_named(tmp_path):
+    (tmp_path / "a.py").write_text("""
+import os, sys
+import torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from checkpoint import same_on_all_ranks
+from folders import command
+dist.init_process_group("gloo")
+params = dict(a=torch.arange(6.0).view(2, 3).T, b=torch.ones(5), c=torch.zeros(2))
+same_on_all_ranks(params)
+if dist.get_rank() == 1:
+    params["b"][3] = torch.nextafter(params["b"][3], torch.tensor(2.0))
+command(lambda: same_on_all_ranks(params))
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "a.py", str(ROOT)],
+                          capture_output=True, text=True)
+    assert done.returncode and "differ between the processes, b first, 1 of 3" in done.stderr
