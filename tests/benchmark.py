@@ -2,12 +2,21 @@
 
     python tests/benchmark.py --size sd15 --runs 5
     python tests/benchmark.py --size sd15 --runs 9 --only routed --compile
+    python tests/benchmark.py --size sd15 --runs 3 --only step
+    python tests/benchmark.py --size sd15 --runs 3 --only joint
     python tests/benchmark.py --size sdxl --only memory
     python tests/benchmark.py --size sd15 --only merge
 
 Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
 the autoencoder likewise; a whole picture of assets/tiny in 20 guided steps against diffusers' pipeline; the U-Net upcycled to four experts
 against the dense one, both ours, with the same weights training; and the routed one (DTR) against the plain one. Latents are 32 x 32.
+
+joint: a training step of MT-Diffusion, forward and backward, against the plain step of the same U-Net: with a picture as the other modality, and
+with a label, which the U-Net encodes, each class of the batch once, or every sample. All begin with ready latents and text states: the frozen
+autoencoder's second picture is not counted.
+
+step: the whole training step against that of diffusers' training scripts: noise, forward, loss, backward, clipping, AdamW on all weights, their
+average; on a GPU also under bf16 autocast. It needs 19 GB of memory at SD 1.5's size.
 
 memory: the peak while one guided picture of the model's own size is drawn in bf16, of CUDA's memory, or of the process on CPU above what it
 held before the weights. merge: four copies of the U-Net's file in fp32 merged into the fifth, beside reading the five and writing one, and the
@@ -20,15 +29,21 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import clip  # noqa: E402
+import joint  # noqa: E402
 import merge  # noqa: E402
 import moe  # noqa: E402
+import train  # noqa: E402
+from aggregation import each_class_once, joint_loss  # noqa: E402
 from data import ASSETS  # noqa: E402
+from diffusion import Diffusion  # noqa: E402
 from folders import pick_device  # noqa: E402
 from routing import add_routing  # noqa: E402
 from sample import Model, generate, load_model  # noqa: E402
@@ -36,27 +51,41 @@ from unet import CONFIGS, UNet  # noqa: E402
 from vae import CONFIGS as VAE_CONFIGS, VAE  # noqa: E402
 
 
-PARTS = ("unet", "vae", "picture", "routed", "upcycled")  # memory and merge where they are asked for
+PARTS = ("unet", "vae", "picture", "routed", "upcycled", "joint")  # step, memory and merge where they are asked for
+
+
+def seconds(f):
+    """One call's, with what a GPU has still to do."""
+    start = time.perf_counter()
+    f()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
 
 
 def ratio(name, ours, theirs, runs):
     """Interleave, so that a change in the machine's speed meets both; the order alternates."""
     times = {ours: [], theirs: []}
     for f in (ours, theirs):
-        f()
+        seconds(f)
     for i in range(runs):
         for f in ((ours, theirs), (theirs, ours))[i % 2]:
-            start = time.perf_counter()
-            f()
-            times[f].append(time.perf_counter() - start)
+            times[f].append(seconds(f))
     a, b = (statistics.median(times[f]) for f in (ours, theirs))  # seconds
     pairs = sorted(x / y for x, y in zip(times[ours], times[theirs]))
     print(f"{name:<44}{a:>9.3f} s{b:>9.3f} s   ratio {a / b:.3f}   pairs {pairs[0]:.3f} .. {pairs[-1]:.3f}", flush=True)
     return b
 
 
-def masks_alone(routed, run, runs):
-    """What routing adds to a training step, timed by itself, in seconds: each block's mask and its products with x, forward and backward."""
+def share(name, f, whole, runs):
+    """What f takes by itself, of a plain step of `whole` seconds."""
+    seconds(f)
+    alone = statistics.median(seconds(f) for _ in range(runs))
+    print(f"{name:<44}{alone:>9.3f} s{'':>11}   of the plain step {alone / whole:.1%}", flush=True)
+
+
+def masks_alone(routed, run):
+    """-> what routing adds to a training step, to be timed by itself: each block's mask and its products with x, forward and backward."""
     inputs, hooks = [], []
     for block in routed.modules():
         if hasattr(block, "mask"):
@@ -71,14 +100,7 @@ def masks_alone(routed, run, runs):
             m = m[:, None] if x.dim() == 3 else m[:, :, None, None]
             y = m * x + (1 - m) * x if x.dim() == 3 else m * x  # of the transformer block, of the residual block
             y.backward(torch.ones_like(y))
-
-    products()
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        products()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return products
 
 
 def peak_memory(device, reset=False):
@@ -143,13 +165,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "sd15", "sdxl"), default="sd15")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=(*PARTS, "memory", "merge"), default=PARTS, help="groups of rows")
+    parser.add_argument("--batch-size", type=int, help="default 1; of tiny's step and joint 4, of joint's labels twice as many")
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "step", "memory", "merge"), default=PARTS, help="groups of rows")
     parser.add_argument("--compile", action="store_true", help="routed: also the training step under torch.compile")
     args = parser.parse_args()
     if args.only in (["memory"], ["merge"]):
         return {"memory": memory, "merge": merging}[args.only[0]](args.size)
-    config, B = CONFIGS[args.size], args.batch_size
+    config, B = CONFIGS[args.size], args.batch_size or 1
     torch.manual_seed(0)
     ours = UNet(config)
     x, t, text = torch.randn(B, 4, 32, 32), torch.full((B,), 500), torch.randn(B, 77, config["cross_attention_dim"])
@@ -163,7 +185,7 @@ def main():
     def forward(f):
         return torch.no_grad()(f)
 
-    print(f"{args.size}, batch {B}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{args.size}, batch {B} but where told, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
     a = lambda: ours(x, t, text)  # noqa: E731
     if {"unet", "vae", "picture"} & set(args.only):
         beside_diffusers(args, config, ours, (x, t, text), step, forward)
@@ -175,8 +197,8 @@ def main():
         c = lambda: routed(x, t, text)  # noqa: E731
         print(f"{'':<44}{'routed':>11}{'plain':>11}")
         ratio("forward", forward(c), forward(a), args.runs)
-        whole, alone = ratio("forward and backward", step(c, routed), step(a, ours), args.runs), masks_alone(routed, c, args.runs)
-        print(f"{'the masks and their products alone':<44}{alone:>9.3f} s{'':>11}   of the plain step {alone / whole:.1%}", flush=True)
+        whole = ratio("forward and backward", step(c, routed), step(a, ours), args.runs)
+        share("the masks and their products alone", masks_alone(routed, c), whole, args.runs)
         if args.compile:
             fast, plain = (torch.compile(module, fullgraph=True) for module in (routed, ours))
             ratio("forward and backward, compiled", step(lambda: fast(x, t, text), routed), step(lambda: plain(x, t, text), ours), args.runs)
@@ -192,11 +214,112 @@ def main():
         print(f"{'':<44}{'upcycled':>11}{'dense':>11}")
         ratio("forward", forward(mixed), forward(a), args.runs)
         ratio("forward and backward", step(mixed, upcycled), step(a, ours), args.runs)
+        upcycled = None
+    ours.to(pick_device()).requires_grad_(True)
+    if "joint" in args.only:
+        joint_steps(args, ours, step)
+    if "step" in args.only:
+        whole_step(args, ours)
+
+
+def ready(B, width, device):
+    """A batch as the training step meets it: latents, noise, those of another picture, text states, timesteps."""
+    return *torch.randn(3, B, 4, 32, 32, device=device), torch.randn(B, 77, width, device=device), torch.full((B,), 500, device=device)
+
+
+def joint_steps(args, ours, step):
+    device, width, tiny = ours.conv_out.weight.device, ours.config["cross_attention_dim"], load_model(ASSETS / "tiny")
+    plain, B = train.Denoiser(ours, None, tiny.diffusion.to(device)), args.batch_size or {"tiny": 4}.get(args.size, 1)
+
+    def attached(task, head):
+        with torch.device("meta"):
+            unet = UNet(CONFIGS[args.size])
+        unet.load_state_dict(ours.state_dict(), assign=True)
+        model = replace(tiny, unet=unet.requires_grad_(True), index={})
+        joint.attach(model, task, head, "z", "vanishing")
+        return model, joint.Denoiser(model)
+
+    def against_plain(name, denoiser, known):
+        return ratio(name, step(lambda: denoiser(x0, known(), text, t, noise, None)[1], denoiser),
+                     step(lambda: plain(x0, None, text, t, noise, None)[1], plain), args.runs)
+
+    _, denoiser = attached("translate", "image")
+    x0, noise, E, text, t = ready(B, width, device)
+    known = dict(E=E[None], x={"source": E}, given=torch.ones(1, B, device=device))
+    print(f"{f'{device}, fp32, batch {B}':<44}{'joint':>11}{'plain':>11}")
+    whole = against_plain("translate: a picture and its source", denoiser, lambda: known)
+    # whole steps scatter by more than this: Eq. 6 on what the U-Net returned before. It holds the plain step's own loss too
+    with torch.no_grad():
+        prediction, features = denoiser.unet(x0, t, text, return_features=True)
+    returned = prediction.requires_grad_(), {name: feature.requires_grad_() for name, feature in features.items()}
+    share("aggregation, head and losses alone", step(lambda: joint_loss(
+        denoiser.diffusion, denoiser.aggregation, lambda z, t: returned, denoiser.heads, x0, t, noise, **known)[0], denoiser.heads), whole, args.runs)
+
+    model, denoiser = attached("label", "linear")
+    B = args.batch_size or 2 * B
+    x0, noise, _, text, t = ready(B, width, device)
+    names = torch.randn(len(joint.classes()), 77, width, device=device)
+    labels = torch.arange(B, device=device) * 5 // 8 % len(names)  # 8 emoji are of 5 classes on average; 2 here are of one, the most there is to save
+
+    def encode(numbers):
+        return joint.encoding(model, names.index_select(0, numbers), 32, 32)
+
+    print(f"{f'{device}, fp32, batch {B}':<44}{'joint':>11}{'plain':>11}")
+    encoders = {f"each class once, {len(labels.unique())} of {B}": lambda: each_class_once(encode, labels),
+                f"each sample, {B} of {B}": lambda: encode(labels)}
+    for name, encoded in encoders.items():
+        whole = against_plain(f"label: encodes {name}", denoiser, lambda: dict(
+            E=encoded()[None], x={"label": labels}, given=torch.ones(1, B, device=device)))
+        share("that encoding alone", encoded, whole, args.runs)
+
+
+def whole_step(args, ours):
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+    device, width, B = ours.conv_out.weight.device, ours.config["cross_attention_dim"], args.batch_size or {"tiny": 4}.get(args.size, 1)
+    x0, noise, _, text, t = ready(B, width, device)
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(**CONFIGS[args.size])
+    # Two U-Nets, each with its gradients, moments and average, would be 34 GB at SD 1.5's size. The time of a step does not depend on the values, so
+    # both train the same parameters (keep_vars), by turns, with the same moments and the same average
+    theirs.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
+    scheduler, average, params = DDPMScheduler(), EMAModel(theirs.parameters()), list(theirs.parameters())
+    denoiser = train.Denoiser(ours, None, Diffusion.from_config({"_class_name": "DDPMScheduler"}).to(device))
+    optimizer = torch.optim.AdamW(train.parameter_groups(denoiser, 0.01, 1e-4), lr=1e-4)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.01)
+    their_optimizer.state = optimizer.state
+
+    def our_step():
+        with autocast:
+            _, weighted = denoiser(x0, None, text, t, noise, None)
+            train.total_loss(weighted, 1, B).backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        if torch.isfinite(norm):
+            optimizer.step()
+            torch._foreach_lerp_(average.shadow_params, [p.detach() for p in params], 1 - 0.9999)
+        optimizer.zero_grad(set_to_none=True)
+
+    def their_step():
+        noisy = scheduler.add_noise(x0, noise, t)
+        with autocast:
+            prediction = theirs(noisy, t, text).sample
+        loss = F.mse_loss(prediction.float(), noise.float())
+        loss.item()  # they log every step's
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+        average.step(theirs.parameters())
+
+    print(f"{f'{device}, batch {B}':<44}{'ours':>11}{'diffusers':>11}")
+    for precision in ["fp32"] + ["bf16"] * (device.type == "cuda"):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        ratio(f"whole training step, AdamW, average, {precision}", our_step, their_step, args.runs)
 
 
 def beside_diffusers(args, config, ours, inputs, step, forward):
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    (x, t, text), B = inputs, args.batch_size
+    (x, t, text), B = inputs, args.batch_size or 1
     print(f"{'':<44}{'ours':>11}{'diffusers':>11}")
     if "unet" in args.only:
         with torch.device("meta"):
