@@ -40,6 +40,7 @@ def get_args():
     p.add_argument("--expert-width", type=float, help="the paper's G, as a share of the FFN's width; default 1/N")
     p.add_argument("--top-k", type=int, help="keep the k largest router weights; default all")
     p.add_argument("--full", action="store_true", help="train the whole upcycled U-Net, not only the paper's list")
+    p.add_argument("--train-text-encoder", action="store_true", help="which the paper freezes; the miniature's has read little, see README")
     p.add_argument("--routing", choices=MODES, help="dtr: each timestep sees its window of channels; random: the control. Default: none")
     p.add_argument("--alpha", type=float, default=4.0, help="of --routing: the window moves with t to this power (the paper: 4)")
     p.add_argument("--beta", type=float, default=0.8, help="of --routing: share of channels that a timestep sees (the paper: 0.8)")

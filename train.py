@@ -268,8 +268,13 @@ def train(args, tasks, device, rank, world):
     args.lr = args.lr or (1e-3 if miniature else 1e-4)
     args.steps = args.steps or (5000 if scratch else 200)
     args.sample_every = max(1, args.steps // 2) if args.sample_every is None else args.sample_every
-    for part in filter(None, [model.vae, model.text_encoder_2, None if scratch else model.text_encoder]):
+    if args.train_text_encoder and (len(model.texts) != 1 or args.t_range or tasks[0] in joint.SETTINGS):
+        raise UserError("--train-text-encoder is for models with one text encoder, and not for --t-range or the joint tasks")
+    trained = model.text_encoder if scratch or args.train_text_encoder else None
+    for part in filter(None, [model.vae, model.text_encoder_2, None if trained else model.text_encoder]):
         part.eval().requires_grad_(False)
+    if trained is not None:
+        trained.train()
     teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
     if args.projection:
         merge.add_projections(model.unet, args.projection)
@@ -277,7 +282,6 @@ def train(args, tasks, device, rank, world):
         name = model.unet.config["_class_name"]
         model.index |= {"_class_name": name.replace("UNet", "Pipeline")} | ({"unet": ["diffusers", name]} if "unet" in model.index else {})
     if model.heads is None:
-        trained = model.text_encoder if scratch else None
         denoiser = Denoiser(model.unet, trained, model.diffusion.to(device), args.loss_weight, teacher, args.consistency)
         encode, names = Encoder(model.vae), tasks
     else:
@@ -291,8 +295,8 @@ def train(args, tasks, device, rank, world):
         optimizer = ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW)
     else:
         optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
-    trained, frozen = (sum(p.numel() for p in group) for group in (params.values(), [p for p in model.unet.parameters() if not p.requires_grad]))
-    print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, on {world} x {device}")
+    trains, frozen = (sum(p.numel() for p in group) for group in (params.values(), [p for p in model.unet.parameters() if not p.requires_grad]))
+    print0(f"{trains:,} parameters train, {frozen:,} of the U-Net are frozen, on {world} x {device}")
 
     # Data
     if args.loss_weight == "v" and model.scheduler.get("prediction_type") == "v_prediction":
@@ -417,7 +421,7 @@ def train(args, tasks, device, rank, world):
                 write_json(out / "arguments.json", vars(args))
                 with averaged(params, ema):
                     whole = replace(model, unet=merge.fold_projections(model.unet)) if args.projection == "convolutions" else model
-                    whole.save(out, frozen_too=scratch or not saved)  # what does not train, once per start
+                    whole.save(out, frozen_too=trained is not None or not saved)  # what does not train, once per start
                 saved = True
                 scalars = dict(step=done, before=before, skipped=skipped, in_a_row=in_a_row, settings=settings)
                 save_state(state, params, ema, optimizer, scalars)  # last: what it counts is there
