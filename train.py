@@ -24,6 +24,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import adm
+import cache
 import clip
 import data
 import joint
@@ -59,6 +60,7 @@ def get_args():
     p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch, but for t2i, see adm.CONFIGS; default adm-tiny")
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
     p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
+    p.add_argument("--cache", help="folder for latents and text states of --data, made where it is missing: nothing is then encoded twice")
     p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
     p.add_argument("--steps", type=int, help="default 200 for the miniature upcycled, 5000 from scratch; the paper: 100 epochs")
     p.add_argument("--batch-size", type=int, default=32, help="global, a multiple of the number of tasks (the paper: 128)")
@@ -199,17 +201,23 @@ def total_loss(losses, num_tasks, batch_size):
     return losses.sum() * num_tasks / batch_size
 
 
-def open_data(args, model, tasks):
-    """-> the training examples, the held-out data sets per task, fixed examples of these."""
+def open_data(args, model, tasks, encode, rank=0, world=1):
+    """-> the training examples, the held-out data sets per task (of pictures, for grids), fixed examples of these. With --cache examples hold
+    moments in the place of pictures, and encode.texts is set."""
     if not args.data and model.native_size != 64 and model.texts:
         raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
     size, side = model.native_size, model.unet.config["sample_size"]
     builtin = data.builtin if model.heads is None else joint.Pictures
     train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else builtin(task, split, size)
                         for task in tasks} for split in ("train", "heldout"))
+    measured = held_out
+    if args.cache:
+        kept = cache.open_cache(args, model, [*train.values(), *held_out.values()], rank, world)
+        train, measured = kept.applied(train), kept.applied(held_out)
+        encode.texts = kept.states if kept.texts else None
     examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (model.vae.config["latent_channels"], side, side),
                         args.t_range, args.p_global, args.antithetic, model.heads and {tasks[0]: (0, 0, args.drop)})
-    return examples, held_out, list(examples.held_out(held_out, args.eval_size))
+    return examples, held_out, list(examples.held_out(measured, args.eval_size))
 
 
 def decouple(args, tasks, device, rank, world):
@@ -226,9 +234,9 @@ def decouple(args, tasks, device, rank, world):
         train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world)
     if rank > 0:
         return
-    fixed = open_data(args, model, tasks)[2]
-    part, searched = np.array([e["t"] for e in fixed]) * N // T, np.arange(len(fixed)) // len(tasks) % 2 == 0
     denoiser, encode = Denoiser(model.unet, None, model.diffusion.to(device)), Encoder(model.vae)
+    fixed = open_data(args, model, tasks, encode)[2]
+    part, searched = np.array([e["t"] for e in fixed]) * N // T, np.arange(len(fixed)) // len(tasks) % 2 == 0
     base = {key: value.cpu().clone() for key, value in model.unet.state_dict().items()}
     tuned = [load_model(folder) for folder in copies]
     vectors = [merge.task_vector(base, one.unet.state_dict()) for one in tuned]
@@ -293,6 +301,8 @@ def train(args, tasks, device, rank, world):
                         "--device-batch-size")
     if args.t_range is None and (args.projection or args.antithetic) or not 0 <= args.consistency < float("inf"):
         raise UserError(f"--projection and --antithetic go with --t-range, and --consistency {args.consistency} is at least 0")
+    if args.cache and not args.data:
+        raise UserError("--cache goes with --data: the built-in pictures are drawn anew each time")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -332,13 +342,13 @@ def train(args, tasks, device, rank, world):
     # Data
     if args.loss_weight == "v" and model.scheduler.get("prediction_type") == "v_prediction":
         raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} predicts v already")
-    examples, held_out, fixed = open_data(args, model, tasks)
+    examples, held_out, fixed = open_data(args, model, tasks, encode, rank, world)
 
     # Resume
     out, start, before, skipped, in_a_row = Path(args.out), 0, None, 0, 0
     state = out / "state" / "state.safetensors"
     settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
-        "out", "device", "device_batch_size", "workers", "compile", "gradient_checkpointing", "save_every", "sample_every", "log_every",
+        "out", "device", "device_batch_size", "workers", "cache", "compile", "gradient_checkpointing", "save_every", "sample_every", "log_every",
         "eval_every")}
     for key in ("model", "vae", "data"):  # the same folder under another name, or after the checkout moved, is the same
         if settings[key] and Path(settings[key]).exists():
