@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import cache
 import clip
 import data
+import train
 import vae
 from conftest import ROOT, called
 from data import ASSETS
@@ -224,10 +225,30 @@ def test_texts_are_left_out_where_their_encoder_trains(own):
     assert own.open().texts == {} and sorted(f.name for f in own.cache.iterdir()) == ["cache.json", "latents-00000.safetensors"]
 
 
+def test_grids_are_drawn_from_pictures(own):
+    args = SimpleNamespace(data=own.data, cache=own.cache, workers=0, batch_size=6, seed=0, t_range=None, p_global=0.0, antithetic=False, eval_size=2,
+                           model="tiny")
+    encode = data.Encoder(own.model.vae)
+    examples, held_out, fixed = train.open_data(args, own.model, ["edit", "sr", "t2i"], encode)
+    assert all(dataset[0]["target"].shape == (3, 64, 64) for dataset in held_out.values()) and encode.texts is not None
+    assert all(example["target"].shape == (2, 4, 16, 16) for example in (*fixed, *(examples[i] for i in range(6))))
+
+
+def test_a_network_on_pixels_keeps_those(pictures, tmp_path):
+    """It has neither texts nor an autoencoder, whose variance is then none."""
+    for name, words in (("plain", []), ("cached", ["--cache", tmp_path / "cache"])):
+        done = run(tmp_path / name, "--data", pictures, "--task", "uncond", "--model", "scratch", "--steps", 1, *words)
+        assert done.returncode == 0, done.stderr
+    a, b = (log(tmp_path / name)[0]["loss"]["uncond"] for name in ("plain", "cached"))
+    assert abs(b / a - 1) < 5e-4
+
+
 @pytest.mark.parametrize("name", ["latents-00000.safetensors", "texts-00000.safetensors", "cache.json"])
 def test_a_file_that_is_cut_short_is_named(own, pictures, tmp_path, name):
     file = own.cache / name
     file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=name):  # before anything is read from it
+        own.open()
     done = run(tmp_path / "run", "--data", own.data, "--cache", own.cache)
     assert done.returncode == 2 and str(file) in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
