@@ -74,19 +74,21 @@ class Encoder:
 
     def __init__(self, vae, limit=256 * 2 ** 20):
         self.vae, self.kept, self.limit = vae, {}, limit
+        self.texts = None  # in the place of Model.encode_text, where its states come from a cache
 
     @torch.no_grad()
     def moments(self, pictures, device, together=4):
-        """Always `together` at a time, so that a picture's latent does not depend on what else is kept: fp32 sums differ with the shape."""
-        keys = [hash(p.numpy().tobytes()) for p in pictures]
-        new = {key: p for key, p in zip(keys, pictures) if key not in self.kept}
+        """Pictures (3, H, W), or what a cache has of them (2, 4, h, w), also mixed -> mean, logvar (B, 4, h, w). Always `together` at a time,
+        so that a picture's latent does not depend on what else is kept: fp32 sums differ with the shape."""
+        keys = [hash(p.numpy().tobytes()) if p.dim() == 3 else None for p in pictures]
+        new = {key: p for key, p in zip(keys, pictures) if key is not None and key not in self.kept}
         encoded = {}
         for i in range(0, len(new), together):
             some = list(new.items())[i:i + together]
             some += some[-1:] * (together - len(some))
             mean, logvar = self.vae.encode(torch.stack([p for _, p in some]).to(device))
             encoded.update(zip([key for key, _ in some], torch.stack([mean, logvar], dim=1).float().cpu()))  # (2, 4, h, w) each
-        out = torch.stack([encoded[k] if k in encoded else self.kept[k] for k in keys]).to(device)
+        out = torch.stack([p if k is None else encoded[k] if k in encoded else self.kept[k] for k, p in zip(keys, pictures)]).to(device)
         if len(self.kept) * out[0].nbytes < self.limit:
             self.kept.update(encoded)
         return out[:, 0], out[:, 1]
@@ -431,6 +433,8 @@ class Folder(torch.utils.data.Dataset):
 
     def __init__(self, root, task, split, size):
         self.task, self.size, self.root = task, size, Path(root) / task if (Path(root) / task).is_dir() else Path(root)
+        self.columns = ["file_name"] + ["text"] * (TASKS[task].prompt != "empty") + ["source_file_name"] * (task in ("edit", "inpaint"))
+        self.cached = None  # path -> moments (2, C, h, w), which an example then holds in the place of pictures; sr degrades its source anew
         path = self.root / "metadata.jsonl"
         if not path.is_file():
             raise UserError(f"no {path}: --data wants a folder with pictures and a metadata.jsonl, or one such folder per task, "
@@ -448,12 +452,11 @@ class Folder(torch.utils.data.Dataset):
                 str(row).encode()  # half a surrogate pair is no text
             except ValueError as error:
                 raise UserError(f"{path} line {number} is not JSON ({error})") from None
-            wanted = ["file_name"] + ["text"] * (TASKS[task].prompt != "empty") + ["source_file_name"] * (task in ("edit", "inpaint"))
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in wanted):
-                raise UserError(f"{path} line {number}: {task} needs {', '.join(wanted)}, as text")
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in self.columns):
+                raise UserError(f"{path} line {number}: {task} needs {', '.join(self.columns)}, as text")
             if row.get("split", "train") not in ("train", "heldout"):
                 raise UserError(f'{path} line {number}: "split" is "train" or "heldout"')
-            if missing := [row[key] for key in wanted if key != "text" and not (self.root / row[key]).is_file()]:
+            if missing := [row[key] for key in self.columns if key != "text" and not (self.root / row[key]).is_file()]:
                 raise UserError(f"{path} line {number}: no picture at {self.root / missing[0]}")
             rows.append(row)
         by_name = not any("split" in row for row in rows)
@@ -468,17 +471,20 @@ class Folder(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.get(i, np.random.default_rng((len(self), i)))
 
-    def _picture(self, name):
+    def _read(self, name, picture=None):
+        return self.cached(self.root / name) if self.cached else to_tensor(picture or self.picture(name))
+
+    def picture(self, name):
         picture = on_white(open_image(self.root / name))
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         return picture.crop((left, top, left + side, top + side)).resize((self.size, self.size), Image.LANCZOS)
 
     def get(self, i, rng):
-        row, example = self.items[i], {}
-        target = self._picture(row["file_name"])
+        row, example, picture = self.items[i], {}, None
         if self.task == "sr":
-            example["source"] = to_tensor(degrade(target, rng))
-        elif TASKS[self.task].source:
-            example["source"] = to_tensor(self._picture(row["source_file_name"]))
-        return dict(prompt="" if TASKS[self.task].prompt == "empty" else row["text"], target=to_tensor(target), **example)
+            picture = self.picture(row["file_name"])
+            example["source"] = to_tensor(degrade(picture, rng))
+        elif "source_file_name" in self.columns:
+            example["source"] = self._read(row["source_file_name"])
+        return dict(prompt=row["text"] if "text" in self.columns else "", target=self._read(row["file_name"], picture), **example)

@@ -65,7 +65,7 @@ def per_sample_loss(denoiser, encode, model, batch, device):
     x0, source = encode(batch, device)
     rows = torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
     trains, prompts = model.text_encoder is not None and model.text_encoder.training, batch["prompt"]
-    text, pooled = (model.tokenizer(prompts).to(device), None) if trains else model.encode_text(prompts)
+    text, pooled = (model.tokenizer(prompts).to(device), None) if trains else (encode.texts or model.encode_text)(prompts)
     added = model.added(pooled, *[model.native_size] * 2)
     return denoiser(x0, source, text, batch["t"].to(device), batch["noise"].to(device), rows, added)
 

@@ -25,6 +25,7 @@ def get_args():
     p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch, but for t2i, see adm.CONFIGS; default adm-tiny")
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
     p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
+    p.add_argument("--cache", help="folder for latents and text states of --data, made where it is missing: nothing is then encoded twice")
     p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
     p.add_argument("--steps", type=int, help="default 200 for the miniature upcycled, 5000 from scratch; the paper: 100 epochs")
     p.add_argument("--batch-size", type=int, default=32, help="global, a multiple of the number of tasks (the paper: 128)")
@@ -86,3 +87,5 @@ def check(args):
                         f"--workers {args.workers}, --eval-every {args.eval_every}, --save-every {args.save_every} and --seed {args.seed} at least 0")
     if args.t_range is None and (args.projection or args.antithetic) or not 0 <= args.consistency < float("inf"):
         raise UserError(f"--projection and --antithetic go with --t-range, and --consistency {args.consistency} is at least 0")
+    if args.cache and not args.data:
+        raise UserError("--cache goes with --data: the built-in pictures are drawn anew each time")

@@ -25,6 +25,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import adm
+import cache
 import clip
 import data
 import joint
@@ -149,17 +150,23 @@ def total_loss(losses, num_tasks, batch_size):
     return losses.sum() * num_tasks / batch_size
 
 
-def open_data(args, model, tasks):
-    """-> the training examples, the held-out data sets per task, fixed examples of these."""
+def open_data(args, model, tasks, encode, rank=0, world=1):
+    """-> the training examples, the held-out data sets per task (of pictures, for grids), fixed examples of these. With --cache examples hold
+    moments in the place of pictures, and encode.texts is set."""
     if not args.data and model.native_size != 64 and model.texts:
         raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
     size, side = model.native_size, model.unet.config["sample_size"]
     builtin = data.builtin if model.heads is None else joint.Pictures
     train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else builtin(task, split, size)
                         for task in tasks} for split in ("train", "heldout"))
+    measured = held_out
+    if args.cache:
+        kept = cache.open_cache(args, model, [*train.values(), *held_out.values()], rank, world)
+        train, measured = kept.applied(train), kept.applied(held_out)
+        encode.texts = kept.states if kept.texts else None
     examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (model.vae.config["latent_channels"], side, side),
                         args.t_range, args.p_global, args.antithetic, model.heads and {tasks[0]: (0, 0, args.drop)})
-    return examples, held_out, list(examples.held_out(held_out, args.eval_size))
+    return examples, held_out, list(examples.held_out(measured, args.eval_size))
 
 
 def decouple(args, tasks, device, rank, world):
@@ -176,9 +183,9 @@ def decouple(args, tasks, device, rank, world):
         train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world)
     if rank > 0:
         return
-    fixed = open_data(args, model, tasks)[2]
-    part, searched = np.array([e["t"] for e in fixed]) * N // T, np.arange(len(fixed)) // len(tasks) % 2 == 0
     denoiser, encode = Denoiser(model.unet, None, model.diffusion.to(device)), Encoder(model.vae)
+    fixed = open_data(args, model, tasks, encode)[2]
+    part, searched = np.array([e["t"] for e in fixed]) * N // T, np.arange(len(fixed)) // len(tasks) % 2 == 0
     base = {key: value.cpu().clone() for key, value in model.unet.state_dict().items()}
     tuned = [load_model(folder) for folder in copies]
     vectors = [merge.task_vector(base, one.unet.state_dict()) for one in tuned]
@@ -301,14 +308,14 @@ def train(args, tasks, device, rank, world):
     # Data
     if args.loss_weight == "v" and model.scheduler.get("prediction_type") == "v_prediction":
         raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} predicts v already")
-    examples, held_out, fixed = open_data(args, model, tasks)
+    examples, held_out, fixed = open_data(args, model, tasks, encode, rank, world)
 
     # Resume
     out, start, before, skipped, in_a_row = Path(args.out), 0, None, 0, 0
     state = out / "state" / "state.safetensors"
     settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
-        "out", "device", "device_batch_size", "workers", "compile", "gradient_checkpointing", "save_every", "sample_every", "log_every",
-        "eval_every", "zero", "tensorboard", "bench", "preset")}
+        "out", "device", "device_batch_size", "workers", "cache", "compile", "gradient_checkpointing", "save_every", "sample_every",
+        "log_every", "eval_every", "zero", "tensorboard", "bench", "preset")}
     for key in ("model", "vae", "data"):  # the same folder under another name, or after the checkout moved, is the same
         if settings[key] and Path(settings[key]).exists():
             path = Path(settings[key]).resolve()
