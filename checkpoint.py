@@ -5,6 +5,7 @@ state of random generators to keep.
 """
 import contextlib
 import json
+import os
 import signal
 
 import torch
@@ -43,6 +44,16 @@ def stoppable():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def restart_store():
+    """The store where torchrun's processes find each other. On one machine torchrun's own outlives a restart, with the addresses of the dead in it
+    (pytorch issue 135712): each start gets names of its own. None, torch's choice, elsewhere."""
+    told = os.environ
+    if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told["LOCAL_WORLD_SIZE"] != told["WORLD_SIZE"]:
+        return None
+    store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"start-{told['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def any_rank(told, device):

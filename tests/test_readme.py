@@ -24,7 +24,7 @@ def runnable(command):
     words = shlex.split(command, comments=True)
     model = words[words.index("--model") + 1] if "--model" in words else ""
     local = "/" not in model or model.startswith(("assets/", "runs/"))
-    return bool(words) and words[0] in ("python", "torchrun", "cp") and "pytest" not in words and local
+    return bool(words) and words[0] in ("python", "torchrun", "cp") and not {"pytest", "--preset"} & set(words) and local
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,12 @@
 """The loop: every task in every batch, exact resume, ranks and accumulation, bad input."""
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +107,19 @@ def test_full_trains_the_whole_network_and_keeps_the_papers_layout(straight, tmp
     before, after = weights(straight[0]), weights(tmp_path / "full")
     assert before.keys() == after.keys()
     assert [k for k in before if torch.equal(before[k], after[k])] == []
+
+
+def test_the_text_encoder_trains_where_asked(straight, tmp_path):
+    def states(folder):
+        return load_file(folder / "text_encoder" / "model.safetensors")
+    run(tmp_path / "a", "--task", "all", "--steps", 1, "--train-text-encoder")
+    before, after, frozen = states(ASSETS / "tiny"), states(tmp_path / "a"), states(straight[0])
+    assert all(torch.equal(before[key].float(), frozen[key].float()) for key in before)
+    changed = {key for key in before if not torch.equal(before[key].float(), after[key])}
+    assert changed == {key for key in before if "position_ids" not in key}
+    for other in (["--task", "t2i", "--t-range", 0, 500], ["--task", "label"]):
+        done = run(tmp_path / "b", *other, "--train-text-encoder", check=False)
+        assert done.returncode == 2 and "--train-text-encoder" in done.stderr
 
 
 def test_held_out_means_per_task_and_range_of_timesteps():
@@ -253,6 +269,26 @@ def test_accumulation_and_two_ranks_change_only_rounding(straight, tmp_path):
     for name in ("micro", "ranks"):
         for a, b in zip(log(straight[0]), log(tmp_path / name)):
             assert all(abs(a["loss"][t] - b["loss"][t]) < 1e-3 * a["loss"][t] for t in ALL) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-2
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds a process's children in /proc")
+def test_a_run_of_which_a_process_dies_is_brought_back(straight, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc_per_node", "2"]
+    going = subprocess.Popen([*launch, "train.py", *QUICK, "--out", tmp_path / "a", "--task", "all", "--steps", "4"], cwd=ROOT, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        while going.poll() is None and not (tmp_path / "a" / "state" / "state.safetensors").exists():
+            time.sleep(0.05)
+        children = [int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat")
+                    if stat.read_text().rpartition(")")[2].split()[1] == str(going.pid)]
+        os.kill(max(children), signal.SIGKILL)
+        _, told = going.communicate(timeout=120)
+    finally:
+        going.kill()
+    assert going.returncode == 0 and "exitcode: -9" in told, told[-3000:]
+    assert [row["step"] for row in log(tmp_path / "a")] == [1, 2, 3, 4]
+    for a, b in zip(log(straight[0]), log(tmp_path / "a")):
+        assert all(abs(a["loss"][t] - b["loss"][t]) < 1e-3 * a["loss"][t] for t in ALL)
 
 
 def test_a_batch_is_a_function_of_seed_step_and_index():

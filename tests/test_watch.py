@@ -77,7 +77,7 @@ def test_bench_prints_the_speed_and_leaves_nothing(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = called("train.py", "--bench", "--task", task, "--batch-size", 2, "--steps", 3)
     assert done.returncode == 0 and " images/s; " in done.stdout and "saved in" not in done.stdout and not list(tmp_path.iterdir())
-    assert called("train.py", "--bench", "--steps", 2).returncode == 2
+    assert called("train.py", "--bench", "--decouple", 2).returncode == 2
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
