@@ -103,10 +103,13 @@ def load_state(path, params, ema, optimizer, settings):
             for name, p in params.items():
                 p.data.copy_(f.get_tensor(f"param/{name}").view_as(p))
                 ema[name].copy_(f.get_tensor(f"ema/{name}").view_as(p))
-            moments = {i: {k: f.get_tensor(f"adam/{k}/{name}").view(params[name].shape if k != "step" else ())
-                           for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in keys} for name, i in indices(params, optimizer).items()}
+            moments = {}
+            for name, i in indices(params, optimizer).items():
+                shapes = dict(step=(), exp_avg=params[name].shape, exp_avg_sq=params[name].shape)
+                if f"adam/step/{name}" in keys:
+                    moments[i] = {key: f.get_tensor(f"adam/{key}/{name}").view(shape) for key, shape in shapes.items()}
             groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
-            optimizer.load_state_dict(dict(state={i: state for i, state in moments.items() if state}, param_groups=groups))
+            optimizer.load_state_dict(dict(state=moments, param_groups=groups))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
     return scalars

@@ -239,11 +239,11 @@ def bench(args, tasks, device, rank, world):
                                                      eval_size=1)), tasks, device, rank, world)
         if rank == 0:
             rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-            rows = rows[1:] or rows
-            mean = {key: np.mean([row[key] for row in rows]) for key in ("images_per_s", "tflops", "data_share") if rows[0][key] is not None}
-            mfu = f"{100 * np.mean([row['mfu'] for row in rows]):.1f} %" if rows[0]["mfu"] is not None else "not known, for want of this device's peak"
-            print(f"{mean['images_per_s']:.2f} images/s; U-Net, forward and backward, {mean['tflops']:.3f} TFLOP/s, MFU {mfu} (what counts: watch.py); "
-                  f"waiting for data {100 * mean['data_share']:.1f} % of the time; peak memory {rows[-1]['memory_gb'] or float('nan'):.2f} GB")
+            speed, tflops, waited, mfu = (np.mean([row[key] or np.nan for row in rows[1:] or rows])
+                                          for key in ("images_per_s", "tflops", "data_share", "mfu"))
+            print(f"{speed:.2f} images/s; U-Net, forward and backward, {tflops:.3f} TFLOP/s a device (watch.py tells what counts), MFU "
+                  f"{'unknown, for want of its peak' if np.isnan(mfu) else f'{100 * mfu:.1f} %'}; waiting for data {100 * waited:.1f} % of the time; "
+                  f"peak memory {rows[-1]['memory_gb'] or np.nan:.2f} GB")
 
 
 def train(args, tasks, device, rank, world):
