@@ -204,7 +204,7 @@ def compare_deme(args, out, n=4):
     base, tuning = DEME[args.what]
 
     def run(seed):
-        common = ["--seed", str(seed), "--sample-every", "0", "--eval-size", str(args.eval_size)]
+        common = ["--seed", str(seed), "--sample-every", "0", "--eval-size", str(args.eval_size), "--precision", args.precision]
         model, found = base, {}
         if base.startswith("--"):
             model = out / f"base-{seed}"
@@ -295,6 +295,7 @@ def main():
     parser.add_argument("--eval-size", type=int, default=256,
                         help="held-out examples, each with its own noise and timestep; of gradients: training examples a side")
     parser.add_argument("--model", default=str(data.ASSETS / "tiny"), help="of gradients: a 64 x 64 text-to-image model")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the CPU's cores")
     parser.add_argument("--out", help="folder for the runs, the table and the curve; default runs/compare-WHAT")
     args = parser.parse_args()
@@ -308,7 +309,8 @@ def main():
 
     def run(arm, seed):
         options = shlex.split(ARMS[args.what][arm]) + ["--steps", str(args.steps), "--eval-every", str(every), "--seed", str(seed),
-                                                       "--sample-every", "0", "--save-every", str(every), "--eval-size", str(args.eval_size)]
+                                                       "--sample-every", "0", "--save-every", str(every), "--eval-size", str(args.eval_size),
+                                                       "--precision", args.precision]
         folder = folder_of(out, arm, seed)
         rows = train(options, folder, args.jobs)
         if not rows:
