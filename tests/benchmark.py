@@ -6,6 +6,7 @@
     python tests/benchmark.py --size sd15 --runs 3 --only joint
     python tests/benchmark.py --size sdxl --only memory
     python tests/benchmark.py --size sd15 --only merge
+    python tests/benchmark.py --size sd15 --runs 3 --only cache
 
 Rows: forward; forward and backward with all weights training (ours against diffusers' UNet2DConditionModel with the same weights, random);
 the autoencoder likewise; a whole picture of assets/tiny in 20 guided steps against diffusers' pipeline; the U-Net upcycled to four experts
@@ -20,7 +21,8 @@ average; on a GPU also under bf16 autocast. It needs 19 GB of memory at SD 1.5's
 
 memory: the peak while one guided picture of the model's own size is drawn in bf16, of CUDA's memory, or of the process on CPU above what it
 held before the weights. merge: four copies of the U-Net's file in fp32 merged into the fifth, beside reading the five and writing one, and the
-peak memory; it needs six files' room in the folder.
+peak memory; it needs six files' room in the folder. cache: forward and backward of the upcycled U-Net in the task edit at the model's own size,
+with the frozen encoders' work before it (two pictures, a text), which train.py --cache does once, against without.
 """
 import argparse
 import os
@@ -51,7 +53,7 @@ from unet import CONFIGS, UNet  # noqa: E402
 from vae import CONFIGS as VAE_CONFIGS, VAE  # noqa: E402
 
 
-PARTS = ("unet", "vae", "picture", "routed", "upcycled", "joint")  # step, memory and merge where they are asked for
+PARTS = ("unet", "vae", "picture", "routed", "upcycled", "joint")  # step, memory, merge and cache where they are asked for
 
 
 def seconds(f):
@@ -112,25 +114,54 @@ def peak_memory(device, reset=False):
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
-def memory(size):
-    device, tiny, vocabulary = pick_device(), load_model(ASSETS / "tiny"), dict(vocab_size=49408)
-    peak_memory(device, reset=True)
-    before, text = peak_memory(device), {"tiny": ["tiny"], "sd15": ["clip_l"], "sdxl": ["clip_l", "clip_bigg"]}[size]
+def whole_model(size, device, dtype):
+    """All parts at their released sizes, with random weights and the miniature's tokenizer."""
+    tiny, vocabulary = load_model(ASSETS / "tiny"), dict(vocab_size=49408)
+    text = {"tiny": ["tiny"], "sd15": ["clip_l"], "sdxl": ["clip_l", "clip_bigg"]}
     with torch.device("meta"):
-        parts = [UNet(CONFIGS[size]), VAE(VAE_CONFIGS[size]), *[clip.CLIPText(clip.CONFIGS[name] | vocabulary) for name in text]]
+        parts = [UNet(CONFIGS[size]), VAE(VAE_CONFIGS[size]), *[clip.CLIPText(clip.CONFIGS[name] | vocabulary) for name in text[size]]]
     for part in parts:
-        part.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+        part.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for p in part.parameters():
             p.normal_(std=0.02)
     unet, vae, *encoders = parts
     second = [part for encoder in encoders[1:] for part in (encoder, tiny.tokenizer)]
-    model = Model(unet, vae, encoders[0], tiny.tokenizer, tiny.scheduler, {}, *second)
+    return Model(unet, vae, encoders[0], tiny.tokenizer, tiny.scheduler, {}, *second)
+
+
+def memory(size):
+    device = pick_device()
+    peak_memory(device, reset=True)
+    before, model = peak_memory(device), whole_model(size, device, torch.bfloat16)
+    parts = [model.unet, model.vae, *[encoder for _, encoder in model.texts]]
     weights = sum(p.nbytes for part in parts for p in part.parameters()) / 1e9
     print(f"{size}, one picture of {model.native_size} x {model.native_size}, bf16, {device}: weights {weights:.2f} GB", flush=True)
     for low in (False, True):
         peak_memory(device, reset=True)
         generate(model, "t2i", ["pizza"], guidance=7.5, steps=1, low_memory=low)
         print(f"peak {'with --low-memory' if low else '':<20}{peak_memory(device) - before:>6.2f} GB", flush=True)
+
+
+def cached(size, runs):
+    device = pick_device()
+    model, bf16 = whole_model(size, device, torch.float32), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    unet, side, task = moe.upcycle(model.unet), model.unet.config["sample_size"], torch.ones(1, dtype=torch.long, device=device)  # edit
+    pictures = torch.rand(2, 3, model.native_size, model.native_size, device=device) * 2 - 1
+    x, t, (context, pooled) = torch.randn(1, 8, side, side, device=device), torch.full((1,), 500, device=device), model.encode_text(["make it snow"])
+
+    @torch.no_grad()
+    def encode():
+        with bf16:
+            model.vae.encode(pictures[:1]), model.vae.encode(pictures[1:])
+            model.encode_text(["make it snow"])
+
+    def step():
+        with bf16:
+            unet(x, t, context, task=task, added=model.added(pooled, *[model.native_size] * 2)).square().mean().backward()
+        unet.zero_grad(set_to_none=True)
+
+    print(f"{f'{size}, {model.native_size} x {model.native_size}, {device}':<44}{'encodes':>11}{'from cache':>11}")
+    ratio("training step of edit, upcycled U-Net", lambda: (encode(), step()), step, runs)
 
 
 def merging(size):
@@ -166,9 +197,11 @@ def main():
     parser.add_argument("--size", choices=("tiny", "sd15", "sdxl"), default="sd15")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, help="default 1; of tiny's step and joint 4, of joint's labels twice as many")
-    parser.add_argument("--only", nargs="+", choices=(*PARTS, "step", "memory", "merge"), default=PARTS, help="groups of rows")
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "step", "memory", "merge", "cache"), default=PARTS, help="groups of rows")
     parser.add_argument("--compile", action="store_true", help="routed: also the training step under torch.compile")
     args = parser.parse_args()
+    if args.only == ["cache"]:
+        return cached(args.size, args.runs)
     if args.only in (["memory"], ["merge"]):
         return {"memory": memory, "merge": merging}[args.only[0]](args.size)
     config, B = CONFIGS[args.size], args.batch_size or 1
