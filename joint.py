@@ -3,7 +3,8 @@
     task        z_0                              x, as --given names it                  E(x)
     translate   Twitter's drawing of an emoji    source: Google's                        x itself, as latents of the frozen VAE
     masked      a picture                        masked: it with square patches zero     x itself, as latents or pixels
-    label       a picture                        label: its category                     the U-Net, by cross-attention on the category's name
+    label       a picture                        label: its category                     the U-Net, by cross-attention on the category's name;
+                                                                                         on pixels, by its class embedding
     repr        a picture                        repr: its caption's text vector         the U-Net, by cross-attention on it as one token
 
 The equations, heads and encoders are aggregation.py's; here one x a task. The network sees no text: its context is that of "". What is measured
@@ -141,8 +142,10 @@ def attach(model, task, head, input, schedule):
         return
     if model.tasks not in (["t2i"], ["uncond"]):
         raise UserError(f"{task} starts from a model that draws from text or from nothing, not one for {', '.join(model.tasks)}")
-    if task in ("label", "repr") and not model.texts:
-        raise UserError(f"{task} enters by cross-attention: it needs a model with a text encoder, and this one draws pixels")
+    if task == "repr" and not model.texts:
+        raise UserError("repr enters by cross-attention: it needs a model with a text encoder, and this one draws pixels")
+    if task == "label" and not model.texts and model.unet.config["num_class_embeds"] != len(classes()) + 1:
+        raise UserError("label enters a model on pixels by its class embedding, which this one lacks or has for other classes: --model scratch")
     if task == "repr" and vectors(model, [""]).shape[1] != asked["width"]:
         raise UserError("repr enters by cross-attention as one token: it needs a text encoder whose pooled state is as wide as that takes")
     if input == "x":
@@ -168,8 +171,11 @@ def fits(model):
 
 
 def network(unet, context, added, x=None):
-    """-> (z_t (B, C, h, w), t (B,)) -> prediction, features. x: what goes in beside z_t."""
+    """-> (z_t (B, C, h, w), t (B,)) -> prediction, features. x: what goes in beside z_t. Of a class embedding, z_t meets the last row: no class."""
     def predict(z, t):
+        nonlocal added
+        if getattr(unet, "class_embedding", None) is not None:
+            added = dict(class_labels=torch.full((len(z),), unet.config["num_class_embeds"] - 1, device=z.device))
         z = z if x is None else torch.cat([z, x.to(z.dtype)], dim=1)
         return unet(z.to(unet.conv_out.weight.dtype), t, context, added=added, return_features=True)
     return predict
@@ -190,7 +196,11 @@ def encoding(model, context, h, w, pooled=None):
 
 
 def class_encoder(model, h, w):
-    """-> encode(numbers of classes (n,)) -> E (n, C, h, w), from the text states of their names, which are computed once."""
+    """-> encode(numbers of classes (n,)) -> E (n, C, h, w), from the text states of their names, which are computed once; on pixels from rows
+    of the class embedding, which stay as they were made: the encoder passes no gradient on."""
+    if not model.texts:
+        C, weight = model.vae.config["latent_channels"], model.unet.conv_out.weight
+        return lambda numbers: unet_encoding(model.unet, weight.new_empty(len(numbers), C, h, w), added={"class_labels": numbers}).float()
     context, pooled = model.encode_text(model.index["joint"]["classes"])
 
     def encode(numbers):

@@ -20,7 +20,7 @@ PRESETS = {
 def get_args():
     p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--task", default="all", help=f"all ({', '.join(ALL)}), one or several of them; or one of uncond, {', '.join(joint.SETTINGS)}")
-    p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond, translate, masked)")
+    p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond, translate, masked, label)")
     p.add_argument("--preset", choices=tuple(PRESETS), help="a paper's recipe as the defaults of the other options, see PRESETS")
     p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch, but for t2i, see adm.CONFIGS; default adm-tiny")
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")

@@ -225,10 +225,11 @@ def load_pixels(path_or_hub_id, index, dtype=torch.float32):
     model, c = Model(unet, Pixels(unet.config["sample_size"]), None, None, scheduler, index, heads=heads), unet.config
     T = model.diffusion.T
     learned = scheduler.get("variance_type") == "learned_range"
+    classes = heads.config["modalities"].get("label", {}).get("classes") if heads else None
     for fits, parts in ((c["sample_size"] is not None, "sample_size, which is null"),
                         (c["in_channels"] == 3 or heads and c["in_channels"] == 6, f"in_channels = {c['in_channels']}: 3 are"),
                         (c["out_channels"] == 3 * (1 + learned), f"out_channels = {c['out_channels']}: 3 are, 6 with variance_type learned_range"),
-                        (c["num_class_embeds"] is None, "num_class_embeds: no command gives classes"),
+                        (c["num_class_embeds"] == (classes and classes + 1), "num_class_embeds: only the task label gives classes, and none"),
                         (c.get("routing", {}).get("num_steps", T) == T, "routing for another num_train_timesteps"),
                         (joint.fits(model), "heads, which are not those of model_index.json's joint task")):
         if not fits:

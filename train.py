@@ -95,7 +95,7 @@ def build_model(args, tasks):
         if not (tasks == ["t2i"] or pixels) or args.t_range:
             raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result; or uncond")
         if pixels:
-            config = adm.CONFIGS[args.unet or "adm-tiny"] | dict(num_class_embeds=None)
+            config = adm.CONFIGS[args.unet or "adm-tiny"] | dict(num_class_embeds=len(joint.classes()) + 1 if tasks == ["label"] else None)
             scheduler = ADM_SCHEDULER | ({} if config.get("out_channels") == 6 else dict(variance_type="fixed_large"))
             model = Model(adm.UNet2D(config), Pixels(config["sample_size"]), None, None, scheduler, {})
             return replace(model, index=pipeline_index(model)), True

@@ -35,6 +35,8 @@ def flops(unet, task=None, backward=False):
         if config.get("addition_embed_type"):
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             added = dict(text_embeds=torch.empty(1, pooled, device=device), time_ids=torch.empty(1, 6, device=device))
+        if config.get("num_class_embeds"):
+            added = dict(class_labels=torch.empty(1, dtype=torch.long, device=device))
         out = torch.func.functional_call(unet, tensors, (
             torch.empty(1, channels, *[config["sample_size"]] * 2, device=device), torch.empty(1, device=device), context,
             None if task is None else torch.empty(1, dtype=torch.long, device=device), added))

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import adm
 import data
 import joint
 import train
@@ -17,7 +18,8 @@ from data import ASSETS
 from examples import Examples, collate, mean_by_task, mean_by_task_and_t, per_sample_loss
 from folders import UserError
 from merge import merge_folders
-from sample import generate, load_model
+from sample import Model, generate, load_model
+from vae import Pixels
 
 QUICK = ["--batch-size", "4", "--eval-size", "1", "--sample-every", "0", "--save-every", "1", "--log-every", "1", "--warmup", "1",
          "--lr-schedule", "constant"]
@@ -211,6 +213,34 @@ def test_each_class_is_encoded_once_a_batch_and_without_gradient(label, monkeypa
     assert torch.equal(E[0], E[2]) and torch.allclose(E[0], expected[0], atol=1e-5) and not torch.allclose(E[1], E[0], atol=1e-2)
 
 
+def test_on_pixels_a_class_enters_by_the_class_embedding(tmp_path):
+    """z_t meets the last row, a class its own, once a batch; the folder draws and classifies."""
+    run(tmp_path / "a", "--task", "label", "--model", "scratch", "--unet", "adm-tiny", "--steps", 1)
+    model, seen = load_model(tmp_path / "a"), []
+    condition = type(model.unet).condition
+    model.unet.condition = lambda *args: seen.append(args[-1]["class_labels"].tolist()) or condition(model.unet, *args)
+    batch = a_batch(model)
+    batch["x"] = [3, 5, 3, 3]
+    z0, known = joint.Encoder(model)(batch, "cpu")
+    assert seen == [[3, 5]] and z0.shape == (4, 3, 32, 32)
+    E, rows = known["E"][0], torch.tensor([3, 5, 3, 3])
+    with torch.no_grad():
+        expected = model.unet(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long), None, added={"class_labels": rows})[:, :3]
+    assert torch.allclose(E, expected, atol=1e-5) and not torch.allclose(E[0], E[1], atol=1e-2)
+    seen.clear()
+    flags, animals = (joint.draw(model, 1, {"label": torch.tensor([k])}, steps=2)["image"] for k in (3, 0))
+    assert seen == [[*range(10)], [10], [10]] * 2 and (flags - animals).abs().mean() > 1e-4
+    found = joint.draw(model, 2, {"image": batch["target"][:2]}, steps=2)["label"]
+    assert found.shape == (2, 10) and torch.allclose(found.sum(1), torch.ones(2))
+    config = json.loads((tmp_path / "a" / "unet" / "config.json").read_text())
+    (tmp_path / "a" / "unet" / "config.json").write_text(json.dumps(config | dict(num_class_embeds=12)))
+    with pytest.raises(UserError, match="num_class_embeds|class_embedding"):
+        load_model(tmp_path / "a")
+    plain = Model(adm.UNet2D(adm.CONFIGS["adm-tiny"] | dict(num_class_embeds=None)), Pixels(32), None, None, train.ADM_SCHEDULER, {})
+    with pytest.raises(UserError, match="class embedding"):
+        joint.attach(plain, "label", "linear", "z", "vanishing")
+
+
 def test_a_representation_is_the_captions_vector_encoded_as_one_token(vector):
     model, batch = vector, a_batch(vector, count=2)
     with torch.no_grad():
@@ -379,7 +409,7 @@ def test_a_masked_picture_needs_something_masked(pixels):
     (["--task", "translate", "--head", "linear"], "has the head image"), (["--task", "label", "--input", "x"], "only pictures"),
     (["--task", "label", "--drop", "1"], "--drop"), (["--task", "label", "--head-weight", "-1"], "--head-weight"),
     (["--task", "translate", "--data", "x"], "--data"), (["--task", "masked", "--t-range", "0", "9"], "--t-range"),
-    (["--task", "masked", "--decouple", "2"], "--decouple"), (["--task", "label", "--model", "scratch"], "text encoder"),
+    (["--task", "masked", "--decouple", "2"], "--decouple"), (["--task", "label", "--model", "scratch", "--input", "x"], "only pictures"),
     (["--task", "repr", "--model", "scratch"], "text encoder"),
     (["--task", "translate", "--model", str(ASSETS / "tiny-mtu")], "starts from"),
     (["--task", "translate", "--unet", "adm-tiny"], "--unet"),
