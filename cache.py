@@ -95,7 +95,7 @@ def open_cache(args, model, datasets, rank=0, world=1):
         "set of pictures": digest([(name, s.st_size, s.st_mtime_ns) for name, s in zip(pictures, stats)]), "set of texts": digest(texts),
         "text encoder or tokenizer": [digest([t.vocab, list(t.ranks), t.pad_token, t.length], encoder) for t, encoder in model.texts] * frozen,
         "state of the empty text": len(model.texts) == 2 and model.index.get("force_zeros_for_empty_prompt", True)}
-    if rank == 0 and (not folder.exists() or folder.is_dir() and not any(folder.iterdir())):
+    if rank == 0 and (not folder.exists() or folder.is_dir() and all(path.suffix == ".part" for path in folder.iterdir())):
         write_json(folder / "cache.json", depends)
     if world > 1:
         dist.barrier()
@@ -119,7 +119,10 @@ def open_cache(args, model, datasets, rank=0, world=1):
     cache = Cache(folder, args.data, pictures, texts, device)
     shards = [(cache.path(kind, i), make, rows[i:i + SHARD]) for kind, make, rows in (("latents", latents, pictures), ("texts", states, texts))
               for i in range(0, len(rows), SHARD)]
-    missing = [shard for shard in shards[rank::world] if not shard[0].is_file()]
+    missing = [shard for shard in shards if not shard[0].is_file()]
+    if world > 1:
+        dist.barrier()  # all have seen the same
+    missing = missing[rank::world]
     for path, make, rows in tqdm(missing, desc=f"{folder}", disable=rank > 0 or not missing):
         tensors = {name: value.half().cpu().contiguous() for name, value in make(rows).items()}
         write_file(path, lambda beside: save_file(tensors, beside))

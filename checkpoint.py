@@ -52,7 +52,7 @@ def restart_store():
     told = os.environ
     if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told["LOCAL_WORLD_SIZE"] != told["WORLD_SIZE"]:
         return None
-    store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False, use_libuv=told.get("USE_LIBUV", "1") == "1")
     return dist.PrefixStore(f"start-{told['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
@@ -97,8 +97,8 @@ def load_state(path, params, ema, optimizer, settings):
     try:
         with safe_open(path, "pt") as f:
             scalars, keys = json.loads(f.metadata()["scalars"]), set(f.keys())
-            if changed := [f"--{k.replace('_', '-')} was {scalars['settings'].get(k)!r}, is now {v!r}" for k, v in settings.items()
-                           if scalars["settings"].get(k) != v]:
+            told = scalars["settings"]  # an option that is younger than the run was not in use
+            if changed := [f"--{k.replace('_', '-')} was {told.get(k)!r}, is now {v!r}" for k, v in settings.items() if told.get(k, v and None) != v]:
                 raise UserError(f"{path.parent.parent} was begun with other settings: {'; '.join(changed)}. Give those, or another --out")
             for name, p in params.items():
                 p.data.copy_(f.get_tensor(f"param/{name}").view_as(p))

@@ -33,7 +33,8 @@ from sample import generate, load_model
 SCRATCH = "--task t2i --model scratch --batch-size 16 --lr 1.5e-3"
 ADM = "--task uncond --model scratch --unet adm-tiny --batch-size 16 --lr 1e-3"
 MASKED = ADM.replace("uncond", "masked")
-LABEL = "--task label --batch-size 16 --lr 1e-3"
+LABEL_BATCH, LABEL_LR = 16, 1e-3
+LABEL = f"--task label --batch-size {LABEL_BATCH} --lr {LABEL_LR}"
 
 
 def _routings(options):
@@ -151,8 +152,9 @@ def restoration(args, out, steps=25, strengths=(0.3, 0.5, 0.7)):
     return "PSNR in dB inside and outside of the patches", names, {row: np.array(values) for row, values in rows.items()}
 
 
-def classifier_alone(model, steps, seed, batch_size=16, lr=1e-3):
-    """The label head of a joint model trained without diffusion, on clean pictures: -M's with the U-Net before it, -E's by itself.
+def classifier_alone(model, steps, seed, batch_size=LABEL_BATCH, lr=LABEL_LR):
+    """The label head of a joint model trained without diffusion, on clean pictures: -M's with the U-Net before it, -E's by itself; in fp32, and
+    its last weights count, not their average.
     -> pictures (B, 3, H, W) -> logits (B, K)"""
     encode, head, side = data.Encoder(model.vae), model.heads["label"], model.unet.config["sample_size"]
     examples = Examples({"label": joint.Pictures("label", "train")}, batch_size, seed, model.diffusion.T,

@@ -1,5 +1,6 @@
 """What train.py can be asked: its options, their defaults and the papers' values; recipes of papers; what is refused at once."""
 import argparse
+import importlib.util
 
 import adm
 import joint
@@ -9,7 +10,7 @@ from folders import UserError
 from routing import MODES
 
 # MTU's recipes, 8 devices of 16 samples. Its Table 2: FID 7.2 from text, I-T 17.2 of edits, LPIPS 24.8 of sr, I-I 44.0 of inpaint; with SDXL 3.9,
-# 20.1, 26.5, 44.2. It trains for 100 epochs, of data sets whose sizes are not stated together: --steps is yours.
+# 20.1, 26.5, 44.2. It trains for 100 epochs, of data sets whose sizes are not stated together: --steps is yours. The schedule is not stated either.
 PRESETS = {
     "mtu-sd15": dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", batch_size=128, lr=1e-4, lr_schedule="constant", num_experts=4),
     "mtu-sdxl": dict(model="stabilityai/stable-diffusion-xl-base-1.0", batch_size=128, lr=5e-5, lr_schedule="constant", num_experts=1,
@@ -70,7 +71,7 @@ def get_args():
     p.add_argument("--eval-size", type=int, default=64, help="held-out examples per task for the loss before and after")
     p.add_argument("--eval-every", type=int, default=0, help="steps between lines of log.jsonl with that loss, also per range of timesteps; 0: none")
     p.add_argument("--tensorboard", action="store_true", help="log.jsonl's numbers for TensorBoard too, in --out; needs its package")
-    p.add_argument("--bench", action="store_true", help="train for --steps, default 30, leave nothing behind and print the speed")
+    p.add_argument("--bench", action="store_true", help="train for --steps, default 30, leave nothing behind but --cache, and print the speed")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(**PRESETS.get(p.parse_known_args()[0].preset, {}))
     return p.parse_args()
@@ -87,5 +88,7 @@ def check(args):
                         f"--workers {args.workers}, --eval-every {args.eval_every}, --save-every {args.save_every} and --seed {args.seed} at least 0")
     if args.t_range is None and (args.projection or args.antithetic) or not 0 <= args.consistency < float("inf"):
         raise UserError(f"--projection and --antithetic go with --t-range, and --consistency {args.consistency} is at least 0")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
     if args.cache and not args.data:
         raise UserError("--cache goes with --data: the built-in pictures are drawn anew each time")

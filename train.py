@@ -11,6 +11,7 @@ are a function of (seed, step, k) alone. The same command again resumes. Letters
 import argparse
 import contextlib
 import copy
+import datetime
 import json
 import os
 import tempfile
@@ -138,6 +139,13 @@ def parameter_groups(module, weight_decay, lr):
     return groups
 
 
+def make_optimizer(groups, device, zero):
+    if zero:  # each process has the moments of its share
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer([group for group in groups if group["params"]], torch.optim.AdamW)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda")
+
+
 def lr_factor(step, args):
     """What multiplies the learning rate: linear warm-up, then constant or a cosine to zero."""
     warm = min(1.0, (step + 1) / max(args.warmup, 1))
@@ -173,8 +181,8 @@ def decouple(args, tasks, device, rank, world):
     """DeMe as a whole: one copy a timestep range (each a run of its own, which resumes), the weights of Eq. 8 searched on one half of the
     held-out examples, the merged model, and a table of losses on the other half."""
     out, N = Path(args.out or "runs/deme"), args.decouple
-    if args.t_range or args.model == "scratch" or args.eval_size < 2 * N:
-        raise UserError(f"--decouple makes the ranges itself, of a pretrained --model, and needs --eval-size {2 * N} or more")
+    if args.t_range or args.model == "scratch" or args.eval_size < 2 * N or not args.save_every:
+        raise UserError(f"--decouple makes the ranges itself, of a pretrained --model, saves, and needs --eval-size {2 * N} or more")
     model = load_model(args.model, device=device)
     if args.projection == "blocks":
         merge.add_projections(model.unet, "blocks")  # each the identity: what the copies started from
@@ -213,11 +221,14 @@ def decouple(args, tasks, device, rank, world):
 def main():
     args = get_args()
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if world > 1 and torch.cuda.is_available():
+    if world > 1 and torch.cuda.is_available() and str(args.device or "cuda").startswith("cuda"):
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node asks for more processes than the {torch.cuda.device_count()} devices here")
         torch.cuda.set_device(local_rank)
     device = pick_device(args.device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=restart_store(), rank=rank, world_size=world)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=restart_store(), rank=rank, world_size=world,
+                                timeout=datetime.timedelta(hours=1))  # while one saves, or makes more of a cache, the others wait
     tasks = list(ALL) if args.task == "all" else args.task.split(",")
     alone = {"uncond", *joint.SETTINGS}
     if not set(tasks) <= {*TASKS, *alone} or len(set(tasks)) < len(tasks) or len(tasks) > 1 and alone & set(tasks):
@@ -231,7 +242,8 @@ def main():
 
 def bench(args, tasks, device, rank, world):
     """The speed of the last two thirds of a short run's steps, by its log."""
-    steps = args.steps or 30
+    steps = 30 if args.steps is None else args.steps
+    steps -= steps % 3 if steps > 3 else 0
     if args.decouple is not None:
         raise UserError("--bench times one run, not --decouple")
     with tempfile.TemporaryDirectory() as out:
@@ -239,7 +251,7 @@ def bench(args, tasks, device, rank, world):
                                                      eval_size=1)), tasks, device, rank, world)
         if rank == 0:
             rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-            speed, tflops, waited, mfu = (np.mean([row[key] or np.nan for row in rows[1:] or rows])
+            speed, tflops, waited, mfu = (np.mean([np.nan if row[key] is None else row[key] for row in rows[1:] or rows])
                                           for key in ("images_per_s", "tflops", "data_share", "mfu"))
             print(f"{speed:.2f} images/s; U-Net, forward and backward, {tflops:.3f} TFLOP/s a device (watch.py tells what counts), MFU "
                   f"{'unknown, for want of its peak' if np.isnan(mfu) else f'{100 * mfu:.1f} %'}; waiting for data {100 * waited:.1f} % of the time; "
@@ -284,6 +296,8 @@ def train(args, tasks, device, rank, world):
     if trained is not None:
         trained.train()
     teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
+    peak, per_image = watch.peak(device, args.precision), np.mean([watch.flops(model.unet, row if "moe" in model.unet.config else None, backward=True)
+                                                                   for row in map(model.tasks.index, tasks)]) / 1e12 / world  # TFLOP of a device
     if args.projection:
         merge.add_projections(model.unet, args.projection)
     if args.routing or model.heads is not None or args.projection == "blocks":
@@ -297,19 +311,12 @@ def train(args, tasks, device, rank, world):
         names = [*tasks, *(f"{modality} head" for modality in model.heads)]
     params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
-    groups = parameter_groups(denoiser, args.weight_decay, args.lr)
-    if args.zero and world > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        optimizer = ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW)
-    else:
-        optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    optimizer = make_optimizer(parameter_groups(denoiser, args.weight_decay, args.lr), device, args.zero and world > 1)
     trains, frozen = (sum(p.numel() for p in group) for group in (params.values(), [p for p in model.unet.parameters() if not p.requires_grad]))
     print0(f"{trains:,} parameters train, {frozen:,} of the U-Net are frozen, on {world} x {device}")
 
-    # Data
     if args.loss_weight == "v" and model.scheduler.get("prediction_type") == "v_prediction":
         raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} predicts v already")
-    examples, held_out, fixed = open_data(args, model, tasks, encode, rank, world)
 
     # Resume
     out, start, before, skipped, in_a_row = Path(args.out), 0, None, 0, 0
@@ -339,6 +346,9 @@ def train(args, tasks, device, rank, world):
     if start >= args.steps:
         print0(f"{out} is finished ({start} steps); to train on from it: --model {out} with another --out")
 
+    # Data
+    examples, held_out, fixed = open_data(args, model, tasks, encode, rank, world)
+
     def measured():
         return mean_by_task(fixed, held_out_losses(denoiser, encode, model, fixed, args.batch_size, device), names[len(tasks):])
 
@@ -357,12 +367,9 @@ def train(args, tasks, device, rank, world):
     loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                                               persistent_workers=args.workers > 0))
     sums, busy, waited, saved = torch.zeros(len(names) * BINS, 2, device=device), 0.0, 0.0, False
-    per_image = np.mean([watch.flops(model.unet, row if "moe" in model.unet.config else None, backward=True)
-                         for row in (model.tasks.index(task) for task in tasks)]) / 1e12 / world  # TFLOP of a device
-    peak = watch.peak(device, args.precision)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log = watch.Log(out, args.tensorboard)
+        log = watch.Log(out, args.tensorboard, start)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
     with stoppable() as told:
         for step in bar:
@@ -397,7 +404,8 @@ def train(args, tasks, device, rank, world):
                     raise UserError(f"the loss{''.join(where[:1])} or its gradient is not finite at step {step}, nor at the two before; the last "
                                     f"checkpoint in {out} is kept. Try a lower --lr")
             optimizer.zero_grad(set_to_none=True)
-            done, busy, leaving = step + 1, busy + time.time() - began, any_rank(told, device)
+            leaving = any_rank(told, device)  # waits for what the device has still to do
+            done, busy = step + 1, busy + time.time() - began
 
             if done % args.log_every == 0 or done == args.steps:
                 if world > 1:

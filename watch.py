@@ -1,15 +1,14 @@
 """What a run tells while it trains: log.jsonl, TensorBoard, and its speed beside what the device can do.
 
 FLOPs are those of the U-Net's products, attention's included, forward and backward, as the run needs them: weights that do not train have no
-gradient of their own. A multiplication and an addition are two. Encoders, heads, a teacher, the optimizer and what --gradient-checkpointing
-computes again do not count. MFU is FLOP/s over the device's peak (dense, without sparsity), where PEAK has it.
+gradient of their own. A multiplication and an addition are two. Encoders, heads, a teacher, DeMe's projections, the optimizer and what
+--gradient-checkpointing computes again do not count. MFU is FLOP/s over the device's peak (dense, without sparsity), where PEAK has it.
 """
 import json
+import re
 import sys
 
 import torch
-
-from folders import UserError
 
 PEAK = {  # name in torch.cuda.get_device_name -> TFLOP/s in bf16 and, as fp32 runs use it, TF32, of one device
     "H200": (989, 494), "H100 PCIe": (756, 378), "H100": (989, 494), "A100": (312, 156), "A10": (125, 62), "L40S": (362, 183), "RTX 4090": (165, 83),
@@ -49,8 +48,8 @@ def flops(unet, task=None, backward=False):
 def peak(device, precision):
     """FLOP/s, or None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    found = [tflops for key, tflops in PEAK.items() if key in name]
-    return found[0][precision != "bf16"] * 1e12 if found else None
+    found = [tflops for key, tflops in PEAK.items() if re.search(rf"\b{key}\b", name)]
+    return found[0][precision != "bf16"] * 1e12 if found and not re.search("MIG|NVL|Laptop", name) else None
 
 
 def memory(device):
@@ -67,14 +66,11 @@ def memory(device):
 class Log:
     """Lines of log.jsonl, and the same numbers for TensorBoard."""
 
-    def __init__(self, folder, tensorboard=False):
+    def __init__(self, folder, tensorboard=False, start=0):
         self.path, self.writer = folder / "log.jsonl", None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
-            self.writer = SummaryWriter(folder)
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(folder, purge_step=start + 1)  # what a resumed run tells again
 
     def write(self, row):
         with open(self.path, "a") as f:

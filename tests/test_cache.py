@@ -130,6 +130,8 @@ def test_it_goes_to_processes_that_start_anew(own):
 def test_making_that_was_interrupted_goes_on(own, monkeypatch):
     monkeypatch.setattr(cache, "SHARD", 5)
     shutil.rmtree(own.cache)
+    own.cache.mkdir()
+    (own.cache / "cache.json.part").write_text("{")  # from a kill at the very first
     encode_text, write_file = type(own.model).encode_text, cache.write_file
 
     def full(path, write):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import data
@@ -182,6 +183,19 @@ def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(options, tmp_path, m
         assert all(torch.equal(a[k], b[k]) for k in a)
     a, b = ([{k: row[k] for k in ("step", "loss", "grad_norm")} for row in log(tmp_path / x)] for x in "ab")
     assert a == b
+
+
+def test_an_option_younger_than_the_run_was_not_in_use(straight, tmp_path):
+    out = shutil.copytree(straight[0], tmp_path / "a")
+    state = out / "state" / "state.safetensors"
+    with safe_open(state, "pt") as f:
+        scalars = json.loads(f.metadata()["scalars"])
+        for name in ("train_text_encoder", "top_k"):
+            del scalars["settings"][name]
+        save_file({key: f.get_tensor(key) for key in f.keys()}, tmp_path / "older", metadata=dict(scalars=json.dumps(scalars)))
+    (tmp_path / "older").rename(state)
+    assert "is finished" in run(out, "--task", "all", "--steps", 4).stdout
+    assert "--top-k was None, is now 2" in run(out, "--task", "all", "--steps", 4, "--top-k", 2, check=False).stderr
 
 
 def test_a_checkpoint_cut_short_is_named_and_nothing_is_written(straight, tmp_path):
@@ -508,7 +522,8 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
     (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"), (["--antithetic"], "--t-range"),
     (["--t-range", "0", "500"], "train that first"), (["--decouple", "0"], "timestep ranges"), (["--decouple", "40"], "--eval-size 80"),
     (["--decouple", "2", "--model", "scratch"], "pretrained"), (["--task", "t2i", "--model", "scratch", "--t-range", "0", "500"], "scratch trains the base"),
-    (["--consistency", "-1"], "consistency"), (["--save-every", "-1"], "--save-every"), (["--bench", "--decouple", "2"], "--bench")])
+    (["--consistency", "-1"], "consistency"), (["--save-every", "-1"], "--save-every"), (["--bench", "--decouple", "2"], "--bench"),
+    (["--bench", "--steps", "0"], "--steps"), (["--task", "t2i", "--decouple", "2", "--save-every", "0"], "saves")])
 def test_a_mistake_is_one_line_and_exit_2(tmp_path, arguments, words):
     done = run(tmp_path / "run", "--steps", 1, *arguments, check=False)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
