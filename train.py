@@ -296,8 +296,8 @@ def train(args, tasks, device, rank, world):
     if trained is not None:
         trained.train()
     teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
-    peak, per_image = watch.peak(device, args.precision), np.mean([watch.flops(model.unet, row if "moe" in model.unet.config else None, backward=True)
-                                                                   for row in map(model.tasks.index, tasks)]) / 1e12 / world  # TFLOP of a device
+    row = model.tasks.index(tasks[0]) if "moe" in model.unet.config else None  # every task costs the same
+    peak, per_image = watch.peak(device, args.precision), watch.flops(model.unet, row, backward=True) / 1e12 / world  # TFLOP of a device
     if args.projection:
         merge.add_projections(model.unet, args.projection)
     if args.routing or model.heads is not None or args.projection == "blocks":

@@ -12,8 +12,8 @@ from conftest import ROOT, called, in_one_process
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
 FEWER = {"train.py": "--steps 1 --eval-size 4 --batch-size 4 --sample-every 0 --warmup 1", "vae.py": "--steps 1 --batch-size 2",
-         "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1", "benchmark.py": "--size tiny --runs 1",
-         "compare.py": "--steps 1 --seeds 1 --eval-size 4"}
+         "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1", "benchmark.py": "--size tiny --runs 1 --only joint",
+         "compare.py": "--steps 1 --seeds 1 --eval-size 8"}
 
 
 started = set()
@@ -55,7 +55,7 @@ def test_command(project, monkeypatch, command):
         else:
             words += [option, value]
     words = [word for word in words if word != "--compile"]
-    if words[0] == "python" and words[1] in started:
+    if words[0] == "python" and words[1] in {*started, "compare.py"}:
         monkeypatch.chdir(project)
         in_one_process(monkeypatch)
         done = called(*words[1:])
