@@ -17,6 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from tqdm import tqdm
 import data
 import joint
 from aggregation import Classifier
+from evaluate import psnr
 from examples import Examples, collate
 from folders import UserError, command, write_file, write_json
 from sample import generate, load_model
+from train import lr_factor
 
 SCRATCH = "--task t2i --model scratch --batch-size 16 --lr 1.5e-3"
 ADM = "--task uncond --model scratch --unet adm-tiny --batch-size 16 --lr 1e-3"
@@ -119,6 +122,11 @@ def print_table(ends, names, title, reference=None, digits=4):
         print(f"{row:<22}" + "".join(f"{f'{v.mean():.{digits}f} ({v.std(ddof=len(values) > 1):.{digits}f})':>18}" for v in columns))
 
 
+def same_for_all(args, seed):
+    """Options of train.py that every run of a comparison has."""
+    return ["--seed", str(seed), "--sample-every", "0", "--eval-size", str(args.eval_size), "--precision", args.precision]
+
+
 def folder_of(out, arm, seed):
     return out / f"{''.join(c for c in arm.lower() if c.isalnum())}-{seed}"
 
@@ -145,7 +153,7 @@ def restoration(args, out, steps=25, strengths=(0.3, 0.5, 0.7)):
             hidden = (x == 0).all(dim=1, keepdim=True).expand_as(x)
             for row, picture in drawn.items():
                 errors = ((picture.clamp(-1, 1) - torch.stack(chosen)) / 2).square()
-                figures.setdefault(row, []).extend(-10 * np.log10(max(errors[part].mean().item(), 1e-10)) for part in (hidden, ~hidden))
+                figures.setdefault(row, []).extend(psnr([errors[part].mean().item()]) for part in (hidden, ~hidden))
         for row, values in figures.items():
             rows.setdefault(row, []).append(values)
     names = [f"{patches} {where}" for patches in (5, 10, 15, 20) for where in ("in", "out")]
@@ -160,7 +168,7 @@ def classifier_alone(model, steps, seed, batch_size=LABEL_BATCH, lr=LABEL_LR):
     examples = Examples({"label": joint.Pictures("label", "train")}, batch_size, seed, model.diffusion.T,
                         (model.vae.config["latent_channels"], side, side), drop={"label": (0, 0, 0)})
     context, params = model.encode_text([""])[0], [*model.unet.requires_grad_(True).parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(params, lr, weight_decay=0.0)
+    optimizer, schedule = torch.optim.AdamW(params, lr, weight_decay=0.0), SimpleNamespace(steps=steps, warmup=50, lr_schedule="cosine")  # train.py's
 
     def logits(z0):
         t = torch.zeros(len(z0), dtype=torch.long)
@@ -170,7 +178,7 @@ def classifier_alone(model, steps, seed, batch_size=LABEL_BATCH, lr=LABEL_LR):
     for step in tqdm(range(steps), desc="classifier alone", leave=False):
         batch = collate([examples[step * batch_size + k] for k in range(batch_size)])
         loss = torch.nn.functional.cross_entropy(logits(encode(batch, "cpu")[0]), torch.tensor(batch["x"]))
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / steps))  # train.py's default
+        optimizer.param_groups[0]["lr"] = lr * lr_factor(step, schedule)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -206,8 +214,7 @@ def compare_deme(args, out, n=4):
     base, tuning = DEME[args.what]
 
     def run(seed):
-        common = ["--seed", str(seed), "--sample-every", "0", "--eval-size", str(args.eval_size), "--precision", args.precision]
-        model, found = base, {}
+        common, model, found = same_for_all(args, seed), base, {}
         if base.startswith("--"):
             model = out / f"base-{seed}"
             train([*shlex.split(base), *common, "--steps", str(n * args.steps)], model, args.jobs)
@@ -310,11 +317,9 @@ def main():
         return (compare_deme if args.what in DEME else compare_gradients)(args, out)
 
     def run(arm, seed):
-        options = shlex.split(ARMS[args.what][arm]) + ["--steps", str(args.steps), "--eval-every", str(every), "--seed", str(seed),
-                                                       "--sample-every", "0", "--save-every", str(every), "--eval-size", str(args.eval_size),
-                                                       "--precision", args.precision]
+        own = ["--steps", str(args.steps), "--eval-every", str(every), "--save-every", str(every)]
         folder = folder_of(out, arm, seed)
-        rows = train(options, folder, args.jobs)
+        rows = train([*shlex.split(ARMS[args.what][arm]), *own, *same_for_all(args, seed)], folder, args.jobs)
         if not rows:
             raise UserError(f"{folder} holds a run without --eval-every; choose another --out")
         print(f"{arm}, seed {seed}: {rows[-1]['held_out']}", flush=True)

@@ -173,11 +173,11 @@ def fits(model):
 def network(unet, context, added, x=None):
     """-> (z_t (B, C, h, w), t (B,)) -> prediction, features. x: what goes in beside z_t. Of a class embedding, z_t meets the last row: no class."""
     def predict(z, t):
-        nonlocal added
+        more = added
         if getattr(unet, "class_embedding", None) is not None:
-            added = dict(class_labels=torch.full((len(z),), unet.config["num_class_embeds"] - 1, device=z.device))
+            more = dict(class_labels=torch.full((len(z),), unet.config["num_class_embeds"] - 1, device=z.device))
         z = z if x is None else torch.cat([z, x.to(z.dtype)], dim=1)
-        return unet(z.to(unet.conv_out.weight.dtype), t, context, added=added, return_features=True)
+        return unet(z.to(unet.conv_out.weight.dtype), t, context, added=more, return_features=True)
     return predict
 
 

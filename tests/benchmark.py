@@ -129,7 +129,7 @@ def whole_model(size, device, dtype):
     return Model(unet, vae, encoders[0], tiny.tokenizer, tiny.scheduler, {}, *second)
 
 
-def memory(size):
+def memory(size, runs):
     device = pick_device()
     peak_memory(device, reset=True)
     before, model = peak_memory(device), whole_model(size, device, torch.bfloat16)
@@ -164,7 +164,7 @@ def cached(size, runs):
     ratio("training step of edit, upcycled U-Net", lambda: (encode(), step()), step, runs)
 
 
-def merging(size):
+def merging(size, runs):
     with tempfile.TemporaryDirectory(dir=".") as folder:
         first, *tuned = folders = [Path(folder) / name for name in "ABCDE"]
         UNet(CONFIGS[size]).save_pretrained(first / "unet")
@@ -200,10 +200,9 @@ def main():
     parser.add_argument("--only", nargs="+", choices=(*PARTS, "step", "memory", "merge", "cache"), default=PARTS, help="groups of rows")
     parser.add_argument("--compile", action="store_true", help="routed: also the training step under torch.compile")
     args = parser.parse_args()
-    if args.only == ["cache"]:
-        return cached(args.size, args.runs)
-    if args.only in (["memory"], ["merge"]):
-        return {"memory": memory, "merge": merging}[args.only[0]](args.size)
+    alone = {"memory": memory, "merge": merging, "cache": cached}
+    if len(args.only) == 1 and args.only[0] in alone:
+        return alone[args.only[0]](args.size, args.runs)
     config, B = CONFIGS[args.size], args.batch_size or 1
     torch.manual_seed(0)
     ours = UNet(config)
