@@ -87,6 +87,11 @@ class Denoiser(nn.Module):
         return losses, weighted
 
 
+def new_tokenizer():
+    datasets = [data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")]
+    return clip.Tokenizer.train([dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 3)], vocab_size=2048)
+
+
 def build_model(args, tasks):
     """The model to train and whether it is new; then its text encoder trains too."""
     pixels = tasks == ["uncond"] or tasks[0] in joint.SETTINGS
@@ -100,9 +105,7 @@ def build_model(args, tasks):
             scheduler = ADM_SCHEDULER | ({} if config.get("out_channels") == 6 else dict(variance_type="fixed_large"))
             model = Model(adm.UNet2D(config), Pixels(config["sample_size"]), None, None, scheduler, {})
             return replace(model, index=pipeline_index(model)), True
-        datasets = [data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")]
-        prompts = [dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 3)]
-        tokenizer = clip.Tokenizer.train(prompts, vocab_size=2048)
+        tokenizer = new_tokenizer()
         text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[clip.BOS],
                            eos_token_id=tokenizer.vocab[clip.EOS])
         model = Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), clip.CLIPText(text_config), tokenizer, SCHEDULER, {})

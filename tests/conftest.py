@@ -1,7 +1,10 @@
 import contextlib
+import functools
 import importlib
 import io
+import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 def called(script, *words):
     """What `python script words` does -> its returncode, stdout and stderr, without the seconds that Python and torch take to start."""
+    import train
     from folders import command
+    if not hasattr(train.new_tokenizer, "cache_info"):  # always the same, and seconds
+        train.new_tokenizer = functools.cache(train.new_tokenizer)
     before, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
     sys.argv = [script, *map(str, words)]
     try:
@@ -28,6 +34,23 @@ def called(script, *words):
     finally:
         sys.argv = before
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def as_rank(rank, port, function, words):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    return function(*words)
+
+
+def in_two_processes(function, *words):
+    """function(*words) in two processes that find each other as torchrun's do -> what each returned. They start as copies of one that has imported
+    torch, which saves seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch._dynamo", "torch.utils.flop_counter"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with context.Pool(2) as pool:
+        return pool.starmap_async(as_rank, [(rank, port, function, words) for rank in range(2)], chunksize=1).get(timeout=240)
 
 
 class OneThread:

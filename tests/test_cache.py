@@ -3,8 +3,6 @@ import json
 import multiprocessing.reduction
 import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +16,7 @@ import clip
 import data
 import train
 import vae
-from conftest import ROOT, called
+from conftest import called, in_two_processes
 from data import ASSETS
 from folders import UserError
 from sample import load_model
@@ -282,12 +280,13 @@ def test_it_goes_with_pictures_of_ones_own(tmp_path, task):
     assert done.returncode == 2 and "--cache goes with --data" in done.stderr and not list(tmp_path.iterdir())
 
 
+def in_small_shards(*words):  # so that both ranks have some
+    cache.SHARD = 5
+    return called(*words)
+
+
 def test_two_ranks_make_it_and_train_from_it(runs, pictures, tmp_path):
-    script = tmp_path / "train.py"  # in small shards, so that both have some
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport cache, train\ncache.SHARD = 5\ntrain.command(train.main)\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run([*launch, *WORDS, "--out", tmp_path / "run", "--data", pictures, "--cache", tmp_path / "cache"],
-                          capture_output=True, text=True)
+    done, _ = in_two_processes(in_small_shards, "train.py", *WORDS, "--out", tmp_path / "run", "--data", pictures, "--cache", tmp_path / "cache")
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(tmp_path.glob("cache/*.safetensors"))) == 3 + 2
     for a, b in zip(log(runs[1]), log(tmp_path / "run")):

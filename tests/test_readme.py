@@ -12,8 +12,8 @@ from conftest import ROOT, called, in_one_process
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
 FEWER = {"train.py": "--steps 1 --eval-size 4 --batch-size 4 --sample-every 0 --warmup 1", "vae.py": "--steps 1 --batch-size 2",
-         "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1", "benchmark.py": "--size tiny --runs 1 --only joint",
-         "compare.py": "--steps 1 --seeds 1 --eval-size 8"}
+         "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1", "benchmark.py": "--size tiny --runs 1 --only joint --batch-size 2",
+         "gradients": "--eval-size 4", "compare.py": "--steps 1 --seeds 1 --eval-size 8"}
 
 
 started = set()
@@ -44,9 +44,9 @@ def test_the_readme_names_the_main_commands():
 
 @pytest.mark.parametrize("command", dict.fromkeys(filter(runnable, COMMANDS)))
 def test_command(project, monkeypatch, command):
-    """A script's first command starts Python, as a user does; the others save the time that takes."""
+    """A script's first command starts Python or torchrun, as a user does; the others save the time that takes."""
     words = shlex.split(command, comments=True)
-    fewer = next((FEWER[name] for word in words for name in FEWER if word.endswith(name)), "")
+    fewer = next((FEWER[name] for name in FEWER for word in words if word.endswith(name)), "")
     given = {word for word in words if word.startswith("--")}
     extra = shlex.split(fewer) if "--export" not in given else []
     for option, value in zip(extra[::2], extra[1::2]):
@@ -55,12 +55,13 @@ def test_command(project, monkeypatch, command):
         else:
             words += [option, value]
     words = [word for word in words if word != "--compile"]
-    if words[0] == "python" and words[1] in {*started, "compare.py"}:
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
+    if (words[0], words[script]) in started or words[script] == "compare.py":
         monkeypatch.chdir(project)
         in_one_process(monkeypatch)
-        done = called(*words[1:])
+        done = called(*words[script:])
     else:
-        started.add(words[1])
+        started.add((words[0], words[script]))
         python = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}.get(words[0], words[:1])
         done = subprocess.run(python + words[1:], cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import data
 import train
-from conftest import ROOT, called
+from conftest import ROOT, called, in_two_processes
 from data import ALL, ASSETS, TASKS
 from examples import BINS, Examples, collate, mean_by_task, mean_by_task_and_t
 from sample import generate, load_model
@@ -28,11 +28,7 @@ QUICK = ["--batch-size", "8", "--eval-size", "2", "--sample-every", "0", "--save
 
 def run(out, *args, ranks=1, check=True):
     words = ["train.py", *QUICK, "--out", str(out), *map(str, args)]
-    if ranks == 1:
-        done = called(*words)
-    else:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True)
+    done = called(*words) if ranks == 1 else in_two_processes(called, *words)[0]
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done

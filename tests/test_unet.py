@@ -189,9 +189,12 @@ def test_bf16_autocast_trains():
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads.values())
 
 
-@pytest.mark.parametrize("backend, name", [("aot_eager", "small"), ("eager", "sdxl")])
-def test_compiles_into_one_graph(backend, name):
-    unet, (x, t, context, added) = UNet(SHAPES[name]), inputs(SHAPES[name])
+@pytest.mark.parametrize("backend, config", [
+    ("aot_eager", dict(SMALL, block_out_channels=(32, 64), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                       up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))),
+    ("eager", dict(SHAPES["sdxl"], transformer_layers_per_block=1, layers_per_block=1))], ids=["aot_eager-sd", "eager-sdxl"])
+def test_compiles_into_one_graph(backend, config):
+    unet, (x, t, context, added) = UNet(config), inputs(config)
     expected = gradients(unet, x, t, context, added)
     compiled = torch.compile(unet, backend=backend, fullgraph=True)
     assert close(compiled(x, t, context, added=added), unet(x, t, context, added=added))

@@ -1,10 +1,10 @@
 """What a run tells of itself: FLOPs, speed, TensorBoard; recipes; processes that share an optimizer and must have the same weights."""
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +15,9 @@ import moe
 import options
 import train
 import watch
-from conftest import ROOT, called
+from checkpoint import same_on_all_ranks
+from conftest import called, in_two_processes
+from folders import UserError
 from routing import add_routing
 from sample import load_model
 from test_train import log, run, weights
@@ -151,51 +153,41 @@ def test_adams_moments_divided_among_processes_are_saved_whole(tmp_path):
     assert [row["step"] for row in log(tmp_path / "zero")] == [1, 2, 3, 4]
 
 
-def test_weights_that_differ_between_processes_are_named_and_moments_are_divided(tmp_path):
-    (tmp_path / "a.py").write_text("""
-import os, sys
-import torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-from checkpoint import same_on_all_ranks
-from folders import command
-from train import make_optimizer
-dist.init_process_group("gloo")
-params = dict(a=torch.arange(6.0).view(2, 3).T, b=torch.ones(5), c=torch.zeros(2))
-same_on_all_ranks(params)
-if dist.get_rank() == 1:
-    params["b"][3] = torch.nextafter(params["b"][3], torch.tensor(2.0))
-weights = [torch.nn.Parameter(torch.ones(8)) for _ in range(4)]
-optimizer = make_optimizer([dict(params=weights), dict(params=[])], torch.device("cpu"), zero=True)
-for w in weights:
-    w.grad = w.detach().clone()
-optimizer.step()
-assert len(optimizer.optim.state) == 2 and all((w < 1).all() for w in weights)
-command(lambda: same_on_all_ranks(params))
-""")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "a.py", str(ROOT)],
-                          capture_output=True, text=True)
-    assert done.returncode and "differ between the processes, b first, 1 of 3" in done.stderr
+def one_bit_apart():
+    dist.init_process_group("gloo")
+    params = dict(a=torch.arange(6.0).view(2, 3).T, b=torch.ones(5), c=torch.zeros(2))
+    same_on_all_ranks(params)
+    if dist.get_rank() == 1:
+        params["b"][3] = torch.nextafter(params["b"][3], torch.tensor(2.0))
+    weights = [torch.nn.Parameter(torch.ones(8)) for _ in range(4)]
+    optimizer = train.make_optimizer([dict(params=weights), dict(params=[])], torch.device("cpu"), zero=True)
+    for w in weights:
+        w.grad = w.detach().clone()
+    optimizer.step()
+    assert len(optimizer.optim.state) == 2 and all((w < 1).all() for w in weights)
+    try:
+        same_on_all_ranks(params)
+    except UserError as error:
+        return str(error)
+
+
+def test_weights_that_differ_between_processes_are_named_and_moments_are_divided():
+    assert all("differ between the processes, b first, 1 of 3" in told for told in in_two_processes(one_bit_apart))
+
+
+def parting(*words):
+    factor, make, groups = train.lr_factor, train.make_optimizer, []
+
+    def lr_factor(step, args):
+        if dist.get_rank() == 1 and step == 1:
+            groups[0]["params"][0].data[0] += 1e-6
+        return factor(step, args)
+    train.lr_factor, train.make_optimizer = lr_factor, lambda *args: groups.extend(args[0]) or make(*args)
+    return called(*words)
 
 
 def test_a_run_whose_processes_part_ends_before_it_saves(tmp_path):
-    (tmp_path / "a.py").write_text(f"""
-import os, sys
-import torch
-sys.path.insert(0, {str(ROOT)!r})
-import train
-from folders import command
-factor = train.lr_factor
-
-def parting(step, args):
-    if os.environ["RANK"] == "1" and step == 1:
-        groups[0]["params"][0].data[0] += 1e-6
-    return factor(step, args)
-train.lr_factor, make, groups = parting, train.make_optimizer, []
-train.make_optimizer = lambda *args: groups.extend(args[0]) or make(*args)
-sys.argv = ["train.py", "--task", "sr", "--batch-size", "4", "--steps", "2", "--eval-size", "2", "--sample-every", "0", "--out",
-            {str(tmp_path / "run")!r}]
-command(train.main)
-""")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "a.py"],
-                          capture_output=True, text=True)
-    assert done.returncode and "differ between the processes" in done.stderr and not (tmp_path / "run" / "state").exists()
+    ends = in_two_processes(parting, "train.py", "--task", "sr", "--batch-size", 4, "--steps", 2, "--eval-size", 2, "--sample-every", 0,
+                            "--out", tmp_path / "run")
+    assert all(done.returncode == 2 and "differ between the processes" in done.stderr for done in ends)
+    assert not (tmp_path / "run" / "state").exists()
