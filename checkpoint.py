@@ -65,6 +65,15 @@ def any_rank(told, device):
     return flag.item() > 0
 
 
+def same_start(step, device):
+    """UserError where the ranks found different checkpoints."""
+    if dist.is_initialized():
+        most = torch.tensor([step, -step], device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if most[0] != -most[1]:
+            raise UserError("the processes found different checkpoints: --out must be on a disk that all machines share")
+
+
 def same_on_all_ranks(params):
     """UserError names the first parameter whose bits are not the same everywhere: averaged gradients would hide it."""
     sums = torch.stack([p.detach().contiguous().view(torch.int32).sum() for p in params.values()])  # one bit that differs changes it

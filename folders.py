@@ -95,15 +95,20 @@ def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
 
 
 def write_file(path, write):
-    """write(path), but beside its place, fsynced and renamed: a crash leaves the old file or the new one."""
+    """write(path), but beside its place, fsynced and renamed: a crash leaves the old file or the new one. UserError names the file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    write(beside)
-    beside.chmod(0o644)
-    with open(beside, "rb+") as f:
-        os.fsync(f.fileno())
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        beside.chmod(0o644)
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise UserError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
 def write_json(path, value):

@@ -143,8 +143,12 @@ def merge(base, vectors, weights):
     """Eq. 8: state dict, list of N task vectors of its floating-point tensors, N weights -> state dict of the base's types; sums in fp32."""
     if len(vectors) != len(weights) or not all(map(math.isfinite, weights)):
         raise UserError(f"{len(weights)} weights for {len(vectors)} models: as many, and finite")
+    shapes = {key: value.shape for key, value in base.items() if value.is_floating_point()}
+    for vector in vectors:
+        if different := sorted(key for key in shapes.keys() | vector.keys() if key not in vector or shapes.get(key) != vector[key].shape):
+            raise UserError(f"a task vector is not of this model: {different[0]} is missing, unknown or of another shape")
     merged = dict(base)
-    for key in (key for key, value in base.items() if value.is_floating_point()):
+    for key in shapes:
         total = base[key].float()
         for w, vector in zip(weights, vectors):
             total = total + w * vector[key]

@@ -28,7 +28,7 @@ from data import ASSETS, EXAMPLES, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents
 from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
 from export import export
 from folders import UserError, blaming, command, compiled, fetch, load_weights, pick_device, read_json, write_file, write_json
-from merge import add_projections
+from merge import add_projections, timestep_ranges
 from routing import add_routing
 from unet import UNet
 from vae import VAE, Pixels
@@ -447,6 +447,11 @@ def main():
     copies = [load_model(path, dtype, device) for path in args.ensemble or ()]
     if any(copy.unet.config != model.unet.config or copy.scheduler != model.scheduler for copy in copies):
         raise UserError(f"--ensemble: the models are not all of the kind of {args.model}")
+    for path, wanted in zip(args.ensemble or (), timestep_ranges(model.diffusion.T, max(1, len(copies)))):
+        told = read_json(Path(path) / "arguments.json").get("t_range") if (Path(path) / "arguments.json").is_file() else None
+        if told and tuple(told) != wanted:
+            raise UserError(f"--ensemble: {path} was tuned for timesteps {told[0]} to {told[1]}, and would here draw {wanted[0]} to {wanted[1]}; give "
+                            "the copies in the order of their ranges, all of them")
     ensemble = [copy.unet for copy in copies]
     for unet in (ensemble or [model.unet]) if args.compile else ():
         unet.forward = compiled(unet.forward, device)

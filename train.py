@@ -33,12 +33,12 @@ import joint
 import merge
 import moe
 import watch
-from checkpoint import any_rank, averaged, forget_after, load_state, restart_store, same_on_all_ranks, save_state, stoppable
+from checkpoint import any_rank, averaged, forget_after, load_state, restart_store, same_on_all_ranks, same_start, save_state, stoppable
 from data import ALL, ASSETS, TASKS, Encoder
 from diffusion import UncertaintyWeight
 from examples import BINS, Examples, collate, held_out_losses, mean_by_task, mean_by_task_and_t, per_sample_loss
 from export import pipeline_index
-from folders import UserError, command, compiled, pick_device, write_json
+from folders import UserError, command, compiled, pick_device, read_json, write_json
 from options import check, get_args
 from routing import add_routing
 from sample import Model, load_model, sample_grid
@@ -198,8 +198,7 @@ def decouple(args, tasks, device, rank, world):
     fixed = open_data(args, model, tasks, encode)[2]
     part, searched = np.array([e["t"] for e in fixed]) * N // T, np.arange(len(fixed)) // len(tasks) % 2 == 0
     base = {key: value.cpu().clone() for key, value in model.unet.state_dict().items()}
-    tuned = [load_model(folder) for folder in copies]
-    vectors = [merge.task_vector(base, one.unet.state_dict()) for one in tuned]
+    vectors = [merge.task_vector(base, load_model(folder).unet.state_dict()) for folder in copies]
 
     def losses(weights, examples=fixed):
         model.unet.load_state_dict(merge.merge(base, vectors, list(weights)))
@@ -211,7 +210,7 @@ def decouple(args, tasks, device, rank, world):
     half = [e for e, s in zip(fixed, searched) if s]
     weights, _ = merge.search_weights(lambda w: losses(w, half).mean(), N)
     rows["merged, searched"] = losses(weights)
-    replace(model, index=tuned[0].index).save(out / "merged")
+    replace(model, index=read_json(copies[0] / "model_index.json")).save(out / "merged")
     table = {name: [row[~searched & (part == i)].mean() for i in range(N)] + [row[~searched].mean()] for name, row in rows.items()}
     unseen = dict(t=[e["t"] for e, s in zip(fixed, searched) if not s], losses={name: row[~searched].tolist() for name, row in rows.items()})
     write_json(out / "merge.json", dict(ranges=ranges, weights=weights, losses=table, unseen=unseen))
@@ -232,6 +231,9 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=restart_store(), rank=rank, world_size=world,
                                 timeout=datetime.timedelta(hours=1))  # while one saves, or makes more of a cache, the others wait
+    if args.task is None:
+        own = (args.t_range or args.decouple is not None) and args.model != "scratch"
+        args.task = ",".join(load_model(args.model).tasks) if own else "all"
     tasks = list(ALL) if args.task == "all" else args.task.split(",")
     alone = {"uncond", *joint.SETTINGS}
     if not set(tasks) <= {*TASKS, *alone} or len(set(tasks)) < len(tasks) or len(tasks) > 1 and alone & set(tasks):
@@ -344,6 +346,7 @@ def train(args, tasks, device, rank, world):
         raise UserError(f"--out {out} is a file; it names a folder")
     elif (out / "model_index.json").exists() and not (out / "arguments.json").exists():
         raise UserError(f"{out} holds a model that is no run of train.py; choose another --out")
+    same_start(start, device)
     if rank == 0:
         forget_after(out / "log.jsonl", start)
     if start >= args.steps:
@@ -417,7 +420,8 @@ def train(args, tasks, device, rank, world):
                 mean = {name: (total[i].sum() / count[i].sum()).item() for i, name in enumerate(names) if count[i].any()}
                 bins = {name: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())] for i, name in enumerate(names)}
                 speed = count[:len(tasks)].sum().item() / busy
-                bar.set_postfix({task: f"{v:.3f}" for task, v in mean.items()})
+                print0(f"step {done}: " + ", ".join(f"{name} {v:.4f}" for name, v in mean.items()) + f"; lr {args.lr * lr_factor(step, args):.2e}, "
+                       f"{speed:.1f} images/s" + f", {skipped} steps skipped" * (skipped > 0))
                 if rank == 0:
                     memory = watch.memory(device)
                     log.write(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), skipped=skipped,

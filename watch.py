@@ -10,6 +10,8 @@ import sys
 
 import torch
 
+from folders import UserError
+
 PEAK = {  # name in torch.cuda.get_device_name -> TFLOP/s in bf16 and, as fp32 runs use it, TF32, of one device
     "H200": (989, 494), "H100 PCIe": (756, 378), "H100": (989, 494), "A100": (312, 156), "A10": (125, 62), "L40S": (362, 183), "RTX 4090": (165, 83),
 }
@@ -80,8 +82,11 @@ class Log:
             self.writer = SummaryWriter(folder, purge_step=start + 1)  # what a resumed run tells again
 
     def write(self, row):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror})") from None
         if self.writer is not None:
             for name, value in numbers(row):
                 self.writer.add_scalar(name, value, row["step"])

@@ -4,6 +4,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -51,6 +52,19 @@ def in_two_processes(function, *words):
         port = free.getsockname()[1]
     with context.Pool(2) as pool:
         return pool.starmap_async(as_rank, [(rank, port, function, words) for rank in range(2)], chunksize=1).get(timeout=240)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes."""
+    resource = pytest.importorskip("resource")
+    before, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 class OneThread:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import adm
 import merge
-from conftest import ROOT, called
+from conftest import ROOT, called, full_disk
 from folders import UserError
 from merge import merge as merged
 from merge import search_weights, task_vector, timestep_ranges
@@ -279,6 +279,23 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folders, prepare, weights,
     done = called("merge.py", "--base", folders / "A", "--tuned", folders / "B", "--weights", *weights, "--out", folders / "E")
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert sorted(folders.rglob("*")) == files
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_written(folders):
+    files = sorted(folders.rglob("*"))
+    with full_disk(50_000):
+        done = called("merge.py", "--base", folders / "A", "--tuned", folders / "B", "--weights", 1, "--out", folders / "E")
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "safetensors" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(folders.rglob("*")) == files
+
+
+@pytest.mark.parametrize("change", [lambda v: v.pop("w"), lambda v: v.update(b=torch.zeros(1)), lambda v: v.update(c=torch.zeros(3))])
+def test_a_task_vector_of_another_model_is_named(change):
+    base, tuned = models(1)
+    vector = task_vector(base, tuned)
+    change(vector)
+    with pytest.raises(UserError, match="task vector"):
+        merged(base, [vector], [1.0])
 
 
 def test_a_method_on_one_side_only_is_named(folders):

@@ -442,10 +442,25 @@ def test_the_official_projections_stay_and_are_merged_with(tmp_path):
     assert called("sample.py", "--export", "t2i", "--export-to", tmp_path / "x", "--model", tmp_path / "deme/merged").returncode == 2
 
 
-def test_deme_as_a_whole(tmp_path):
-    """Copies, search, table and merged model from one command; again, it trains nothing anew."""
-    options = ["--task", "t2i", "--decouple", 2, "--steps", 2, "--eval-size", 8, "--lr", 1e-3, "--projection"]
+def test_deme_as_a_whole(tmp_path, monkeypatch):
+    """Copies, search, table and merged model from one command, for the model's own task; interrupted, it trains nothing anew."""
+    options = ["--model", ASSETS / "tiny", "--decouple", 2, "--steps", 2, "--eval-size", 8, "--lr", 1e-3, "--projection"]
+
+    def interrupted(where, name, at):
+        real, calls = getattr(where, name), []
+
+        def call(*args, **options):
+            calls.append(args)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+        monkeypatch.setattr(where, name, call)
+    interrupted(train, "open_data", 2)  # the second copy's
+    interrupted(train.merge, "search_weights", 1)
+    assert [run(tmp_path / "deme", *options, check=False).returncode for _ in range(2)] == [130, 130]
+    monkeypatch.undo()
     done = run(tmp_path / "deme", *options)
+    assert done.stdout.count("is finished") == 2
     told = json.loads((tmp_path / "deme/merge.json").read_text())
     assert told["ranges"] == [[0, 500], [500, 1000]] and len(told["weights"]) == 2 and "ensemble (Eq. 7)" in done.stdout
     losses = told["losses"]
@@ -455,8 +470,17 @@ def test_deme_as_a_whole(tmp_path):
     for key in ("conv_in.weight", "mid_block.resnets.0.conv2.bias"):
         expected = base[key].float() + sum(w * (c[key] - base[key].float()) for w, c in zip(told["weights"], copies))
         assert torch.allclose(merged[key], expected, atol=1e-6) and not torch.equal(copies[0][key], copies[1][key])
-    assert "finished" in run(tmp_path / "deme", *options).stdout and json.loads((tmp_path / "deme/merge.json").read_text()) == told
-    assert load_model(tmp_path / "deme/merged").tasks == ["t2i"]
+    model = load_model(tmp_path / "deme/merged")
+    assert model.tasks == ["t2i"]
+    pipe = pytest.importorskip("diffusers").StableDiffusionPipeline.from_pretrained(tmp_path / "deme/merged", low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe("red apple", num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(3)).images[0]
+    ours = generate(model, "t2i", ["red apple"], guidance=3.0, steps=2, seed=3)[0]
+    assert np.abs(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)).mean() < 1
+    for copies, code in (((0, 1), 0), ((1, 0), 2), ((0,), 2), ((0, 2), 2)):  # in order; swapped; one of two; a missing one
+        drawn = called("sample.py", "--task", "t2i", "--model", ASSETS / "tiny", "--steps", 1, "--out", tmp_path / "a.png", "--ensemble",
+                       *[tmp_path / f"deme/range-{i}" for i in copies])
+        assert drawn.returncode == code and drawn.stderr.count("error:") == (code > 0), drawn.stderr
 
 
 def test_learned_loss_weights_train_and_resume(tmp_path):
@@ -516,7 +540,7 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
     (["--device", "nonsense"], "nonsense"), (["--task", "edit,edit"], "twice"), (["--eval-size", "0"], "--eval-size"),
     (["--task", "t2i", "--t-range", "500", "1200"], "500 1200"), (["--task", "t2i", "--t-range", "5", "5"], "5 5"),
     (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"), (["--antithetic"], "--t-range"),
-    (["--t-range", "0", "500"], "train that first"), (["--decouple", "0"], "timestep ranges"), (["--decouple", "40"], "--eval-size 80"),
+    (["--task", "edit", "--t-range", "0", "500"], "train that first"), (["--decouple", "0"], "timestep ranges"), (["--decouple", "40"], "--eval-size 80"),
     (["--decouple", "2", "--model", "scratch"], "pretrained"), (["--task", "t2i", "--model", "scratch", "--t-range", "0", "500"], "scratch trains the base"),
     (["--consistency", "-1"], "consistency"), (["--save-every", "-1"], "--save-every"), (["--bench", "--decouple", "2"], "--bench"),
     (["--bench", "--steps", "0"], "--steps"), (["--task", "t2i", "--decouple", "2", "--save-every", "0"], "saves")])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import folders
 import unet as module
-from conftest import ROOT
+from conftest import ROOT, full_disk
 from folders import UserError, command, fetch, load_weights, read_json, save_weights
 from unet import CONFIGS, UNet
 
@@ -271,10 +271,19 @@ def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path, monkeypatch):
     with torch.no_grad():
         unet.conv_in.weight.zero_()
     monkeypatch.setattr(folders.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors cannot be written .power cut"):
         unet.save_pretrained(tmp_path)
-    assert all((tmp_path / name).read_bytes() == content for name, content in good.items())
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == good
     assert torch.count_nonzero(UNet.from_pretrained(tmp_path, "").conv_in.weight)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
+    with full_disk(50_000), pytest.raises(UserError, match="diffusion_pytorch_model.safetensors cannot be written"):
+        UNet(SMALL).save_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        UNet(SMALL).save_pretrained(tmp_path / "file" / "folder")
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
 
 
 # Mistakes: one line that names the thing

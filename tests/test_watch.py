@@ -15,7 +15,7 @@ import moe
 import options
 import train
 import watch
-from checkpoint import same_on_all_ranks
+from checkpoint import same_on_all_ranks, same_start
 from conftest import called, in_two_processes
 from folders import UserError
 from routing import add_routing
@@ -169,6 +169,19 @@ def one_bit_apart():
         same_on_all_ranks(params)
     except UserError as error:
         return str(error)
+
+
+def apart(step):
+    dist.init_process_group("gloo")
+    same_start(5, torch.device("cpu"))
+    try:
+        same_start(step + dist.get_rank(), torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_that_found_different_checkpoints_say_so():
+    assert all("a disk that all machines share" in told for told in in_two_processes(apart, 2))
 
 
 def test_weights_that_differ_between_processes_are_named_and_moments_are_divided():
