@@ -143,10 +143,11 @@ def parameter_groups(module, weight_decay, lr):
 
 
 def make_optimizer(groups, device, zero):
+    fused = device.type in ("cuda", "cpu")  # one pass over memory, several times as fast
     if zero:  # each process has the moments of its share
         from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer([group for group in groups if group["params"]], torch.optim.AdamW)
-    return torch.optim.AdamW(groups, fused=device.type == "cuda")
+        return ZeroRedundancyOptimizer([group for group in groups if group["params"]], torch.optim.AdamW, fused=fused)
+    return torch.optim.AdamW(groups, fused=fused)
 
 
 def lr_factor(step, args):

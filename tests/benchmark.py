@@ -25,6 +25,7 @@ peak memory; it needs six files' room in the folder. cache: forward and backward
 with the frozen encoders' work before it (two pictures, a text), which train.py --cache does once, against without.
 """
 import argparse
+import copy
 import os
 import shutil
 import statistics
@@ -46,7 +47,7 @@ import train  # noqa: E402
 from aggregation import each_class_once, joint_loss  # noqa: E402
 from data import ASSETS  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
-from folders import pick_device  # noqa: E402
+from folders import compiled, pick_device  # noqa: E402
 from routing import add_routing  # noqa: E402
 from sample import Model, generate, load_model  # noqa: E402
 from unet import CONFIGS, UNet  # noqa: E402
@@ -198,7 +199,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, help="default 1; of tiny's step and joint 4, of joint's labels twice as many")
     parser.add_argument("--only", nargs="+", choices=(*PARTS, "step", "memory", "merge", "cache"), default=PARTS, help="groups of rows")
-    parser.add_argument("--compile", action="store_true", help="routed: also the training step under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="routed: also the training step under torch.compile; step: ours under it")
     args = parser.parse_args()
     alone = {"memory": memory, "merge": merging, "cache": cached}
     if len(args.only) == 1 and args.only[0] in alone:
@@ -254,9 +255,9 @@ def main():
         whole_step(args, ours)
 
 
-def ready(B, width, device):
+def ready(B, width, device, side=32):
     """A batch as the training step meets it: latents, noise, those of another picture, text states, timesteps."""
-    return *torch.randn(3, B, 4, 32, 32, device=device), torch.randn(B, 77, width, device=device), torch.full((B,), 500, device=device)
+    return *torch.randn(3, B, 4, side, side, device=device), torch.randn(B, 77, width, device=device), torch.full((B,), 500, device=device)
 
 
 def joint_steps(args, ours, step):
@@ -309,26 +310,32 @@ def whole_step(args, ours):
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
     device, width, B = ours.conv_out.weight.device, ours.config["cross_attention_dim"], args.batch_size or {"tiny": 4}.get(args.size, 1)
-    x0, noise, _, text, t = ready(B, width, device)
+    x0, noise, _, text, t = ready(B, width, device, ours.config["sample_size"] if device.type == "cuda" else 32)
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**CONFIGS[args.size])
     # Two U-Nets, each with its gradients, moments and average, would be 34 GB at SD 1.5's size. The time of a step does not depend on the values, so
-    # both train the same parameters (keep_vars), by turns, with the same moments and the same average
-    theirs.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
-    scheduler, average, params = DDPMScheduler(), EMAModel(theirs.parameters()), list(theirs.parameters())
+    # on CPU both train the same parameters, by turns, with the same moments and the same average
+    together = device.type == "cpu"
+    theirs.load_state_dict(ours.state_dict(keep_vars=True) if together else copy.deepcopy(ours.state_dict()), assign=True)
+    ours.to(memory_format=torch.preserve_format if together else torch.channels_last)
+    theirs.requires_grad_(True)
+    scheduler, average, params = DDPMScheduler(), EMAModel(theirs.parameters()), list((theirs if together else ours).parameters())
     denoiser = train.Denoiser(ours, None, Diffusion.from_config({"_class_name": "DDPMScheduler"}).to(device))
-    optimizer = torch.optim.AdamW(train.parameter_groups(denoiser, 0.01, 1e-4), lr=1e-4)
+    run = compiled(denoiser, device) if args.compile else denoiser
+    ema = average.shadow_params if together else [p.detach().clone() for p in params]
+    optimizer = train.make_optimizer(train.parameter_groups(denoiser, 0.01, 1e-4), device, zero=False)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.01)
-    their_optimizer.state = optimizer.state
+    if together:
+        their_optimizer.state = optimizer.state
 
     def our_step():
         with autocast:
-            _, weighted = denoiser(x0, None, text, t, noise, None)
+            _, weighted = run(x0, None, text, t, noise, None)
             train.total_loss(weighted, 1, B).backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         if torch.isfinite(norm):
             optimizer.step()
-            torch._foreach_lerp_(average.shadow_params, [p.detach() for p in params], 1 - 0.9999)
+            torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - 0.9999)
         optimizer.zero_grad(set_to_none=True)
 
     def their_step():
