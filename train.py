@@ -142,6 +142,13 @@ def parameter_groups(module, weight_decay, lr):
     return groups
 
 
+def channels_last(unet):
+    """As a GPU's convolutions want their weights. `to(memory_format=...)` does not take those of TaskConv, which have a dimension more."""
+    for p in unet.parameters():
+        if p.dim() == 4:
+            p.data = p.data.to(memory_format=torch.channels_last)
+
+
 def make_optimizer(groups, device, zero):
     fused = device.type in ("cuda", "cpu")  # one pass over memory, several times as fast
     if zero:  # each process has the moments of its share
@@ -288,7 +295,7 @@ def train(args, tasks, device, rank, world):
         joint.attach(model, tasks[0], args.head, args.input, args.schedule)
     model.to(device)
     if device.type == "cuda":
-        model.unet.to(memory_format=torch.channels_last)
+        channels_last(model.unet)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     miniature = sum(p.numel() for p in model.unet.parameters()) < 2e7
     args.lr = args.lr or (1e-3 if miniature else 1e-4)

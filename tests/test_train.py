@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import data
+import moe
 import train
 from conftest import ROOT, called, in_two_processes
 from data import ALL, ASSETS, TASKS
@@ -505,12 +506,20 @@ def test_encoding_follows_the_tasks_rules():
 
 
 def test_no_weight_decay_on_norms_biases_and_rows_of_tasks():
-    import moe
     unet = moe.upcycle(load_model(ASSETS / "tiny").unet)
     decayed, kept = ({id(p) for p in group["params"]} for group in train.parameter_groups(unet, 0.1, 1e-3)[:2])
     names = {id(p): n for n, p in unet.named_parameters()}
     assert all(".ff." in names[i] and names[i].endswith("weight") for i in decayed)
     assert {n for i, n in names.items() if i in kept} >= {"conv_in.weight", "task_embedding.weight", "mid_block.attentions.0.transformer_blocks.0.norm3.weight"}
+
+
+def test_an_upcycled_network_computes_the_same_in_channels_last():
+    unet = moe.upcycle(load_model(ASSETS / "tiny").unet)
+    inputs = torch.randn(2, 8, 16, 16), torch.tensor([5, 900]), torch.randn(2, 77, unet.config["cross_attention_dim"])
+    before = unet(*inputs, task=torch.tensor([1, 3]))
+    train.channels_last(unet)
+    assert unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last) and not unet.conv_out.weight.is_contiguous()
+    assert torch.allclose(unet(*inputs, task=torch.tensor([1, 3])), before, atol=1e-4)
 
 
 def test_own_pictures_from_a_folder(tmp_path):
