@@ -286,7 +286,7 @@ def read_given(words, model):
             given[name] = value
         else:
             given[name] = open_image(value)
-            if name == "masked" and given[name].getchannel("A").getextrema()[0] > 0:
+            if name == "masked" and given[name].getchannel("A").getextrema()[0] == 255:
                 raise UserError(f"--given {word}: what is to be restored is what is transparent, and nothing is")
     if len(given) == 2:
         raise UserError(f"--given image and {modality}: nothing is left to draw")
@@ -294,16 +294,20 @@ def read_given(words, model):
 
 
 def tensors(model, given, count, height, width):
-    """read_given's -> `count` times each: pictures (B, 3, H, W), what is transparent in a masked one zero; classes (B,); vectors (B, D)"""
+    """read_given's -> `count` times each: pictures (B, 3, H, W), resampled where they have another size; classes (B,); vectors (B, D).
+
+    A masked picture is zero where it is transparent, be it in part, and elsewhere exactly as given: UserError at another size."""
     out = {}
     for name, value in given.items():
         if not isinstance(value, Image.Image):
             out[name] = torch.full((count,), value) if isinstance(value, int) else vectors(model, [value] * count)
             continue
+        if name == "masked" and value.size != (width, height):
+            raise UserError(f"--given masked: the picture is {value.width} x {value.height} and what is drawn {width} x {height}: resize it, or draw "
+                            "another size (--width, --height); resampled here, pixels would not stay as given")
         picture = to_tensor(on_white(value).resize((width, height), Image.BICUBIC))
         if name == "masked":
-            alpha = np.asarray(value.getchannel("A").resize((width, height), Image.NEAREST))
-            picture[:, torch.from_numpy(alpha == 0)] = 0
+            picture[:, torch.from_numpy(np.asarray(value.getchannel("A")) < 255)] = 0
         out[name] = picture.expand(count, -1, -1, -1)
     return out
 

@@ -394,7 +394,8 @@ def main():
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     parser.add_argument("--image", help="source picture; default: the task's example")
     parser.add_argument("--given", action="append", default=[], metavar="NAME=VALUE", help="what a joint task knows: image, which is z_0, source or "
-                        "masked (what is transparent is masked) =FILE, label=CLASS, repr=WORDS; default: nothing, all is drawn")
+                        "masked (of the size that is drawn; what is transparent, be it in part, is masked) =FILE, label=CLASS, repr=WORDS; "
+                        "default: nothing, all is drawn")
     parser.add_argument("--guidance", type=float, help="text scale; default the model's own, or the paper's: 7.5 for t2i and edit, 4 for inpaint")
     parser.add_argument("--image-guidance", type=float, help="image scale; default the model's own, or the paper's: 1.6 for edit, 1.5 for inpaint")
     parser.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: against too strong contrast (arXiv 2305.08891: 0.7)")

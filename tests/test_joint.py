@@ -303,10 +303,11 @@ def test_a_picture_is_classified_and_a_class_is_drawn(label):
 
 
 def transparent(path, task="masked", size=32, i=200):
-    """A held-out picture whose patches are transparent, and both as tensors."""
+    """A held-out picture whose patches are transparent, the left half in part, and both as tensors."""
     e = joint.Pictures(task, "heldout", size)[i]
-    picture = data.to_pil(e["target"])
-    picture.putalpha(Image.fromarray(np.where((e["x"] == 0).all(0).numpy(), 0, 255).astype(np.uint8)))
+    picture, alpha = data.to_pil(e["target"]), np.where((e["x"] == 0).all(0).numpy(), 0, 255).astype(np.uint8)
+    alpha[:, :size // 2] = np.where(alpha[:, :size // 2], 255, 254)
+    picture.putalpha(Image.fromarray(alpha))
     picture.save(path)
     return e
 
@@ -321,6 +322,12 @@ def test_restoring_on_pixels_keeps_the_others_exactly(pixels, tmp_path):
     for picture in drawn:
         assert torch.equal(picture[:, :, :32][kept], e["x"][kept])
     assert not torch.equal(drawn[0], drawn[1])
+    given, written = (np.asarray(Image.open(tmp_path / name)) for name in ("in.png", "out.png"))
+    opaque = given[..., 3] == 255
+    assert 0 < (~opaque[:, :16]).sum() < 512 and 0 < (~opaque[:, 16:]).sum() < 512
+    for row in (written[:32], written[32:]):  # the bytes of both files
+        assert np.array_equal(row[:, :32][opaque], given[..., :3][opaque]) and np.array_equal(row[:, 32:][opaque], given[..., :3][opaque])
+        assert (row[:, :32] != given[..., :3]).any(-1)[~opaque].mean() > 0.9 and (row[:, 32:][~opaque] == 128).all()
     differs = float(done.stdout.split("mean ")[-1].split()[0])
     assert differs > 5  # after one step the network's own is far off, and that is what is told
     assert Image.open(pixels[0] / "samples" / "000001.png").size == (6 * 32, 4 * 32)  # z_0 alone; z_0 and x of x; the true z_0
@@ -397,11 +404,30 @@ def test_the_commands(translate, label, vector, tmp_path):
         load_model(tmp_path / "l")
 
 
-def test_a_masked_picture_needs_something_masked(pixels):
+def test_a_masked_picture_needs_something_masked(pixels, tmp_path):
     model = load_model(pixels[0])
     with pytest.raises(UserError, match="transparent"):
         joint.read_given([f"masked={ASSETS / 'results/routing.png'}"], model)
-    assert list(joint.read_given([f"masked={ASSETS / 'examples/masked.png'}"], model)) == ["masked"]
+    Image.new("RGBA", (32, 32), (9, 9, 9, 254)).save(tmp_path / "in-part.png")
+    for picture in (ASSETS / "examples/masked.png", tmp_path / "in-part.png"):
+        assert list(joint.read_given([f"masked={picture}"], model)) == ["masked"]
+
+
+@pytest.mark.parametrize("size, options, drawn", [(64, [], "32 x 32"), (24, [], "32 x 32"), (32, ["--width", 40, "--height", 48], "40 x 48")])
+def test_a_masked_picture_of_another_size_is_one_line_and_exit_2(pixels, tmp_path, size, options, drawn):
+    transparent(tmp_path / "in.png", size=size)
+    done = called("sample.py", "--task", "masked", "--model", pixels[0], "--given", f"masked={tmp_path / 'in.png'}", "--steps", 1,
+                  "--out", tmp_path / "out.png", *options)
+    assert done.returncode == 2 and f"the picture is {size} x {size} and what is drawn {drawn}" in done.stderr and "--height" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.png").exists()
+
+
+def test_the_shipped_masked_picture_and_one_of_the_size_that_is_asked_for_are_drawn(pixels, tmp_path):
+    transparent(tmp_path / "in.png", size=40)
+    for picture, size in ((ASSETS / "examples/masked.png", 32), (tmp_path / "in.png", 40)):
+        done = called("sample.py", "--task", "masked", "--model", pixels[0], "--given", f"masked={picture}", "--steps", 1,
+                      "--out", tmp_path / "out.png", *(["--height", 40, "--width", 40] if size == 40 else []))
+        assert done.returncode == 0 and "largest 0.00" in done.stdout and Image.open(tmp_path / "out.png").size == (2 * size, size), done.stderr
 
 
 @pytest.mark.parametrize("arguments, words", [
