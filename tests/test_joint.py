@@ -1,5 +1,6 @@
 """MT-Diffusion's tasks: pictures, loss, exact resume, what is known stays, folders, bad input."""
 import json
+import os
 import shutil
 
 import numpy as np
@@ -59,6 +60,28 @@ def label():
 @pytest.fixture(scope="module")
 def vector():
     return attached("repr")
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    """A CLIP image tower as transformers saves it, whose vectors are as wide as assets/tiny takes them, and differ."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=128, image_size=40, patch_size=8)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.1 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp("tower") / "image_encoder"
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory, tower):
+    """A run of repr whose x is a picture's vector."""
+    out = tmp_path_factory.mktemp("runs") / "seeing"
+    run(out, "--task", "repr", "--image-encoder", tower[0], "--steps", 2, "--sample-every", 2, "--eval-every", 1)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +274,99 @@ def test_a_representation_is_the_captions_vector_encoded_as_one_token(vector):
     assert all("style" in words for words in batch["x"]) and batch["x"][0] != batch["x"][1]
     apple, book = (joint.draw(model, 1, joint.tensors(model, {"repr": words}, 1, 64, 64), steps=3) for words in ("red apple", "blue book"))
     assert (apple["image"] - book["image"]).abs().mean() > 1e-3 and torch.equal(apple["repr"], joint.vectors(model, ["red apple"]))
+
+
+def test_with_an_image_encoder_a_representation_is_the_pictures_vector(tower, seeing):
+    """transformers' own, of its own preprocessing, in training, in the grids' rows and of a picture that is given."""
+    import transformers
+    size = dict(height=40, width=40)
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=size)
+    model, calls = load_model(seeing), []
+    batch = a_batch(model, count=2)
+    pictures = [data.to_pil(picture) for picture in batch["target"]] + [data.open_image(ASSETS / "examples/masked.png").resize((50, 30))]
+    with torch.no_grad():
+        theirs = tower[1](processor(pictures, return_tensors="pt").pixel_values).image_embeds
+        _, known = joint.Encoder(model)(batch, "cpu")
+        E = model.unet(torch.zeros(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), theirs[:2, None])
+    assert (theirs[0] - theirs[1]).abs().max() > 0.1 and (theirs[0] - theirs[2]).abs().max() > 0.1
+    assert torch.allclose(known["x"]["repr"], theirs[:2], atol=1e-4) and torch.allclose(known["E"][0], E, atol=1e-4)
+    given = joint.tensors(model, {"repr": pictures[2]}, 3, 64, 64)["repr"]
+    assert given.shape == (3, 128) and torch.allclose(given, theirs[2:], atol=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint, "draw", lambda model, count, known, seed: calls.append(known) or {"image": batch["target"]})
+        rows = joint.grid_rows(model, [{key: batch[key][i] for key in ("x", "target")} for i in range(2)], 0)
+    assert calls[0] == {} and torch.allclose(calls[1]["repr"], theirs[:2], atol=1e-4) and len(rows) == 6
+
+
+def test_a_run_with_an_image_encoder_is_whole_and_resumes_exactly(tower, seeing, tmp_path):
+    folder = tower[0].parent  # as a pipeline's
+    run(tmp_path / "b", "--task", "repr", "--image-encoder", folder, "--steps", 1)
+    run(tmp_path / "b", "--task", "repr", "--image-encoder", os.path.relpath(folder), "--steps", 2)
+    for part in ("unet/diffusion_pytorch_model", "heads/diffusion_pytorch_model", "image_encoder/model"):
+        a, b = (load_file(folder / f"{part}.safetensors") for folder in (seeing, tmp_path / "b"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    trained, start = load_file(seeing / "unet/diffusion_pytorch_model.safetensors"), load_model(ASSETS / "tiny").unet.state_dict()
+    assert any(not torch.equal(trained[key], start[key]) for key in trained)
+    assert (seeing / "samples" / "000002.png").is_file()
+    heldout = [json.loads(line)["held_out"] for line in (seeing / "log.jsonl").read_text().splitlines() if "held_out" in line]
+    assert heldout and all(set(row) == {"repr", "repr head"} and np.isfinite(list(row.values())).all() for row in heldout)
+    theirs = type(tower[1]).from_pretrained(seeing / "image_encoder")
+    assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), tower[1].state_dict().values()))
+    assert load_model(seeing).index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
+    run(tmp_path / "on", "--task", "repr", "--model", seeing, "--steps", 1)  # goes on with what it was trained with
+    assert load_model(tmp_path / "on").image_encoder.width == 128
+    for options, words in ((["--image-encoder", tmp_path / "b"], "other settings: --image-encoder was"), ([], "--image-encoder was"),
+                           (["--model", seeing, "--image-encoder", tower[0]], "keeps what it was trained with")):
+        done = run(seeing if "--model" not in options else tmp_path / "no", "--task", "repr", "--eval-every", 1, "--steps", 2, *options, code=2)
+        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_picture_is_given_for_its_vector_and_a_drawn_one_names_a_picture(seeing, vector, tmp_path, monkeypatch):
+    def drawn(given, folder=seeing, code=0):
+        done = called("sample.py", "--task", "repr", "--model", folder, "--steps", 2, "--out", tmp_path / "r.png", *given)
+        assert done.returncode == code, done.stderr
+        return done
+    Image.new("RGB", (90, 30), "red").save(tmp_path / "red.png")
+    pictures = []
+    for path in (tmp_path / "red.png", ASSETS / "examples/edit.png"):
+        assert "nearest" not in drawn(["--given", f"repr={path}"]).stdout
+        pictures.append(np.asarray(Image.open(tmp_path / "r.png")).astype(int))
+    assert pictures[0].shape == pictures[1].shape == (64, 64, 3) and np.abs(pictures[0] - pictures[1]).max() > 1  # z_0 is as large as ever
+    assert "nearest of 404 held-out pictures: '" in drawn([]).stdout
+    vector.save(tmp_path / "words")
+    for given, folder, words in (("red apple", seeing, "of a picture, and there is no such file"), (tmp_path, seeing, "there is no such file"),
+                                 (tmp_path / "red.png", tmp_path / "words", "of words"), (tmp_path / "words/model_index.json", seeing, "not a picture")):
+        done = drawn(["--given", f"repr={given}"], folder, code=2)
+        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+    model, heldout = load_model(seeing), joint.Pictures("repr", "heldout")
+    chosen = [heldout.items[i] for i in (40, 301)]
+    known = joint.vectors(model, pictures=[data.on_white(data.Sheet.picture(style, e.cells[None])) for e, style in chosen])
+    monkeypatch.setattr(joint, "draw", lambda *args, **options: {"image": torch.zeros(2, 3, 64, 64), "repr": 2 * known})
+    _, _, lines = joint.side_by_side(model, {}, 2, 64, 64)
+    assert [line.split(": ", 1)[1] for line in lines] == [f"{data.caption(e, None, style)!r}, cosine 1.000" for e, style in chosen]
+
+
+def test_a_run_folder_whose_image_encoder_is_missing_or_another_is_refused(seeing, tmp_path):
+    import clip
+    shutil.copytree(seeing, tmp_path / "a", ignore=shutil.ignore_patterns("state"))
+    clip.CLIPVision(dict(clip.CONFIGS["tiny"], projection_dim=24)).save_pretrained(tmp_path / "a" / "image_encoder")
+    with pytest.raises(UserError, match="image encoder's width"):
+        load_model(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "image_encoder")
+    with pytest.raises(UserError, match="no folder image_encoder/"):
+        load_model(tmp_path / "a")
+
+
+def test_a_mistake_with_an_image_encoder_is_one_line_and_exit_2(tmp_path):
+    import clip
+    clip.CLIPVision(dict(clip.CONFIGS["tiny"], projection_dim=24)).save_pretrained(tmp_path / "narrow")
+    for task, encoder, words in (("repr", tmp_path / "narrow", "its vectors are 24 wide"), ("repr", tmp_path / "none", "no model folder at"),
+                                 ("repr", ASSETS / "tiny", "config.json cannot be read"),
+                                 ("repr", ASSETS / "tiny/text_encoder", "image encoder config: architectures"),
+                                 ("label", tmp_path / "narrow", "goes with --task repr"), ("t2i", tmp_path / "narrow", "goes with --task repr")):
+        done = run(tmp_path / "run", "--task", task, "--image-encoder", encoder, "--steps", 1, code=2)
+        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists(), done.stderr
 
 
 # ---- drawing ----
