@@ -164,7 +164,7 @@ def total_loss(losses, num_tasks, batch_size):
 def open_data(args, model, tasks, encode, rank=0, world=1):
     """-> the training examples, the held-out data sets per task (of pictures, for grids), fixed examples of these. With --cache examples hold
     moments in the place of pictures, and encode.texts is set."""
-    if not args.data and model.native_size != 64 and model.texts:
+    if not args.data and model.native_size != 64 and model.texts and model.heads is None:
         raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
     size, side = model.native_size, model.unet.config["sample_size"]
     builtin = data.builtin if model.heads is None else joint.Pictures

@@ -350,12 +350,27 @@ def test_a_picture_is_given_for_its_vector_and_a_drawn_one_names_a_picture(seein
 def test_a_run_folder_whose_image_encoder_is_missing_or_another_is_refused(seeing, tmp_path):
     import clip
     shutil.copytree(seeing, tmp_path / "a", ignore=shutil.ignore_patterns("state"))
+    shutil.copytree(ASSETS / "tiny", tmp_path / "base")
+    shutil.copytree(seeing / "image_encoder", tmp_path / "base" / "image_encoder")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | dict(image_encoder=["transformers", "CLIPVisionModelWithProjection"])))
+    assert load_model(tmp_path / "base").image_encoder is None  # used where it is asked for
     clip.CLIPVision(dict(clip.CONFIGS["tiny"], projection_dim=24)).save_pretrained(tmp_path / "a" / "image_encoder")
     with pytest.raises(UserError, match="image encoder's width"):
         load_model(tmp_path / "a")
     shutil.rmtree(tmp_path / "a" / "image_encoder")
     with pytest.raises(UserError, match="no folder image_encoder/"):
         load_model(tmp_path / "a")
+
+
+def test_a_larger_model_sees_the_emoji_enlarged(tower, tmp_path):
+    shutil.copytree(ASSETS / "tiny", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "unet" / "config.json").read_text())
+    (tmp_path / "base" / "unet" / "config.json").write_text(json.dumps(config | dict(sample_size=32)))
+    run(tmp_path / "run", "--task", "repr", "--model", tmp_path / "base", "--image-encoder", tower[0], "--steps", 1)
+    model = load_model(tmp_path / "run")
+    assert model.native_size == 128 and a_batch(model, count=1)["target"].shape == (1, 3, 128, 128)
+    assert joint.draw(model, 1, steps=1)["image"].shape == (1, 3, 128, 128)
 
 
 def test_a_mistake_with_an_image_encoder_is_one_line_and_exit_2(tmp_path):
