@@ -312,7 +312,9 @@ def test_a_run_with_an_image_encoder_is_whole_and_resumes_exactly(tower, seeing,
     assert heldout and all(set(row) == {"repr", "repr head"} and np.isfinite(list(row.values())).all() for row in heldout)
     theirs = type(tower[1]).from_pretrained(seeing / "image_encoder")
     assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), tower[1].state_dict().values()))
-    assert load_model(seeing).index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
+    model = load_model(seeing)
+    assert model.index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
+    assert model.to(torch.float64).image_encoder.visual_projection.weight.dtype == torch.float64  # goes where the others go
     run(tmp_path / "on", "--task", "repr", "--model", seeing, "--steps", 1)  # goes on with what it was trained with
     assert load_model(tmp_path / "on").image_encoder.width == 128
     for options, words in ((["--image-encoder", tmp_path / "b"], "other settings: --image-encoder was"), ([], "--image-encoder was"),
