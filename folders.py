@@ -30,7 +30,7 @@ def fetch(path_or_hub_id, subfolder):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
         wanted = [f"{subfolder}/*{end}" for end in (".json", ".txt", ".safetensors")] if subfolder else [
-            "model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]  # DDPM's lie at the top
+            "model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"]  # DDPM, CLIP
         try:
             for ignored in (["non_ema", "fp16"], ["non_ema"]):  # the second time, half precision: it may be all there is
                 root = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=[f"{subfolder}/*.{i}.*" for i in ignored]))

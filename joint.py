@@ -5,13 +5,15 @@
     masked      a picture                        masked: it with square patches zero     x itself, as latents or pixels
     label       a picture                        label: its category                     the U-Net, by cross-attention on the category's name;
                                                                                          on pixels, by its class embedding
-    repr        a picture                        repr: its caption's text vector         the U-Net, by cross-attention on it as one token
+    repr        a picture                        repr: its caption's text vector; or     the U-Net, by cross-attention on it as one token
+                                                 its own, of an image encoder
 
 The equations, heads and encoders are aggregation.py's; here one x a task. The network sees no text: its context is that of "". What is measured
 on held-out examples is both terms of Eq. 6: denoising, and the head's squared error or cross-entropy.
 
 Letters: B batch, C channels, h w latent, H W picture, K classes.
 """
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +23,10 @@ from PIL import Image
 
 import data
 from aggregation import DROP, LAMBDA, add_heads, each_class_once, expected, joint_loss, sample, unet_encoding, widen
+from clip import CLIPVision, preprocess
 from data import STYLES, Latent, Sheet, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import UncertaintyWeight, randn, seeded
-from folders import UserError
+from folders import UserError, fetch
 from vae import Pixels
 
 
@@ -47,7 +50,7 @@ X = Latent(sample=False, scaled=True)  # in the space of z_0; without its noise,
 
 class Pictures(data.Builtin):
     """The built-in emoji for a joint task: target is z_0, x the other modality: a picture (3, H, W), the number of a class, or
-    the caption whose vector it is."""
+    the caption whose vector it is (with an image encoder, target's)."""
 
     def _drawn(self, style, cell):
         return to_tensor(on_white(Sheet.picture(style, cell)).resize((self.size, self.size), Image.LANCZOS))
@@ -105,6 +108,8 @@ OPTIONS = ("head", "input", "drop", "schedule", "head_weight")
 def checked(args, tasks):
     """Fills in the defaults of OPTIONS, which are train.py's for joint tasks alone."""
     task, asked = tasks[0], [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
+    if args.image_encoder and task != "repr":
+        raise UserError("--image-encoder goes with --task repr")
     if task not in SETTINGS:
         if asked:
             raise UserError(f"{asked[0]} goes with --task {', '.join(SETTINGS)}")
@@ -122,8 +127,18 @@ def checked(args, tasks):
         raise UserError(f"--drop {args.drop} is in [0, 1), --head-weight {args.head_weight} at least 0")
 
 
-def attach(model, task, head, input, schedule):
-    """A model that draws one picture -> the same with a head for the task's x; or, where it has that already, as it is."""
+def open_image_encoder(path_or_hub_id):
+    """A pipeline's image_encoder/, or a folder of its own, also of a whole CLIPModel -> CLIPVision"""
+    try:
+        fetch(path_or_hub_id, CLIPVision.subfolder)
+    except UserError:
+        return CLIPVision.from_pretrained(path_or_hub_id, "").eval()
+    return CLIPVision.from_pretrained(path_or_hub_id).eval()
+
+
+def attach(model, task, head, input, schedule, image_encoder=None):
+    """A model that draws one picture -> the same with a head for the task's x; or, where it has that already, as it is. image_encoder: of repr,
+    the folder or hub id of one that then is part of the model."""
     setting, channels = SETTINGS[task], model.vae.config["latent_channels"]
     asked = dict(weights=schedule, k=1.0, kind=head)
     if head == "image" and task == "masked":
@@ -139,6 +154,8 @@ def attach(model, task, head, input, schedule):
         if model.heads.config["modalities"] != {setting.modality: asked} or beside(model) != (input == "x"):
             raise UserError(f"this model has another head, schedule or input: {model.tasks[0]}, {model.heads.config['modalities']}, "
                             f"--input {'x' if beside(model) else 'z'}")
+        if image_encoder:
+            raise UserError("--image-encoder is for a model that is new to repr; this one keeps what it was trained with")
         return
     if model.tasks not in (["t2i"], ["uncond"]):
         raise UserError(f"{task} starts from a model that draws from text or from nothing, not one for {', '.join(model.tasks)}")
@@ -146,7 +163,13 @@ def attach(model, task, head, input, schedule):
         raise UserError("repr enters by cross-attention: it needs a model with a text encoder, and this one draws pixels")
     if task == "label" and not model.texts and model.unet.config["num_class_embeds"] != len(classes()) + 1:
         raise UserError("label enters a model on pixels by its class embedding, which this one lacks or has for other classes: --model scratch")
-    if task == "repr" and vectors(model, [""]).shape[1] != asked["width"]:
+    if image_encoder:
+        model.image_encoder = open_image_encoder(image_encoder)
+        model.index["image_encoder"] = ["transformers", *model.image_encoder.config["architectures"]]
+        if model.image_encoder.width != asked["width"]:
+            raise UserError(f"--image-encoder {image_encoder}: its vectors are {model.image_encoder.width} wide; the U-Net's cross-attention, where "
+                            f"repr enters as one token, takes {asked['width']}")
+    elif task == "repr" and vectors(model, [""]).shape[1] != asked["width"]:
         raise UserError("repr enters by cross-attention as one token: it needs a text encoder whose pooled state is as wide as that takes")
     if input == "x":
         widen(model.unet, channels)
@@ -182,10 +205,14 @@ def network(unet, context, added, x=None):
 
 
 @torch.no_grad()
-def vectors(model, captions):
-    """-> the frozen text encoder's pooled states (B, D)"""
+def vectors(model, captions=(), pictures=()):
+    """B captions -> the frozen text encoder's pooled states (B, D); of a model with an image encoder, B PIL pictures -> its embeddings (B, D)"""
+    weight = model.unet.conv_out.weight
+    if model.image_encoder is not None:
+        parts = [preprocess(pictures[i:i + 32], model.image_encoder.config["image_size"]) for i in range(0, len(pictures), 32)]
+        return torch.cat([model.image_encoder(part.to(weight))[1].float() for part in parts])
     tokenizer, encoder = model.texts[0]
-    return encoder(tokenizer(captions).to(model.unet.conv_out.weight.device))[2].float()
+    return encoder(tokenizer(captions).to(weight.device))[2].float()
 
 
 def encoding(model, context, h, w, pooled=None):
@@ -228,7 +255,7 @@ class Encoder(data.Encoder):
             x = torch.tensor(batch["x"], device=device)
             E = each_class_once(self.encode, x)
         elif self.task == "repr":
-            x = vectors(self.model, batch["x"])
+            x = vectors(self.model, batch["x"], [to_pil(picture) for picture in batch["target"]])
             E = encoding(self.model, x[:, None], *z0.shape[2:])
         else:
             x = E = latents(X, *self.moments(batch["x"], device), self.vae.config["scaling_factor"])
@@ -267,7 +294,7 @@ class Denoiser(nn.Module):
 
 def read_given(words, model):
     """--given's words, ["source=a.png"], ["label=flags"] or ["repr=red apple"] -> {name: a PIL picture, the number of a class, words}; image is
-    z_0."""
+    z_0. repr is a picture where the model has an image encoder."""
     (modality,), given = model.heads, {}
     for word in words:
         name, _, value = word.partition("=")
@@ -282,11 +309,14 @@ def read_given(words, model):
             if value.lower() not in names:
                 raise UserError(f"--given {word}: the classes are {', '.join(names)}")
             given[name] = names.index(value.lower())
-        elif name == "repr":
+        elif name == "repr" and (model.image_encoder is None) == os.path.isfile(value):
+            raise UserError(f"--given {word}: this model's repr is " + ("of words, and that is a file" if model.image_encoder is None else
+                                                                        "of a picture, and there is no such file"))
+        elif name == "repr" and model.image_encoder is None:
             given[name] = value
         else:
             given[name] = open_image(value)
-            if name == "masked" and given[name].getchannel("A").getextrema()[0] > 0:
+            if name == "masked" and given[name].getchannel("A").getextrema()[0] == 255:
                 raise UserError(f"--given {word}: what is to be restored is what is transparent, and nothing is")
     if len(given) == 2:
         raise UserError(f"--given image and {modality}: nothing is left to draw")
@@ -294,16 +324,20 @@ def read_given(words, model):
 
 
 def tensors(model, given, count, height, width):
-    """read_given's -> `count` times each: pictures (B, 3, H, W), what is transparent in a masked one zero; classes (B,); vectors (B, D)"""
+    """read_given's -> `count` times each: pictures (B, 3, H, W), resampled where they have another size; classes (B,); vectors (B, D).
+
+    A masked picture is zero where it is transparent, be it in part, and elsewhere exactly as given: UserError at another size."""
     out = {}
     for name, value in given.items():
-        if not isinstance(value, Image.Image):
-            out[name] = torch.full((count,), value) if isinstance(value, int) else vectors(model, [value] * count)
+        if name in ("label", "repr"):
+            out[name] = torch.full((count,), value) if name == "label" else vectors(model, [value], [value]).expand(count, -1)
             continue
+        if name == "masked" and value.size != (width, height):
+            raise UserError(f"--given masked: the picture is {value.width} x {value.height} and what is drawn {width} x {height}: resize it, or draw "
+                            "another size (--width, --height); resampled here, pixels would not stay as given")
         picture = to_tensor(on_white(value).resize((width, height), Image.BICUBIC))
         if name == "masked":
-            alpha = np.asarray(value.getchannel("A").resize((width, height), Image.NEAREST))
-            picture[:, torch.from_numpy(alpha == 0)] = 0
+            picture[:, torch.from_numpy(np.asarray(value.getchannel("A")) < 255)] = 0
         out[name] = picture.expand(count, -1, -1, -1)
     return out
 
@@ -372,9 +406,11 @@ def side_by_side(model, given, count, height, width, **options):
             best = row.topk(min(3, len(row)))
             lines.append(", ".join(f"{model.index['joint']['classes'][k]} {p:.3f}" for p, k in zip(best.values.tolist(), best.indices.tolist())))
     if "repr" in out and "repr" not in known:
-        captions = list(dict.fromkeys(data.caption(e, None, style) for e, style in Pictures("repr", "heldout").items))
-        cosine = torch.nn.functional.cosine_similarity(out["repr"][:, None], vectors(model, captions).cpu(), dim=2)
-        lines += [f"nearest of {len(captions)} held-out captions: {captions[row.argmax()]!r}, cosine {row.max():.3f}" for row in cosine]
+        heldout, what = Pictures("repr", "heldout", model.native_size), "captions" if model.image_encoder is None else "pictures"
+        shown = {data.caption(e, None, style): to_pil(heldout._drawn(style, e.cells[None])) for e, style in heldout.items}
+        captions = list(shown)
+        cosine = torch.nn.functional.cosine_similarity(out["repr"][:, None], vectors(model, captions, list(shown.values())).cpu(), dim=2)
+        lines += [f"nearest of {len(captions)} held-out {what}: {captions[row.argmax()]!r}, cosine {row.max():.3f}" for row in cosine]
     return [to_pil(picture) for row in zip(*pictures) for picture in row], len(pictures), lines
 
 
@@ -382,7 +418,10 @@ def grid_rows(model, examples, seed):
     """Held-out examples -> PIL pictures, a row each: z_0 and x of nothing given; z_0 of x given, and that x; the true z_0."""
     (modality,) = model.heads
     x = [example["x"] for example in examples]
-    x = torch.stack(x) if torch.is_tensor(x[0]) else vectors(model, x) if isinstance(x[0], str) else torch.tensor(x)
+    if modality == "repr":
+        x = vectors(model, x, [to_pil(example["target"]) for example in examples])
+    else:
+        x = torch.stack(x) if torch.is_tensor(x[0]) else torch.tensor(x)
     known, rows = {modality: x}, []
     for given in ({}, known) if model.heads.config["modalities"][modality]["weights"] != "interpolating" else (known,):
         out = draw(model, len(x), given, seed=seed)

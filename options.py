@@ -60,6 +60,9 @@ def get_args():
     p.add_argument("--schedule", choices=SCHEDULES, help="of joint tasks: the weights w_t of x in the forward process; default vanishing; "
                    "interpolating is for x that is always given, and for betas that do not end in pure noise")
     p.add_argument("--head-weight", type=float, help="of joint tasks: lambda of Eq. 6, default the paper's 0.1")
+    p.add_argument("--image-encoder", help="of repr: folder or hub id of a CLIP image tower, its vectors as wide as the U-Net's cross-attention; "
+                   "x is then its vector of the picture. Default: the text encoder's of the caption, even where --model has an image_encoder/, "
+                   "unless it was trained with that")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast or fp32; default bf16 on cuda, else fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPU")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")

@@ -23,7 +23,7 @@ import joint
 import moe
 from adm import UNet2D
 from aggregation import Heads, add_heads
-from clip import CLIPText, Tokenizer
+from clip import CLIPText, CLIPVision, Tokenizer
 from data import ASSETS, EXAMPLES, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
 from export import export
@@ -49,6 +49,7 @@ class Model:
     text_encoder_2: CLIPText | None = None   # SDXL
     tokenizer_2: Tokenizer | None = None
     heads: Heads | None = None               # MT-Diffusion
+    image_encoder: CLIPVision | None = None  # its task repr, if it was trained on pictures' vectors
 
     @property
     def diffusion(self):
@@ -85,11 +86,11 @@ class Model:
     def parts(self):
         """Folder -> what is saved there, without the U-Net."""
         parts = dict(vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, text_encoder_2=self.text_encoder_2,
-                     tokenizer_2=self.tokenizer_2)
+                     tokenizer_2=self.tokenizer_2, image_encoder=self.image_encoder)
         return {name: part for name, part in parts.items() if part is not None and not isinstance(part, Pixels)}
 
     def to(self, device):
-        for module in filter(None, (self.unet, self.heads, self.vae, *[encoder for _, encoder in self.texts])):
+        for module in filter(None, (self.unet, self.heads, self.vae, self.image_encoder, *[encoder for _, encoder in self.texts])):
             module.to(device)
         return self
 
@@ -172,7 +173,8 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
                   Tokenizer.from_pretrained(place("tokenizer")),
                   read_json(fetch(place("scheduler"), "scheduler") / "scheduler_config.json"), index,
                   CLIPText.from_pretrained(place("text_encoder_2"), "text_encoder_2", dtype) if xl else None,
-                  Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2") if xl else None, heads)
+                  Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2") if xl else None, heads,
+                  CLIPVision.from_pretrained(place("image_encoder"), dtype=dtype) if heads and (index.get("image_encoder") or [None])[0] else None)
     u, T, texts = unet.config, model.diffusion.T, model.texts
     pooled = model.text_encoder_2.width if xl else 0
     for fits, parts in (
@@ -187,10 +189,12 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
             (all(max(t.vocab.values()) < e.config["vocab_size"] for t, e in texts), "the tokenizer's vocabulary and the text encoder's"),
             (all(t.length <= e.config["max_position_embeddings"] for t, e in texts), "the tokenizer's length and the text encoder's positions"),
             (u.get("routing", {}).get("num_steps", T) == T, "the routing's num_steps and the scheduler's num_train_timesteps"),
+            (model.image_encoder is None or model.image_encoder.width == u["cross_attention_dim"],
+             "the U-Net's cross_attention_dim and the image encoder's width"),
             (joint.fits(model), "the heads and the joint task of model_index.json")):
         if not fits:
             raise UserError(f"{path_or_hub_id}: cannot draw with {parts}" + (" that differ" if " and " in parts else ""))
-    for module in (model.vae, *[encoder for _, encoder in texts]):
+    for module in filter(None, (model.vae, model.image_encoder, *[encoder for _, encoder in texts])):
         module.eval()
     return model.to(device)
 
@@ -376,7 +380,8 @@ def draw_jointly(args, parser, out):
     if args.task not in model.tasks:
         raise UserError(f"this model does not know the task {args.task!r}; it knows {', '.join(model.tasks)}")
     given = joint.read_given(args.given, model)
-    height, width = _size(model, [value for value in given.values() if isinstance(value, Image.Image)], args.height, args.width)
+    shapes = [value for name, value in given.items() if isinstance(value, Image.Image) and name != "repr"]
+    height, width = _size(model, shapes, args.height, args.width)
     bar = tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
     pictures, columns, lines = joint.side_by_side(model, given, args.num_images, height, width, steps=args.steps, seed=args.seed, eta=args.eta,
                                                   sampler=args.sampler, callback=lambda *_: bar.update())
@@ -394,7 +399,8 @@ def main():
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     parser.add_argument("--image", help="source picture; default: the task's example")
     parser.add_argument("--given", action="append", default=[], metavar="NAME=VALUE", help="what a joint task knows: image, which is z_0, source or "
-                        "masked (what is transparent is masked) =FILE, label=CLASS, repr=WORDS; default: nothing, all is drawn")
+                        "masked (of the size that is drawn; what is transparent, be it in part, is masked) =FILE, label=CLASS, repr=WORDS, or "
+                        "=FILE where the model has an image encoder; default: nothing, all is drawn")
     parser.add_argument("--guidance", type=float, help="text scale; default the model's own, or the paper's: 7.5 for t2i and edit, 4 for inpaint")
     parser.add_argument("--image-guidance", type=float, help="image scale; default the model's own, or the paper's: 1.6 for edit, 1.5 for inpaint")
     parser.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: against too strong contrast (arXiv 2305.08891: 0.7)")

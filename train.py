@@ -172,7 +172,7 @@ def total_loss(losses, num_tasks, batch_size):
 def open_data(args, model, tasks, encode, rank=0, world=1):
     """-> the training examples, the held-out data sets per task (of pictures, for grids), fixed examples of these. With --cache examples hold
     moments in the place of pictures, and encode.texts is set."""
-    if not args.data and model.native_size != 64 and model.texts:
+    if not args.data and model.native_size != 64 and model.texts and model.heads is None:
         raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
     size, side = model.native_size, model.unet.config["sample_size"]
     builtin = data.builtin if model.heads is None else joint.Pictures
@@ -292,7 +292,7 @@ def train(args, tasks, device, rank, world):
     if args.routing:
         add_routing(model.unet, args.alpha, args.beta, args.routing, model.diffusion.T, args.seed)
     if tasks[0] in joint.SETTINGS:
-        joint.attach(model, tasks[0], args.head, args.input, args.schedule)
+        joint.attach(model, tasks[0], args.head, args.input, args.schedule, args.image_encoder)
     model.to(device)
     if device.type == "cuda":
         channels_last(model.unet)
@@ -304,7 +304,7 @@ def train(args, tasks, device, rank, world):
     if args.train_text_encoder and (len(model.texts) != 1 or args.t_range or tasks[0] in joint.SETTINGS):
         raise UserError("--train-text-encoder is for models with one text encoder, and not for --t-range or the joint tasks")
     trained = model.text_encoder if scratch or args.train_text_encoder else None
-    for part in filter(None, [model.vae, model.text_encoder_2, None if trained else model.text_encoder]):
+    for part in filter(None, [model.vae, model.text_encoder_2, model.image_encoder, None if trained else model.text_encoder]):
         part.eval().requires_grad_(False)
     if trained is not None:
         trained.train()
@@ -337,7 +337,7 @@ def train(args, tasks, device, rank, world):
     settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
         "out", "device", "device_batch_size", "workers", "cache", "compile", "gradient_checkpointing", "save_every", "sample_every",
         "log_every", "eval_every", "zero", "tensorboard", "bench", "preset")}
-    for key in ("model", "vae", "data"):  # the same folder under another name, or after the checkout moved, is the same
+    for key in ("model", "vae", "data", "image_encoder"):  # the same folder under another name, or after the checkout moved, is the same
         if settings[key] and Path(settings[key]).exists():
             path = Path(settings[key]).resolve()
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)

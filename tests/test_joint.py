@@ -1,5 +1,6 @@
 """MT-Diffusion's tasks: pictures, loss, exact resume, what is known stays, folders, bad input."""
 import json
+import os
 import shutil
 
 import numpy as np
@@ -59,6 +60,28 @@ def label():
 @pytest.fixture(scope="module")
 def vector():
     return attached("repr")
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    """A CLIP image tower as transformers saves it, whose vectors are as wide as assets/tiny takes them, and differ."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=128, image_size=40, patch_size=8)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.1 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp("tower") / "image_encoder"
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory, tower):
+    """A run of repr whose x is a picture's vector."""
+    out = tmp_path_factory.mktemp("runs") / "seeing"
+    run(out, "--task", "repr", "--image-encoder", tower[0], "--steps", 2, "--sample-every", 2, "--eval-every", 1)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +276,116 @@ def test_a_representation_is_the_captions_vector_encoded_as_one_token(vector):
     assert (apple["image"] - book["image"]).abs().mean() > 1e-3 and torch.equal(apple["repr"], joint.vectors(model, ["red apple"]))
 
 
+def test_with_an_image_encoder_a_representation_is_the_pictures_vector(tower, seeing):
+    """transformers' own, of its own preprocessing, in training, in the grids' rows and of a picture that is given."""
+    import transformers
+    size = dict(height=40, width=40)
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=size)
+    model, calls = load_model(seeing), []
+    batch = a_batch(model, count=2)
+    pictures = [data.to_pil(picture) for picture in batch["target"]] + [data.open_image(ASSETS / "examples/masked.png").resize((50, 30))]
+    with torch.no_grad():
+        theirs = tower[1](processor(pictures, return_tensors="pt").pixel_values).image_embeds
+        _, known = joint.Encoder(model)(batch, "cpu")
+        E = model.unet(torch.zeros(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), theirs[:2, None])
+    assert (theirs[0] - theirs[1]).abs().max() > 0.1 and (theirs[0] - theirs[2]).abs().max() > 0.1
+    assert torch.allclose(known["x"]["repr"], theirs[:2], atol=1e-4) and torch.allclose(known["E"][0], E, atol=1e-4)
+    given = joint.tensors(model, {"repr": pictures[2]}, 3, 64, 64)["repr"]
+    assert given.shape == (3, 128) and torch.allclose(given, theirs[2:], atol=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint, "draw", lambda model, count, known, seed: calls.append(known) or {"image": batch["target"]})
+        rows = joint.grid_rows(model, [{key: batch[key][i] for key in ("x", "target")} for i in range(2)], 0)
+    assert calls[0] == {} and torch.allclose(calls[1]["repr"], theirs[:2], atol=1e-4) and len(rows) == 6
+
+
+def test_a_run_with_an_image_encoder_is_whole_and_resumes_exactly(tower, seeing, tmp_path):
+    folder = tower[0].parent  # as a pipeline's
+    run(tmp_path / "b", "--task", "repr", "--image-encoder", folder, "--steps", 1)
+    run(tmp_path / "b", "--task", "repr", "--image-encoder", os.path.relpath(folder), "--steps", 2)
+    for part in ("unet/diffusion_pytorch_model", "heads/diffusion_pytorch_model", "image_encoder/model"):
+        a, b = (load_file(folder / f"{part}.safetensors") for folder in (seeing, tmp_path / "b"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    trained, start = load_file(seeing / "unet/diffusion_pytorch_model.safetensors"), load_model(ASSETS / "tiny").unet.state_dict()
+    assert any(not torch.equal(trained[key], start[key]) for key in trained)
+    assert (seeing / "samples" / "000002.png").is_file()
+    heldout = [json.loads(line)["held_out"] for line in (seeing / "log.jsonl").read_text().splitlines() if "held_out" in line]
+    assert heldout and all(set(row) == {"repr", "repr head"} and np.isfinite(list(row.values())).all() for row in heldout)
+    theirs = type(tower[1]).from_pretrained(seeing / "image_encoder")
+    assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), tower[1].state_dict().values()))
+    model = load_model(seeing)
+    assert model.index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
+    assert model.to(torch.float64).image_encoder.visual_projection.weight.dtype == torch.float64  # goes where the others go
+    run(tmp_path / "on", "--task", "repr", "--model", seeing, "--steps", 1)  # goes on with what it was trained with
+    assert load_model(tmp_path / "on").image_encoder.width == 128
+    for options, words in ((["--image-encoder", tmp_path / "b"], "other settings: --image-encoder was"), ([], "--image-encoder was"),
+                           (["--model", seeing, "--image-encoder", tower[0]], "keeps what it was trained with")):
+        done = run(seeing if "--model" not in options else tmp_path / "no", "--task", "repr", "--eval-every", 1, "--steps", 2, *options, code=2)
+        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_picture_is_given_for_its_vector_and_a_drawn_one_names_a_picture(seeing, vector, tmp_path, monkeypatch):
+    def drawn(given, folder=seeing, code=0):
+        done = called("sample.py", "--task", "repr", "--model", folder, "--steps", 2, "--out", tmp_path / "r.png", *given)
+        assert done.returncode == code, done.stderr
+        return done
+    Image.new("RGB", (90, 30), "red").save(tmp_path / "red.png")
+    pictures = []
+    for path in (tmp_path / "red.png", ASSETS / "examples/edit.png"):
+        assert "nearest" not in drawn(["--given", f"repr={path}"]).stdout
+        pictures.append(np.asarray(Image.open(tmp_path / "r.png")).astype(int))
+    assert pictures[0].shape == pictures[1].shape == (64, 64, 3) and np.abs(pictures[0] - pictures[1]).max() > 1  # z_0 is as large as ever
+    assert "nearest of 404 held-out pictures: '" in drawn([]).stdout
+    vector.save(tmp_path / "words")
+    for given, folder, words in (("red apple", seeing, "of a picture, and there is no such file"), (tmp_path, seeing, "there is no such file"),
+                                 (tmp_path / "red.png", tmp_path / "words", "of words"), (tmp_path / "words/model_index.json", seeing, "not a picture")):
+        done = drawn(["--given", f"repr={given}"], folder, code=2)
+        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+    model, heldout = load_model(seeing), joint.Pictures("repr", "heldout")
+    chosen = [heldout.items[i] for i in (40, 301)]
+    known = joint.vectors(model, pictures=[data.on_white(data.Sheet.picture(style, e.cells[None])) for e, style in chosen])
+    monkeypatch.setattr(joint, "draw", lambda *args, **options: {"image": torch.zeros(2, 3, 64, 64), "repr": 2 * known})
+    _, _, lines = joint.side_by_side(model, {}, 2, 64, 64)
+    assert [line.split(": ", 1)[1] for line in lines] == [f"{data.caption(e, None, style)!r}, cosine 1.000" for e, style in chosen]
+
+
+def test_a_run_folder_whose_image_encoder_is_missing_or_another_is_refused(seeing, tmp_path):
+    import clip
+    shutil.copytree(seeing, tmp_path / "a", ignore=shutil.ignore_patterns("state"))
+    shutil.copytree(ASSETS / "tiny", tmp_path / "base")
+    shutil.copytree(seeing / "image_encoder", tmp_path / "base" / "image_encoder")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | dict(image_encoder=["transformers", "CLIPVisionModelWithProjection"])))
+    assert load_model(tmp_path / "base").image_encoder is None  # used where it is asked for
+    clip.CLIPVision(dict(clip.CONFIGS["tiny"], projection_dim=24)).save_pretrained(tmp_path / "a" / "image_encoder")
+    with pytest.raises(UserError, match="image encoder's width"):
+        load_model(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "image_encoder")
+    with pytest.raises(UserError, match="no folder image_encoder/"):
+        load_model(tmp_path / "a")
+
+
+def test_a_larger_model_sees_the_emoji_enlarged(tower, tmp_path):
+    shutil.copytree(ASSETS / "tiny", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "unet" / "config.json").read_text())
+    (tmp_path / "base" / "unet" / "config.json").write_text(json.dumps(config | dict(sample_size=32)))
+    run(tmp_path / "run", "--task", "repr", "--model", tmp_path / "base", "--image-encoder", tower[0], "--steps", 1)
+    model = load_model(tmp_path / "run")
+    assert model.native_size == 128 and a_batch(model, count=1)["target"].shape == (1, 3, 128, 128)
+    assert joint.draw(model, 1, steps=1)["image"].shape == (1, 3, 128, 128)
+
+
+def test_a_mistake_with_an_image_encoder_is_one_line_and_exit_2(tmp_path):
+    import clip
+    clip.CLIPVision(dict(clip.CONFIGS["tiny"], projection_dim=24)).save_pretrained(tmp_path / "narrow")
+    for task, encoder, words in (("repr", tmp_path / "narrow", "its vectors are 24 wide"), ("repr", tmp_path / "none", "no model folder at"),
+                                 ("repr", ASSETS / "tiny", "config.json cannot be read"),
+                                 ("repr", ASSETS / "tiny/text_encoder", "image encoder config: architectures"),
+                                 ("label", tmp_path / "narrow", "goes with --task repr"), ("t2i", tmp_path / "narrow", "goes with --task repr")):
+        done = run(tmp_path / "run", "--task", task, "--image-encoder", encoder, "--steps", 1, code=2)
+        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists(), done.stderr
+
+
 # ---- drawing ----
 
 def test_known_modalities_stay_exactly_as_given(translate):
@@ -303,10 +436,11 @@ def test_a_picture_is_classified_and_a_class_is_drawn(label):
 
 
 def transparent(path, task="masked", size=32, i=200):
-    """A held-out picture whose patches are transparent, and both as tensors."""
+    """A held-out picture whose patches are transparent, the left half in part, and both as tensors."""
     e = joint.Pictures(task, "heldout", size)[i]
-    picture = data.to_pil(e["target"])
-    picture.putalpha(Image.fromarray(np.where((e["x"] == 0).all(0).numpy(), 0, 255).astype(np.uint8)))
+    picture, alpha = data.to_pil(e["target"]), np.where((e["x"] == 0).all(0).numpy(), 0, 255).astype(np.uint8)
+    alpha[:, :size // 2] = np.where(alpha[:, :size // 2], 255, 254)
+    picture.putalpha(Image.fromarray(alpha))
     picture.save(path)
     return e
 
@@ -321,6 +455,12 @@ def test_restoring_on_pixels_keeps_the_others_exactly(pixels, tmp_path):
     for picture in drawn:
         assert torch.equal(picture[:, :, :32][kept], e["x"][kept])
     assert not torch.equal(drawn[0], drawn[1])
+    given, written = (np.asarray(Image.open(tmp_path / name)) for name in ("in.png", "out.png"))
+    opaque = given[..., 3] == 255
+    assert 0 < (~opaque[:, :16]).sum() < 512 and 0 < (~opaque[:, 16:]).sum() < 512
+    for row in (written[:32], written[32:]):  # the bytes of both files
+        assert np.array_equal(row[:, :32][opaque], given[..., :3][opaque]) and np.array_equal(row[:, 32:][opaque], given[..., :3][opaque])
+        assert (row[:, :32] != given[..., :3]).any(-1)[~opaque].mean() > 0.9 and (row[:, 32:][~opaque] == 128).all()
     differs = float(done.stdout.split("mean ")[-1].split()[0])
     assert differs > 5  # after one step the network's own is far off, and that is what is told
     assert Image.open(pixels[0] / "samples" / "000001.png").size == (6 * 32, 4 * 32)  # z_0 alone; z_0 and x of x; the true z_0
@@ -397,11 +537,30 @@ def test_the_commands(translate, label, vector, tmp_path):
         load_model(tmp_path / "l")
 
 
-def test_a_masked_picture_needs_something_masked(pixels):
+def test_a_masked_picture_needs_something_masked(pixels, tmp_path):
     model = load_model(pixels[0])
     with pytest.raises(UserError, match="transparent"):
         joint.read_given([f"masked={ASSETS / 'results/routing.png'}"], model)
-    assert list(joint.read_given([f"masked={ASSETS / 'examples/masked.png'}"], model)) == ["masked"]
+    Image.new("RGBA", (32, 32), (9, 9, 9, 254)).save(tmp_path / "in-part.png")
+    for picture in (ASSETS / "examples/masked.png", tmp_path / "in-part.png"):
+        assert list(joint.read_given([f"masked={picture}"], model)) == ["masked"]
+
+
+@pytest.mark.parametrize("size, options, drawn", [(64, [], "32 x 32"), (24, [], "32 x 32"), (32, ["--width", 40, "--height", 48], "40 x 48")])
+def test_a_masked_picture_of_another_size_is_one_line_and_exit_2(pixels, tmp_path, size, options, drawn):
+    transparent(tmp_path / "in.png", size=size)
+    done = called("sample.py", "--task", "masked", "--model", pixels[0], "--given", f"masked={tmp_path / 'in.png'}", "--steps", 1,
+                  "--out", tmp_path / "out.png", *options)
+    assert done.returncode == 2 and f"the picture is {size} x {size} and what is drawn {drawn}" in done.stderr and "--height" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.png").exists()
+
+
+def test_the_shipped_masked_picture_and_one_of_the_size_that_is_asked_for_are_drawn(pixels, tmp_path):
+    transparent(tmp_path / "in.png", size=40)
+    for picture, size in ((ASSETS / "examples/masked.png", 32), (tmp_path / "in.png", 40)):
+        done = called("sample.py", "--task", "masked", "--model", pixels[0], "--given", f"masked={picture}", "--steps", 1,
+                      "--out", tmp_path / "out.png", *(["--height", 40, "--width", 40] if size == 40 else []))
+        assert done.returncode == 0 and "largest 0.00" in done.stdout and Image.open(tmp_path / "out.png").size == (2 * size, size), done.stderr
 
 
 @pytest.mark.parametrize("arguments, words", [

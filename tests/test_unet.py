@@ -367,6 +367,8 @@ def test_the_hub_is_asked_for_needed_files_only(tmp_path, monkeypatch):
     assert taken("unet", everything, tmp_path / "a") == {full, "unet/config.json"}
     assert taken("unet", [f for f in everything if f != full], tmp_path / "b") == {half, "unet/config.json"}
     assert taken("tokenizer", everything, tmp_path / "c") == {"tokenizer/vocab.json", "tokenizer/merges.txt"}
+    tower = {"config.json", "model.safetensors"}  # CLIP's, alone in its repository
+    assert taken("", [*tower, "pytorch_model.bin", "text_encoder/model.safetensors", *everything], tmp_path / "d") == tower
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network\nat all")))
     with pytest.raises(UserError, match="owner/name.*no network$"):
         fetch("owner/name", "unet")
