@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["OMP_NUM_THREADS"] = "1"  # two workers on two cores; children of tests too
+os.environ |= dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")  # two workers on two cores; children of tests too
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -37,21 +37,28 @@ def called(script, *words):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def as_rank(rank, port, function, words):
+def as_rank(rank, port, function, words, counted):
+    import watch
+    watch.counted |= counted  # seconds
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     return function(*words)
 
 
-def in_two_processes(function, *words):
-    """function(*words) in two processes that find each other as torchrun's do -> what each returned. They start as copies of one that has imported
-    torch, which saves seconds."""
+def copies():
+    """-> multiprocessing, whose processes start as copies of one that has imported torch, which saves seconds"""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo", "torch.utils.flop_counter"])
+    return context
+
+
+def in_two_processes(function, *words):
+    """function(*words) in two processes that find each other as torchrun's do -> what each returned."""
+    import watch
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    with context.Pool(2) as pool:
-        return pool.starmap_async(as_rank, [(rank, port, function, words) for rank in range(2)], chunksize=1).get(timeout=240)
+    with copies().Pool(2) as pool:
+        return pool.starmap_async(as_rank, [(rank, port, function, words, watch.counted) for rank in range(2)], chunksize=1).get(timeout=240)
 
 
 @contextlib.contextmanager
