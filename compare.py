@@ -100,7 +100,7 @@ def curves(series, path, size=(640, 400)):
         y = bottom + k / 5 * (top - bottom)
         draw.line([at(min(xs), y), at(max(xs), y)], fill="#dddddd", width=2)
         draw.text((10, at(0, y)[1] - 12), f"{y:.3f}", fill="#222222", font_size=22)
-    for x in sorted(set(xs)):
+    for x in [x for x in sorted(set(xs)) if x == max(xs) or at(max(xs), bottom)[0] - at(x, bottom)[0] > 60]:  # the last two may be neighbours
         draw.text((at(x, bottom)[0] - 20, 2 * (height - low) + 12), f"{x}", fill="#222222", font_size=22)
     draw.text((2 * width // 2, 2 * height - 30), "step; held-out loss", fill="#222222", font_size=22)
     for i, ((name, (steps, losses)), colour) in enumerate(zip(series.items(), COLOURS)):
