@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +26,7 @@ import moe
 import sample
 import train
 import unet
-from conftest import called, copies, in_two_processes
+from conftest import ROOT, called, copies, in_two_processes
 from data import ALL, ASSETS, TASKS
 from examples import BINS, Examples, collate, mean_by_task, mean_by_task_and_t
 from routing import add_routing
@@ -344,32 +346,21 @@ def test_accumulation_checkpointing_and_two_ranks_change_only_rounding(straight,
             assert all(abs(a["loss"][t] - b["loss"][t]) < 1e-3 * a["loss"][t] for t in ALL) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-2
 
 
-def dying(*words):
-    """Rank 1 of the first start gets a SIGKILL, after a checkpoint and a step more."""
-    factor = train.lr_factor
-
-    def lr_factor(step, args):
-        if step == 3 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return factor(step, args)
-    train.lr_factor = lr_factor
-    done = called(*words)
-    print(done.stdout, done.stderr)
-    sys.exit(done.returncode)
-
-
-def as_torchrun(words):
-    """What `torchrun --standalone --nproc_per_node 2 --max-restarts 1` does, with processes that start at once."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, monitor_interval=0.1, start_method="forkserver",
-                                run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0"), dying)(*words)
-
-
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds a process's children in /proc")
 def test_a_run_of_which_a_process_dies_is_brought_back_bit_for_bit(two_ranks, tmp_path):
-    process = copies().Process(target=as_torchrun, args=(["train.py", *QUICK, "--out", tmp_path / "a", "--task", "all", "--steps", "4"],))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc_per_node", "2"]
+    going = subprocess.Popen([*launch, "train.py", *QUICK, "--out", tmp_path / "a", "--task", "all", "--steps", "4"], cwd=ROOT, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        while going.poll() is None and not (tmp_path / "a" / "state" / "state.safetensors").exists():
+            time.sleep(0.05)
+        children = [int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat")
+                    if stat.read_text().rpartition(")")[2].split()[1] == str(going.pid)]
+        os.kill(max(children), signal.SIGKILL)
+        _, told = going.communicate(timeout=120)
+    finally:
+        going.kill()
+    assert going.returncode == 0 and "exitcode: -9" in told, told[-3000:]
     assert [row["step"] for row in log(tmp_path / "a")] == [1, 2, 3, 4]
     a, b = weights(two_ranks), weights(tmp_path / "a")
     assert all(torch.equal(a[k], b[k]) for k in a)
