@@ -94,21 +94,31 @@ def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
     module.load_state_dict(state, assign=True)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What goes wrong inside is a full disk's or a folder's fault, and the file is named."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
 def write_file(path, write):
     """write(path), but beside its place, fsynced and renamed: a crash leaves the old file or the new one. UserError names the file."""
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        beside.chmod(0o644)
-        with open(beside, "rb+") as f:
-            os.fsync(f.fileno())
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(beside)
+            beside.chmod(0o644)
+            with open(beside, "rb+") as f:
+                os.fsync(f.fileno())
+            beside.replace(path)
+    except UserError:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise UserError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        raise
 
 
 def write_json(path, value):

@@ -206,9 +206,11 @@ def network(unet, context, added, x=None):
 
 @torch.no_grad()
 def vectors(model, captions=(), pictures=()):
-    """B captions -> the frozen text encoder's pooled states (B, D); of a model with an image encoder, B PIL pictures -> its embeddings (B, D)"""
+    """B captions -> the frozen text encoder's pooled states (B, D); of a model with an image encoder, B PIL pictures, of any iterable, which else is
+    not looked at -> its embeddings (B, D)"""
     weight = model.unet.conv_out.weight
     if model.image_encoder is not None:
+        pictures = list(pictures)
         parts = [preprocess(pictures[i:i + 32], model.image_encoder.config["image_size"]) for i in range(0, len(pictures), 32)]
         return torch.cat([model.image_encoder(part.to(weight))[1].float() for part in parts])
     tokenizer, encoder = model.texts[0]
@@ -255,7 +257,7 @@ class Encoder(data.Encoder):
             x = torch.tensor(batch["x"], device=device)
             E = each_class_once(self.encode, x)
         elif self.task == "repr":
-            x = vectors(self.model, batch["x"], [to_pil(picture) for picture in batch["target"]])
+            x = vectors(self.model, batch["x"], map(to_pil, batch["target"]))
             E = encoding(self.model, x[:, None], *z0.shape[2:])
         else:
             x = E = latents(X, *self.moments(batch["x"], device), self.vae.config["scaling_factor"])
@@ -407,9 +409,9 @@ def side_by_side(model, given, count, height, width, **options):
             lines.append(", ".join(f"{model.index['joint']['classes'][k]} {p:.3f}" for p, k in zip(best.values.tolist(), best.indices.tolist())))
     if "repr" in out and "repr" not in known:
         heldout, what = Pictures("repr", "heldout", model.native_size), "captions" if model.image_encoder is None else "pictures"
-        shown = {data.caption(e, None, style): to_pil(heldout._drawn(style, e.cells[None])) for e, style in heldout.items}
-        captions = list(shown)
-        cosine = torch.nn.functional.cosine_similarity(out["repr"][:, None], vectors(model, captions, list(shown.values())).cpu(), dim=2)
+        shown = {data.caption(e, None, style): (style, e.cells[None]) for e, style in heldout.items}
+        captions, drawings = list(shown), (to_pil(heldout._drawn(*which)) for which in shown.values())
+        cosine = torch.nn.functional.cosine_similarity(out["repr"][:, None], vectors(model, captions, drawings).cpu(), dim=2)
         lines += [f"nearest of {len(captions)} held-out {what}: {captions[row.argmax()]!r}, cosine {row.max():.3f}" for row in cosine]
     return [to_pil(picture) for row in zip(*pictures) for picture in row], len(pictures), lines
 
@@ -419,7 +421,7 @@ def grid_rows(model, examples, seed):
     (modality,) = model.heads
     x = [example["x"] for example in examples]
     if modality == "repr":
-        x = vectors(model, x, [to_pil(example["target"]) for example in examples])
+        x = vectors(model, x, (to_pil(example["target"]) for example in examples))
     else:
         x = torch.stack(x) if torch.is_tensor(x[0]) else torch.tensor(x)
     known, rows = {modality: x}, []

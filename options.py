@@ -10,7 +10,8 @@ from folders import UserError
 from routing import MODES
 
 # MTU's recipes, 8 devices of 16 samples. Its Table 2: FID 7.2 from text, I-T 17.2 of edits, LPIPS 24.8 of sr, I-I 44.0 of inpaint; with SDXL 3.9,
-# 20.1, 26.5, 44.2. 100 epochs of the 513,829 examples of its four data sets together would be 401,429 steps; what an epoch is, and the schedule, are not stated.
+# 20.1, 26.5, 44.2. 100 epochs of the 513,829 examples of its four data sets together would be 401,429 steps; what an epoch is, and the schedule, are
+# not stated.
 PRESETS = {
     "mtu-sd15": dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", batch_size=128, lr=1e-4, lr_schedule="constant", num_experts=4),
     "mtu-sdxl": dict(model="stabilityai/stable-diffusion-xl-base-1.0", batch_size=128, lr=5e-5, lr_schedule="constant", num_experts=1,
@@ -20,8 +21,8 @@ PRESETS = {
 
 def get_args():
     p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--task", help=f"all ({', '.join(ALL)}; the default, of --t-range and --decouple the model's own), one or several of them; or one of "
-                   f"uncond, {', '.join(joint.SETTINGS)}")
+    p.add_argument("--task", help=f"all ({', '.join(ALL)}; the default, of --t-range and --decouple the model's own), one or several of them; or "
+                   f"one of uncond, {', '.join(joint.SETTINGS)}")
     p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond, translate, masked, label)")
     p.add_argument("--preset", choices=tuple(PRESETS), help="a paper's recipe as the defaults of the other options, see PRESETS")
     p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch, but for t2i, see adm.CONFIGS; default adm-tiny")

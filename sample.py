@@ -450,14 +450,15 @@ def main():
     dtype = DTYPES[args.precision]
     device = pick_device(args.device)
     model = load_model(args.model, dtype, device)
-    copies = [load_model(path, dtype, device) for path in args.ensemble or ()]
-    if any(copy.unet.config != model.unet.config or copy.scheduler != model.scheduler for copy in copies):
-        raise UserError(f"--ensemble: the models are not all of the kind of {args.model}")
-    for path, wanted in zip(args.ensemble or (), timestep_ranges(model.diffusion.T, max(1, len(copies)))):
-        told = read_json(Path(path) / "arguments.json").get("t_range") if (Path(path) / "arguments.json").is_file() else None
+    for path, wanted in zip(args.ensemble, timestep_ranges(model.diffusion.T, len(args.ensemble))) if args.ensemble else ():
+        arguments = Path(path) / "arguments.json"
+        told = read_json(arguments).get("t_range") if arguments.is_file() else None
         if told and tuple(told) != wanted:
             raise UserError(f"--ensemble: {path} was tuned for timesteps {told[0]} to {told[1]}, and would here draw {wanted[0]} to {wanted[1]}; give "
                             "the copies in the order of their ranges, all of them")
+    copies = [load_model(path, dtype, device) for path in args.ensemble or ()]
+    if any(copy.unet.config != model.unet.config or copy.scheduler != model.scheduler for copy in copies):
+        raise UserError(f"--ensemble: the models are not all of the kind of {args.model}")
     ensemble = [copy.unet for copy in copies]
     for unet in (ensemble or [model.unet]) if args.compile else ():
         unet.forward = compiled(unet.forward, device)

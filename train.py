@@ -387,9 +387,9 @@ def train(args, tasks, device, rank, world):
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
     with stoppable() as told:
         for step in bar:
-            began, seen = time.time(), []
+            began, seen, factor = time.time(), [], lr_factor(step, args)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor(step, args)
+                group["lr"] = group["peak_lr"] * factor
             for m in range(0, per_rank, micro):
                 asked = time.time()
                 try:
@@ -428,11 +428,11 @@ def train(args, tasks, device, rank, world):
                 mean = {name: (total[i].sum() / count[i].sum()).item() for i, name in enumerate(names) if count[i].any()}
                 bins = {name: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())] for i, name in enumerate(names)}
                 speed = count[:len(tasks)].sum().item() / busy
-                print0(f"step {done}: " + ", ".join(f"{name} {v:.4f}" for name, v in mean.items()) + f"; lr {args.lr * lr_factor(step, args):.2e}, "
+                print0(f"step {done}: " + ", ".join(f"{name} {v:.4f}" for name, v in mean.items()) + f"; lr {args.lr * factor:.2e}, "
                        f"{speed:.1f} images/s" + f", {skipped} steps skipped" * (skipped > 0))
                 if rank == 0:
                     memory = watch.memory(device)
-                    log.write(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * lr_factor(step, args), skipped=skipped,
+                    log.write(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * factor, skipped=skipped,
                                    grad_norm=None if in_a_row else norm.item(), images_per_s=round(speed, 2), tflops=round(speed * per_image, 4),
                                    mfu=peak and round(speed * per_image * 1e12 / peak, 4), data_share=round(waited / busy, 4),
                                    memory_gb=memory and round(memory, 3)))

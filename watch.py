@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from folders import UserError
+from folders import writing
 
 PEAK = {  # name in torch.cuda.get_device_name -> TFLOP/s in bf16 and, as fp32 runs use it, TF32, of one device
     "H200": (989, 494), "H100 PCIe": (756, 378), "H100": (989, 494), "A100": (312, 156), "A10": (125, 62), "L40S": (362, 183), "RTX 4090": (165, 83),
@@ -82,11 +82,8 @@ class Log:
             self.writer = SummaryWriter(folder, purge_step=start + 1)  # what a resumed run tells again
 
     def write(self, row):
-        try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror})") from None
+        with writing(self.path), open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
         if self.writer is not None:
             for name, value in numbers(row):
                 self.writer.add_scalar(name, value, row["step"])

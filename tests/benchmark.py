@@ -317,7 +317,8 @@ def whole_step(args, ours):
     # on CPU both train the same parameters, by turns, with the same moments and the same average
     together = device.type == "cpu"
     theirs.load_state_dict(ours.state_dict(keep_vars=True) if together else copy.deepcopy(ours.state_dict()), assign=True)
-    ours.to(memory_format=torch.preserve_format if together else torch.channels_last)
+    if not together:
+        train.channels_last(ours)
     theirs.requires_grad_(True)
     scheduler, average, params = DDPMScheduler(), EMAModel(theirs.parameters()), list((theirs if together else ours).parameters())
     denoiser = train.Denoiser(ours, None, Diffusion.from_config({"_class_name": "DDPMScheduler"}).to(device))

@@ -173,7 +173,7 @@ def test_runs_killed_while_they_save_go_on_from_the_last_state_bit_for_bit(strai
 
 @pytest.mark.parametrize("options", [
     ["--task", "t2i", "--t-range", 0, 500, "--projection"],
-    ["--task", "edit,sr", "--full", "--train-text-encoder", "--workers", 1, "--top-k", 2, "--device-batch-size", 2],
+    ["--task", "edit,sr", "--full", "--train-text-encoder", "--workers", 2, "--top-k", 2, "--device-batch-size", 2],
     ["--task", "sr", "--routing", "dtr", "--loss-weight", "uw"],
     ["--task", "masked", "--model", "scratch", "--input", "x"],
     ["--task", "uncond", "--model", "scratch", "--workers", 1]], ids=["deme", "mtu", "dtr-uw", "masked-x", "pixels"])
@@ -193,7 +193,8 @@ def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(options, tmp_path, m
         assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == "error: state.safetensors: No space left on device"
     monkeypatch.undo()
     assert "at step 2" in run(tmp_path / "b", *options).stdout
-    for part in ("unet", "state"):
+    assert not any("uncertainty" in key for key in weights(tmp_path / "b"))
+    for part in ("unet", *["text_encoder"] * ("--train-text-encoder" in options), "state"):
         a, b = (load_file(next((tmp_path / x / part).glob("*.safetensors"))) for x in "ab")
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert ("uw" in options) == ("ema/uncertainty.s" in a) and (a.get("param/uncertainty.s", torch.ones(8)) != 0).sum() > 1
@@ -542,6 +543,7 @@ def test_deme_as_a_whole(tmp_path, monkeypatch):
     for key in ("conv_in.weight", "mid_block.resnets.0.conv2.bias"):
         expected = base[key].float() + sum(w * (c[key] - base[key].float()) for w, c in zip(told["weights"], copies))
         assert torch.allclose(merged[key], expected, atol=1e-6) and not torch.equal(copies[0][key], copies[1][key])
+    assert "finished" in run(tmp_path / "deme", *options).stdout and json.loads((tmp_path / "deme/merge.json").read_text()) == told
     model = load_model(tmp_path / "deme/merged")
     assert model.tasks == ["t2i"]
     pipe = pytest.importorskip("diffusers").StableDiffusionPipeline.from_pretrained(tmp_path / "deme/merged", low_cpu_mem_usage=False)
