@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--guidance", type=float, help="text scale; default as in sample.py")
     parser.add_argument("--image-guidance", type=float, help="image scale; default as in sample.py")
+    parser.add_argument("--keep-detail", action="store_true", help="as in sample.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--out", help="JSON file that gets the figures")
@@ -78,7 +79,7 @@ def main():
     print(f"{'PSNR in dB':<20}{'count':>6}{'output':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
     for task in tasks:
         results[task] = measure(model, task, args.count, args.seed, steps=args.steps, guidance=args.guidance,
-                                image_guidance=args.image_guidance)
+                                image_guidance=args.image_guidance, keep_detail=args.keep_detail)
         for kind, f in results[task].items():
             name = task if kind == "all" else f"  {kind}"
             print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}{f['ceiling']:>9.2f}{f['closer']:>9.0%}")

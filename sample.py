@@ -243,7 +243,7 @@ def load_pixels(path_or_hub_id, index, dtype=torch.float32):
 
 @torch.no_grad()
 def generate(model, task, prompts, images=None, negative_prompt="", guidance=None, image_guidance=None, steps=20, eta=0.0, strength=None,
-             height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None, low_memory=False):
+             height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None, low_memory=False, keep_detail=False):
     """Draw one picture per prompt -> list of PIL images. Picture i has seed `seed + i`, whatever the batch around it.
 
     images: PIL pictures, one per prompt: the source of an image-to-image task, or with strength in (0, 1] the start (SDEdit).
@@ -255,6 +255,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     guidance_rescale: see diffusion.guide.
     ensemble: N U-Nets of the model's kind; number floor(t N / T) makes step t (DeMe Eq. 7).
     low_memory: the text encoders leave the device once they have read, and guidance's branches pass the U-Net one after another.
+    keep_detail: of image-to-image tasks; adds what the autoencoder loses of the given picture, D(z) + picture - D(E(picture)).
     """
     if isinstance(prompts, str) or images and len(images) != len(prompts):
         raise ValueError("prompts is a list of strings, images a list of as many pictures")
@@ -267,6 +268,8 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError(f"task {task} needs a picture: --image FILE")
     if strength is not None and not images:
         raise UserError("strength needs a picture to start from: --image FILE")
+    if keep_detail and not rule.source:
+        raise UserError(f"task {task} has no source whose detail could be kept")
     if images and not rule.source and strength is None:
         raise UserError(f"task {task} takes a picture only to start from: give --strength too")
     paper = SDXL_GUIDANCE.get(task, SDXL_GUIDANCE["edit"]) if model.text_encoder_2 else (rule.guidance, rule.image_guidance)
@@ -323,7 +326,10 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
 
     options = dict(eta=eta) if sampler == "ddim" else {}
     x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators, callback=callback, **options)
-    return [to_pil(image) for image in model.vae.decode(x0 / scale, tile)]
+    drawn = model.vae.decode(x0 / scale, tile)
+    if keep_detail:
+        drawn = drawn + pictures.to(drawn) - model.vae.decode(mean, tile)
+    return [to_pil(image) for image in drawn]
 
 
 def _size(model, images, height, width):
@@ -372,7 +378,7 @@ def save_png(picture, path, arguments):
 def draw_jointly(args, parser, out):
     """The command for a joint task: all modalities side by side, a row a sample, labels and vectors in words."""
     if other := [name for name in ("prompt", "negative_prompt", "image", "guidance", "image_guidance", "guidance_rescale", "strength", "trajectory",
-                                   "ensemble", "compile", "low_memory") if getattr(args, name) != parser.get_default(name)]:
+                                   "ensemble", "compile", "low_memory", "keep_detail") if getattr(args, name) != parser.get_default(name)]:
         raise UserError(f"--{other[0].replace('_', '-')} does not go with --task {args.task}; what is known comes by --given")
     if args.model == f"runs/{args.task}" and not Path(args.model).is_dir():
         raise UserError(f"no model at {args.model}: python train.py --task {args.task} makes it, or name another by --model")
@@ -418,6 +424,7 @@ def main():
     parser.add_argument("--ensemble", nargs="+", metavar="MODEL", help="DeMe before merging: copies tuned for equal timestep ranges, from t = 0 on")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: pays for many pictures of one size")
     parser.add_argument("--low-memory", action="store_true", help="text encoders leave the device after use, guidance's branches pass one by one")
+    parser.add_argument("--keep-detail", action="store_true", help="add to an edited picture what the autoencoder loses of its source")
     parser.add_argument("--out", help="the picture; default samples/TASK.png")
     parser.add_argument("--export", metavar="TASK", help="draw nothing; write this task of an upcycled model as a folder that diffusers opens")
     parser.add_argument("--export-to", metavar="FOLDER", help="that folder")
@@ -447,15 +454,14 @@ def main():
     if args.task in joint.SETTINGS:
         return draw_jointly(args, parser, out)
     images = [open_image(image)] * len(prompts) if image else None
-    dtype = DTYPES[args.precision]
-    device = pick_device(args.device)
+    dtype, device = DTYPES[args.precision], pick_device(args.device)
     model = load_model(args.model, dtype, device)
-    for path, wanted in zip(args.ensemble, timestep_ranges(model.diffusion.T, len(args.ensemble))) if args.ensemble else ():
+    for path, wanted in zip(args.ensemble or (), timestep_ranges(model.diffusion.T, max(1, len(args.ensemble or ())))):
         arguments = Path(path) / "arguments.json"
         told = read_json(arguments).get("t_range") if arguments.is_file() else None
         if told and tuple(told) != wanted:
-            raise UserError(f"--ensemble: {path} was tuned for timesteps {told[0]} to {told[1]}, and would here draw {wanted[0]} to {wanted[1]}; give "
-                            "the copies in the order of their ranges, all of them")
+            raise UserError(f"--ensemble: {path} was tuned for timesteps {told[0]} to {told[1]}, and would here draw {wanted[0]} to {wanted[1]}; "
+                            "give the copies in the order of their ranges, all of them")
     copies = [load_model(path, dtype, device) for path in args.ensemble or ()]
     if any(copy.unet.config != model.unet.config or copy.scheduler != model.scheduler for copy in copies):
         raise UserError(f"--ensemble: the models are not all of the kind of {args.model}")
@@ -473,7 +479,7 @@ def main():
 
     pictures = generate(model, args.task, prompts, images, args.negative_prompt, args.guidance, args.image_guidance,
                         args.steps, args.eta, args.strength, args.height, args.width, args.seed, step, args.sampler, args.guidance_rescale, ensemble,
-                        args.low_memory)
+                        args.low_memory, args.keep_detail)
     bar.close()
     arguments = {**vars(args), "prompt": prompts, "image": image}
     columns = args.num_images if len(prompts) > args.num_images > 1 else round(len(prompts) ** 0.5)

@@ -310,11 +310,12 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak; 100 steps of warm-up, cosine to zero")
     parser.add_argument("--kl", type=float, default=1e-6, help="weight of KL(q(z | image) || N(0, I)), a sum, beside the squared error's mean")
+    parser.add_argument("--eval-size", type=int, help="held-out pictures of the last PSNR; default all")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.lr < float("inf") or not 0 <= args.kl < float("inf"):
+    if min(args.steps, args.batch_size, args.eval_size or 1) < 1 or args.seed < 0 or not 0 < args.lr < float("inf") or not 0 <= args.kl < float("inf"):
         raise UserError("--steps and --batch-size are at least 1, --seed and --kl at least 0, --lr above 0")
     if (Path(args.out) / "vae").exists():
         raise UserError(f"{Path(args.out) / 'vae'} exists; choose another --out")
@@ -366,7 +367,7 @@ def main():
         mean = vae.mode(torch.cat([batch(args.steps + i) for i in range(max(1, 512 // args.batch_size))]))
         vae.config["scaling_factor"] = round(1 / mean.std().item(), 5)
     vae.save_pretrained(Path(args.out) / "vae")
-    print(f"held-out PSNR {psnr(vae, None, device):.2f} dB, scaling factor {vae.config['scaling_factor']}, {time.time() - start:.0f} s, "
+    print(f"held-out PSNR {psnr(vae, args.eval_size, device):.2f} dB, scaling factor {vae.config['scaling_factor']}, {time.time() - start:.0f} s, "
           f"saved in {Path(args.out) / 'vae'}")
 
 

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import moe
+import sample
 from conftest import called
-from data import ALL, ASSETS
+from data import ALL, ASSETS, on_white, to_tensor
 from folders import UserError
 from sample import EXAMPLES, generate, load_model, open_image
 from unet import CONFIGS
@@ -144,6 +145,17 @@ def test_low_memory_draws_the_same_in_smaller_batches(request, monkeypatch, name
     plain, saving = (generate(model, task, prompts, images, guidance=2.0, image_guidance=1.5, steps=3, low_memory=low) for low in (False, True))
     assert sizes == [branches * 2] * 3 + [2] * branches * 3
     assert all(difference(a, b) < 0.05 for a, b in zip(plain, saving))
+
+
+def test_kept_detail_gives_an_unchanged_picture_back_pixel_by_pixel(mtu, monkeypatch):
+    picture = open_image(ASSETS / "examples/edit.png")
+    mean, _ = mtu.vae.encode(to_tensor(on_white(picture.convert("RGBA")))[None])
+    scaled = mean.detach() * mtu.vae.config["scaling_factor"]
+    monkeypatch.setitem(sample.SAMPLERS, "ddim", lambda *args, **options: scaled)
+    lossy, kept = (generate(mtu, "edit", ["make it a man"], [picture], keep_detail=keep)[0] for keep in (False, True))
+    assert difference(kept, on_white(picture.convert("RGBA"))) < 0.1 < 1 < difference(lossy, kept)
+    with pytest.raises(UserError, match="t2i has no source"):
+        generate(mtu, "t2i", ["pizza"], keep_detail=True)
 
 
 def test_low_memory_sends_text_encoders_away_once_they_have_read(tiny, monkeypatch):

@@ -157,6 +157,7 @@ def killed(at, *words):
     called(*words)
 
 
+@pytest.mark.slow
 def test_runs_killed_while_they_save_go_on_from_the_last_state_bit_for_bit(straight, tmp_path):
     """Killed at the first state, that is all of it again; then twice at the second."""
     words = ["--task", "all", "--steps", "4", "--save-every", "1"]
@@ -349,6 +350,7 @@ def test_accumulation_checkpointing_and_two_ranks_change_only_rounding(straight,
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds a process's children in /proc")
+@pytest.mark.slow
 def test_a_run_of_which_a_process_dies_is_brought_back_bit_for_bit(two_ranks, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc_per_node", "2"]
     going = subprocess.Popen([*launch, "train.py", *QUICK, "--out", tmp_path / "a", "--task", "all", "--steps", "4"], cwd=ROOT, text=True,

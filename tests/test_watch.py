@@ -126,7 +126,12 @@ def test_a_recipe_gives_defaults_and_options_win(monkeypatch):
     assert asked().lr is None and asked("--preset", "mtu-sd15").num_experts == 4
 
 
-def test_one_graph_for_all_steps(tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    ["--task", "all"], ["--task", "t2i", "--t-range", 0, 500, "--projection"], ["--task", "sr", "--routing", "dtr", "--loss-weight", "uw"],
+    ["--task", "translate", "--input", "x"], ["--task", "masked"], ["--task", "label"], ["--task", "repr"],
+    ["--task", "label", "--model", "scratch", "--head", "classifier"]], ids=lambda options: "-".join(map(str, options[1::2])))
+def test_one_graph_for_all_steps(options, tmp_path, monkeypatch):
     """No graph break, and no recompilation from step to step."""
     graphs = []
 
@@ -135,7 +140,7 @@ def test_one_graph_for_all_steps(tmp_path, monkeypatch):
         return graph.forward
     monkeypatch.setattr(train, "compiled", lambda run, device: torch.compile(run, backend=backend, fullgraph=True))
     torch._dynamo.reset()
-    run(tmp_path / "a", "--task", "all", "--steps", 3, "--compile", "--batch-size", 8, "--device-batch-size", 4)
+    run(tmp_path / "a", *options, "--steps", 3, "--compile", "--batch-size", 8, "--device-batch-size", 4)
     assert len(graphs) == 1
 
 
