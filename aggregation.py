@@ -48,7 +48,7 @@ import torch.nn.functional as F
 
 import adm
 from diffusion import learned_variance, randn
-from folders import UserError, blaming, command, save_weights
+from folders import HelpFormatter, UserError, blaming, command, save_weights
 from unet import Cond, sinusoidal
 
 LAMBDA = 0.1  # Eq. 6
@@ -439,7 +439,7 @@ def main():
     from data import STYLES, Sheet, on_white, to_pil, to_tensor
     from diffusion import Diffusion, seeded
     parser = argparse.ArgumentParser(description="Draw the forward process from one emoji in two styles, z_0 and x, and print its coefficients.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--emoji", default="dragon face", help="its name")
     parser.add_argument("--k", type=float, default=1.0, help="scale of the weights")
     parser.add_argument("--out", default="samples/aggregation.png", help="the picture")

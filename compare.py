@@ -29,7 +29,7 @@ import joint
 from aggregation import Classifier
 from evaluate import psnr
 from examples import Examples, collate
-from folders import UserError, command, write_file, write_json
+from folders import HelpFormatter, UserError, command, write_file, write_json
 from sample import generate, load_model
 from train import lr_factor
 
@@ -297,7 +297,7 @@ AFTERWARDS = {"masked": restoration, "label": recognition}  # what is measured b
 
 def main():
     parser = argparse.ArgumentParser(description="Train with and without a method and compare held-out losses.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("what", choices=(*ARMS, *DEME, "gradients"))
     parser.add_argument("--steps", type=int, default=600, help="of each run; deme: of each of the four copies")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, seeds 0, 1 ..")

@@ -3,8 +3,8 @@
     python evaluate.py --task all --model assets/tiny-mtu --count 100
 
 Per task: PSNR to the target (pictures in [0, 1], mean over examples) of the output, of doing nothing (for sr: bicubic enlargement), and of
-the autoencoder's own reconstruction of the target, the ceiling of any latent model; and the share of examples whose output has
-the smaller squared error than doing nothing. t2i has no single right answer: look at train.py's sample grids.
+the autoencoder's own reconstruction of the target, the ceiling of any latent model without --keep-unchanged; and the share of examples
+whose output has the smaller squared error than doing nothing. t2i has no single right answer: look at train.py's sample grids.
 """
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import data
 from data import ASSETS, TASKS
-from folders import UserError, command, pick_device, write_json
+from folders import HelpFormatter, UserError, command, pick_device, write_json
 from sample import generate, load_model
 
 
@@ -53,15 +53,15 @@ def measure(model, task, count, seed, batch_size=25, **options):
 
 def main():
     parser = argparse.ArgumentParser(description="Measure a model on held-out pictures.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--task", default="all", help="all, or one of the image-to-image tasks")
     parser.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="folder or hub id")
     parser.add_argument("--count", type=int, default=100, help="held-out examples per task")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--guidance", type=float, help="text scale; default as in sample.py")
     parser.add_argument("--image-guidance", type=float, help="image scale; default as in sample.py")
-    parser.add_argument("--keep-detail", action="store_true", help="as in sample.py")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-unchanged", action="store_true", help="as in sample.py, of edit and inpaint")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--out", help="JSON file that gets the figures")
     args = parser.parse_args()
@@ -79,7 +79,7 @@ def main():
     print(f"{'PSNR in dB':<20}{'count':>6}{'output':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
     for task in tasks:
         results[task] = measure(model, task, args.count, args.seed, steps=args.steps, guidance=args.guidance,
-                                image_guidance=args.image_guidance, keep_detail=args.keep_detail)
+                                image_guidance=args.image_guidance, keep_unchanged=args.keep_unchanged and task != "sr")
         for kind, f in results[task].items():
             name = task if kind == "all" else f"  {kind}"
             print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}{f['ceiling']:>9.2f}{f['closer']:>9.0%}")

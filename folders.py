@@ -2,6 +2,7 @@
 
 Only safetensors are read: files of other kinds run code when opened. What is written is whole or not there.
 """
+import argparse
 import contextlib
 import json
 import os
@@ -15,6 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """--help with the defaults, where the option's own words do not tell them."""
+
+    def _get_help_string(self, action):
+        told = action.default is not False and action.default not in (None, "", [], argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if told else action.help
 
 
 class UserError(Exception):

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 
-from folders import UserError, command, fetch, new_folder, read_json, weight_files, write_file, write_json
+from folders import HelpFormatter, UserError, command, fetch, new_folder, read_json, weight_files, write_file, write_json
 
 WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
 PARTS = ("unet", "heads", "vae", "text_encoder", "text_encoder_2", "image_encoder", *WITHOUT_WEIGHTS)
@@ -273,7 +273,7 @@ def merge_folders(base, tuned, weights, out):
 
 def main():
     parser = argparse.ArgumentParser(description="Merge fine-tuned copies of a model: base + sum of w_i (tuned_i - base).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--base", required=True, help="folder in the Hugging Face layout, or hub id")
     parser.add_argument("--tuned", required=True, nargs="+", help="folders or hub ids, N of them")
     parser.add_argument("--weights", required=True, nargs="+", type=float, help="N weights; the paper searches 0 to 1, and they need not sum to 1")

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from folders import UserError, command, fetch, read_json
+from folders import HelpFormatter, UserError, command, fetch, read_json
 from unet import CONFIGS, BasicTransformerBlock, UNet
 
 TASKS = ("t2i", "edit", "sr", "inpaint")  # data.TASKS' names; a method does not import the data
@@ -246,7 +246,7 @@ def main():
 
     from watch import flops
     parser = argparse.ArgumentParser(description="Parameters, FLOPs and experts before and after upcycling.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--model", default="sd15", help=f"{', '.join(CONFIGS)} (shapes only), or a folder or hub id")
     parser.add_argument("--num-experts", type=int, default=4, help="N")
     args = parser.parse_args()

@@ -6,7 +6,7 @@ import adm
 import joint
 from aggregation import SCHEDULES
 from data import ALL, ASSETS
-from folders import UserError
+from folders import HelpFormatter, UserError
 from routing import MODES
 
 # MTU's recipes, 8 devices of 16 samples. Its Table 2: FID 7.2 from text, I-T 17.2 of edits, LPIPS 24.8 of sr, I-I 44.0 of inpaint; with SDXL 3.9,
@@ -20,7 +20,7 @@ PRESETS = {
 
 
 def get_args():
-    p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=HelpFormatter)
     p.add_argument("--task", help=f"all ({', '.join(ALL)}; the default, of --t-range and --decouple the model's own), one or several of them; or "
                    f"one of uncond, {', '.join(joint.SETTINGS)}")
     p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond, translate, masked, label)")
@@ -30,7 +30,7 @@ def get_args():
     p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
     p.add_argument("--cache", help="folder for latents and text states of --data, made where it is missing: nothing is then encoded twice")
     p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
-    p.add_argument("--steps", type=int, help="default 200 for the miniature upcycled, 5000 from scratch; the paper: 100 epochs")
+    p.add_argument("--steps", type=int, help="default 200, from scratch 5000; the paper: 100 epochs")
     p.add_argument("--batch-size", type=int, default=32, help="global, a multiple of the number of tasks (the paper: 128)")
     p.add_argument("--device-batch-size", type=int, help="samples at a time on one device; the rest is accumulated. Default: all")
     p.add_argument("--lr", type=float, help="default 1e-3 for the miniature, else the paper's 1e-4")
@@ -77,7 +77,7 @@ def get_args():
     p.add_argument("--eval-every", type=int, default=0, help="steps between lines of log.jsonl with that loss, also per range of timesteps; 0: none")
     p.add_argument("--tensorboard", action="store_true", help="log.jsonl's numbers for TensorBoard too, in --out; needs its package")
     p.add_argument("--bench", action="store_true", help="train for --steps, default 30, leave nothing behind but --cache, and print the speed")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of all that is random")
     p.set_defaults(**PRESETS.get(p.parse_known_args()[0].preset, {}))
     return p.parse_args()
 

@@ -18,7 +18,7 @@ Letters: B batch, L positions, C channels, T timesteps.
 import torch
 import torch.nn as nn
 
-from folders import UserError, command
+from folders import HelpFormatter, UserError, command
 from unet import BasicTransformerBlock, ResnetBlock2D
 from vae import Attention
 
@@ -117,7 +117,7 @@ def main():
 
     from PIL import Image
     parser = argparse.ArgumentParser(description="Draw the masks and print how much timesteps share.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--channels", type=int, default=320, help="C, a block's input width")
     parser.add_argument("--alpha", type=float, default=4.0, help="the window moves with t to this power (the paper: 4)")
     parser.add_argument("--beta", type=float, default=0.8, help="share of channels that a timestep sees (the paper: 0.8)")

@@ -27,11 +27,11 @@ from clip import CLIPText, CLIPVision, Tokenizer
 from data import ASSETS, EXAMPLES, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
 from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
 from export import export
-from folders import UserError, blaming, command, compiled, fetch, load_weights, pick_device, read_json, write_file, write_json
+from folders import HelpFormatter, UserError, blaming, command, compiled, fetch, load_weights, pick_device, read_json, write_file, write_json
 from merge import add_projections, timestep_ranges
 from routing import add_routing
 from unet import UNet
-from vae import VAE, Pixels
+from vae import VAE, Pixels, blended
 
 DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}  # of --precision
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "RoutedPipeline2D", "ProjectedPipeline2D", "JointPipeline2D")
@@ -242,8 +242,8 @@ def load_pixels(path_or_hub_id, index, dtype=torch.float32):
 
 
 @torch.no_grad()
-def generate(model, task, prompts, images=None, negative_prompt="", guidance=None, image_guidance=None, steps=20, eta=0.0, strength=None,
-             height=None, width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None, low_memory=False, keep_detail=False):
+def generate(model, task, prompts, images=None, negative_prompt="", guidance=None, image_guidance=None, steps=20, eta=0.0, strength=None, height=None,
+             width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None, low_memory=False, keep_unchanged=False):
     """Draw one picture per prompt -> list of PIL images. Picture i has seed `seed + i`, whatever the batch around it.
 
     images: PIL pictures, one per prompt: the source of an image-to-image task, or with strength in (0, 1] the start (SDEdit).
@@ -255,7 +255,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     guidance_rescale: see diffusion.guide.
     ensemble: N U-Nets of the model's kind; number floor(t N / T) makes step t (DeMe Eq. 7).
     low_memory: the text encoders leave the device once they have read, and guidance's branches pass the U-Net one after another.
-    keep_detail: of image-to-image tasks; adds what the autoencoder loses of the given picture, D(z) + picture - D(E(picture)).
+    keep_unchanged: of tasks with an instruction; where the drawn picture hardly differs the given one's pixels stay, see vae.blended.
     """
     if isinstance(prompts, str) or images and len(images) != len(prompts):
         raise ValueError("prompts is a list of strings, images a list of as many pictures")
@@ -268,8 +268,8 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError(f"task {task} needs a picture: --image FILE")
     if strength is not None and not images:
         raise UserError("strength needs a picture to start from: --image FILE")
-    if keep_detail and not rule.source:
-        raise UserError(f"task {task} has no source whose detail could be kept")
+    if keep_unchanged and (not rule.source or rule.prompt == "empty"):
+        raise UserError(f"task {task} has no source of which parts could stay unchanged")
     if images and not rule.source and strength is None:
         raise UserError(f"task {task} takes a picture only to start from: give --strength too")
     paper = SDXL_GUIDANCE.get(task, SDXL_GUIDANCE["edit"]) if model.text_encoder_2 else (rule.guidance, rule.image_guidance)
@@ -327,8 +327,8 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
     options = dict(eta=eta) if sampler == "ddim" else {}
     x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators, callback=callback, **options)
     drawn = model.vae.decode(x0 / scale, tile)
-    if keep_detail:
-        drawn = drawn + pictures.to(drawn) - model.vae.decode(mean, tile)
+    if keep_unchanged:
+        drawn = blended(pictures.to(drawn), drawn, model.vae.decode(mean, tile))
     return [to_pil(image) for image in drawn]
 
 
@@ -378,7 +378,7 @@ def save_png(picture, path, arguments):
 def draw_jointly(args, parser, out):
     """The command for a joint task: all modalities side by side, a row a sample, labels and vectors in words."""
     if other := [name for name in ("prompt", "negative_prompt", "image", "guidance", "image_guidance", "guidance_rescale", "strength", "trajectory",
-                                   "ensemble", "compile", "low_memory", "keep_detail") if getattr(args, name) != parser.get_default(name)]:
+                                   "ensemble", "compile", "low_memory", "keep_unchanged") if getattr(args, name) != parser.get_default(name)]:
         raise UserError(f"--{other[0].replace('_', '-')} does not go with --task {args.task}; what is known comes by --given")
     if args.model == f"runs/{args.task}" and not Path(args.model).is_dir():
         raise UserError(f"no model at {args.model}: python train.py --task {args.task} makes it, or name another by --model")
@@ -398,7 +398,7 @@ def draw_jointly(args, parser, out):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw with a model folder or hub id.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--task", default="t2i", help=f"one of {', '.join([*TASKS, *joint.SETTINGS])}, or a task that the model was given later")
     parser.add_argument("--model", help="folder in the Hugging Face layout, or hub id; default assets/tiny-mtu, of joint tasks runs/TASK")
     parser.add_argument("--prompt", action="append", help="text; again for more pictures; default: the task's example")
@@ -417,14 +417,14 @@ def main():
     parser.add_argument("--height", type=int, help="multiple of 8; default the model's")
     parser.add_argument("--width", type=int, help="multiple of 8; default the model's")
     parser.add_argument("--num-images", type=int, default=1, help="of each prompt; more than one make a grid; seeds count up")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--trajectory", action="store_true", help="save the denoising: a strip (x_t above, predicted x_0 below) and a GIF")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device is fast at it, fp32 for the miniature")
     parser.add_argument("--ensemble", nargs="+", metavar="MODEL", help="DeMe before merging: copies tuned for equal timestep ranges, from t = 0 on")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: pays for many pictures of one size")
     parser.add_argument("--low-memory", action="store_true", help="text encoders leave the device after use, guidance's branches pass one by one")
-    parser.add_argument("--keep-detail", action="store_true", help="add to an edited picture what the autoencoder loses of its source")
+    parser.add_argument("--keep-unchanged", action="store_true", help="edit, inpaint: the source's own pixels where nothing was to change")
     parser.add_argument("--out", help="the picture; default samples/TASK.png")
     parser.add_argument("--export", metavar="TASK", help="draw nothing; write this task of an upcycled model as a folder that diffusers opens")
     parser.add_argument("--export-to", metavar="FOLDER", help="that folder")
@@ -479,7 +479,7 @@ def main():
 
     pictures = generate(model, args.task, prompts, images, args.negative_prompt, args.guidance, args.image_guidance,
                         args.steps, args.eta, args.strength, args.height, args.width, args.seed, step, args.sampler, args.guidance_rescale, ensemble,
-                        args.low_memory, args.keep_detail)
+                        args.low_memory, args.keep_unchanged)
     bar.close()
     arguments = {**vars(args), "prompt": prompts, "image": image}
     columns = args.num_images if len(prompts) > args.num_images > 1 else round(len(prompts) ** 0.5)

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from folders import UserError, blaming, command, fetch, load_weights, pick_device, read_json, save_weights
+from folders import HelpFormatter, UserError, blaming, command, fetch, load_weights, pick_device, read_json, save_weights
 
 DEFAULTS = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1, norm_num_groups=32,
                 act_fn="silu", sample_size=32, scaling_factor=0.18215, force_upcast=True, mid_block_add_attention=True,
@@ -304,7 +304,7 @@ def main():
     import data
 
     parser = argparse.ArgumentParser(description="Train the miniature autoencoder on the built-in pictures.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--out", default="runs/vae", help="folder that gets vae/")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -313,10 +313,11 @@ def main():
     parser.add_argument("--eval-size", type=int, help="held-out pictures of the last PSNR; default all")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     args = parser.parse_args()
-    if min(args.steps, args.batch_size, args.eval_size or 1) < 1 or args.seed < 0 or not 0 < args.lr < float("inf") or not 0 <= args.kl < float("inf"):
-        raise UserError("--steps and --batch-size are at least 1, --seed and --kl at least 0, --lr above 0")
+    if (min(args.steps, args.batch_size, 1 if args.eval_size is None else args.eval_size) < 1 or args.seed < 0
+            or not 0 < args.lr < float("inf") or not 0 <= args.kl < float("inf")):
+        raise UserError("--steps, --batch-size and --eval-size are at least 1, --seed and --kl at least 0, --lr above 0")
     if (Path(args.out) / "vae").exists():
         raise UserError(f"{Path(args.out) / 'vae'} exists; choose another --out")
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -372,6 +373,16 @@ def main():
 
 
 @torch.no_grad()
+def blended(picture, drawn, redrawn, threshold=0.3):
+    """An edited picture whose unchanged parts are the source's own pixels, not what the autoencoder makes of them.
+
+    picture, its edited version, its reconstruction (B, 3, H, W) in [-1, 1] -> (B, 3, H, W): `drawn` where it differs from `redrawn` by
+    `threshold` or more (mean over channels and 3 x 3 pixels), `picture` where it does not, and smoothly between.
+    """
+    change = F.avg_pool2d((drawn - redrawn).abs().mean(1, keepdim=True), 3, stride=1, padding=1, count_include_pad=False)
+    return torch.lerp(picture, drawn, (change / threshold).clamp(max=1).square())
+
+
 def psnr(vae, count, device):
     """Mean over held-out pictures of 10 log10(1 / MSE), pictures in [0, 1], reconstruction from the mode."""
     import data

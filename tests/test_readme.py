@@ -56,7 +56,7 @@ def pictures(tmp_path_factory):
 
 
 def long(command):
-    return re.search(r"compare\.py|vae\.py|--out runs/(tiny|mtu|full|full-2) ", command)
+    return re.search(r"compare\.py|vae\.py|--out runs/(tiny|mtu|full|full-2|full-3)(\s|$)", command)
 
 
 @pytest.mark.parametrize("command", [pytest.param(command, marks=pytest.mark.slow) if long(command) else command

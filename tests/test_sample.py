@@ -147,15 +147,19 @@ def test_low_memory_draws_the_same_in_smaller_batches(request, monkeypatch, name
     assert all(difference(a, b) < 0.05 for a, b in zip(plain, saving))
 
 
-def test_kept_detail_gives_an_unchanged_picture_back_pixel_by_pixel(mtu, monkeypatch):
-    picture = open_image(ASSETS / "examples/edit.png")
-    mean, _ = mtu.vae.encode(to_tensor(on_white(picture.convert("RGBA")))[None])
-    scaled = mean.detach() * mtu.vae.config["scaling_factor"]
+def test_what_does_not_change_keeps_the_sources_pixels(mtu, monkeypatch):
+    """Here the right half of the latents changes."""
+    picture = on_white(open_image(ASSETS / "examples/edit.png").convert("RGBA"))
+    scaled = mtu.vae.encode(to_tensor(picture)[None])[0].detach() * mtu.vae.config["scaling_factor"]
+    scaled[..., 8:] = scaled[..., 8:].flip(2)
     monkeypatch.setitem(sample.SAMPLERS, "ddim", lambda *args, **options: scaled)
-    lossy, kept = (generate(mtu, "edit", ["make it a man"], [picture], keep_detail=keep)[0] for keep in (False, True))
-    assert difference(kept, on_white(picture.convert("RGBA"))) < 0.1 < 1 < difference(lossy, kept)
-    with pytest.raises(UserError, match="t2i has no source"):
-        generate(mtu, "t2i", ["pizza"], keep_detail=True)
+    lossy, kept = (generate(mtu, "edit", ["make it a man"], [picture], keep_unchanged=keep)[0] for keep in (False, True))
+    left, right = (0, 0, 24, 64), (40, 0, 64, 64)
+    assert difference(kept.crop(left), picture.crop(left)) < 0.2 < 1 < difference(lossy.crop(left), picture.crop(left))
+    assert difference(kept.crop(right), lossy.crop(right)) < difference(kept.crop(right), picture.crop(right)) / 5
+    for task, images in (("t2i", None), ("sr", [picture])):
+        with pytest.raises(UserError, match=f"{task} has no source"):
+            generate(mtu, task, ["pizza"], images, keep_unchanged=True)
 
 
 def test_low_memory_sends_text_encoders_away_once_they_have_read(tiny, monkeypatch):
