@@ -29,9 +29,9 @@ def psnr(errors):
 
 
 @torch.no_grad()
-def measure(model, task, count, seed, batch_size=25, **options):
-    """-> a dict of figures for one image-to-image task over `count` held-out examples spread over the data set."""
-    dataset, rows = data.builtin(task, "heldout"), []
+def measure(model, task, count, seed, split="heldout", batch_size=25, **options):
+    """-> a dict of figures for one image-to-image task over `count` examples spread over the split."""
+    dataset, rows = data.builtin(task, split), []
     count = min(count, len(dataset))
     chosen = [dataset[i * len(dataset) // count] for i in range(count)]
     device = next(model.unet.parameters()).device
@@ -56,7 +56,8 @@ def main():
                                      formatter_class=HelpFormatter)
     parser.add_argument("--task", default="all", help="all, or one of the image-to-image tasks")
     parser.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="folder or hub id")
-    parser.add_argument("--count", type=int, default=100, help="held-out examples per task")
+    parser.add_argument("--count", type=int, default=100, help="examples per task")
+    parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="train: to choose guidance by")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--guidance", type=float, help="text scale; default as in sample.py")
     parser.add_argument("--image-guidance", type=float, help="image scale; default as in sample.py")
@@ -78,7 +79,7 @@ def main():
     results = {}
     print(f"{'PSNR in dB':<20}{'count':>6}{'output':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
     for task in tasks:
-        results[task] = measure(model, task, args.count, args.seed, steps=args.steps, guidance=args.guidance,
+        results[task] = measure(model, task, args.count, args.seed, args.split, steps=args.steps, guidance=args.guidance,
                                 image_guidance=args.image_guidance, keep_unchanged=args.keep_unchanged and task != "sr")
         for kind, f in results[task].items():
             name = task if kind == "all" else f"  {kind}"
