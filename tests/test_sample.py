@@ -53,7 +53,7 @@ def test_folded_edit_draws_the_same_and_what_instruct_pix2pix_draws(mtu):
 
     unet = diffusers.UNet2DConditionModel(**{k: v for k, v in folded.unet.config.items() if k != "_class_name"})
     unet.load_state_dict(folded.unet.state_dict())
-    reader = pytest.importorskip("transformers").CLIPTextModel.from_pretrained(ASSETS / "tiny-mtu/text_encoder")
+    reader = pytest.importorskip("transformers").CLIPTextModel.from_pretrained(ASSETS / "tiny-mtu/text_encoder").float()
     pipe = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(ASSETS / "tiny", unet=unet, text_encoder=reader, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     picture = Image.alpha_composite(Image.new("RGBA", images[0].size, "white"), images[0]).convert("RGB").resize((64, 64), Image.BICUBIC)
