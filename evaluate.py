@@ -80,7 +80,7 @@ def main():
     print(f"{'PSNR in dB':<20}{'count':>6}{'output':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
     for task in tasks:
         results[task] = measure(model, task, args.count, args.seed, args.split, steps=args.steps, guidance=args.guidance,
-                                image_guidance=args.image_guidance, keep_unchanged=args.keep_unchanged and task != "sr")
+                                image_guidance=args.image_guidance, keep_unchanged=args.keep_unchanged and TASKS[task].prompt != "empty")
         for kind, f in results[task].items():
             name = task if kind == "all" else f"  {kind}"
             print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}{f['ceiling']:>9.2f}{f['closer']:>9.0%}")

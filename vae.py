@@ -372,7 +372,6 @@ def main():
           f"saved in {Path(args.out) / 'vae'}")
 
 
-@torch.no_grad()
 def blended(picture, drawn, redrawn, threshold=0.3):
     """An edited picture whose unchanged parts are the source's own pixels, not what the autoencoder makes of them.
 
@@ -383,6 +382,7 @@ def blended(picture, drawn, redrawn, threshold=0.3):
     return torch.lerp(picture, drawn, (change / threshold).clamp(max=1).square())
 
 
+@torch.no_grad()
 def psnr(vae, count, device):
     """Mean over held-out pictures of 10 log10(1 / MSE), pictures in [0, 1], reconstruction from the mode."""
     import data
