@@ -1,4 +1,5 @@
-"""CLIP (Radford et al. 2021, arXiv 2103.00020): byte-pair tokenizer, text and image tower, under transformers' names.
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): byte-pair tokenizer, text and image tower, under transformers' names. `python clip.py` trains
+the miniature's text tower.
 
 Stable Diffusion 1.x conditions on the text tower's last hidden states, all 77 positions, without an attention mask; SDXL on the
 penultimate ones of two towers, and on the second's pooled state.
@@ -18,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from folders import UserError, blaming, fetch, load_weights, read_json, save_weights, write_file
+from folders import UserError, blaming, command, fetch, load_weights, read_json, save_weights, write_file
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
@@ -410,3 +411,90 @@ def preprocess(pictures, size=224):
         cut.append(torch.from_numpy(np.array(picture.crop((left, top, left + size, top + size)))))
     x = torch.stack(cut).movedim(-1, 1) / 255
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The miniature's text tower
+
+def tiny_config(tokenizer):
+    """Of a text tower for the miniature, which reads this tokenizer's ids."""
+    return CONFIGS["tiny"] | dict(vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[BOS], eos_token_id=tokenizer.vocab[EOS])
+
+
+def spoken_of(task, example):
+    """The picture (3, H, W) that a text tells of: a caption's, what an instruction leads to, the thing to be removed on white."""
+    return example["source"] - example["target"] + 1 if task == "inpaint" else example["target"]
+
+
+def main():
+    """Stable Diffusion's text tower has seen the pictures of 400 million captions. The miniature's learns those of the built-in texts: a linear
+    head on its pooled state tells a picture's principal components, a fixed code (as LiT, arXiv 2111.07991, fixes the image tower)."""
+    import argparse
+
+    from tqdm import tqdm
+
+    import data
+    from folders import HelpFormatter, pick_device
+
+    parser = argparse.ArgumentParser(description="Train the miniature's text tower on the built-in data.", formatter_class=HelpFormatter)
+    parser.add_argument("--out", default="runs/clip", help="folder that gets text_encoder/ and assets/tiny's tokenizer/")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak; 100 steps of warm-up, cosine to zero")
+    parser.add_argument("--components", type=int, default=128, help="of a picture at 32 x 32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    args = parser.parse_args()
+    if min(args.steps, args.batch_size) < 1 or not 1 <= args.components <= 3072 or args.seed < 0 or not 0 < args.lr < float("inf"):
+        raise UserError("--steps and --batch-size are at least 1, --components 1 to 3072, --seed at least 0, --lr above 0")
+    if (Path(args.out) / "text_encoder").exists():
+        raise UserError(f"{Path(args.out) / 'text_encoder'} exists; choose another --out")
+
+    torch.manual_seed(args.seed)
+    device, tokenizer = pick_device(args.device), Tokenizer.from_pretrained(data.ASSETS / "tiny")
+    tower = CLIPText(tiny_config(tokenizer)).to(device)
+    head = nn.Linear(tower.width, args.components).to(device)
+    params = [*tower.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def pixels(pictures):  # (3, 64, 64) each -> (B, 3072)
+        return F.avg_pool2d(torch.stack(pictures), 2).flatten(1)
+
+    sets = {task: data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")}
+    captions = [data.caption(e, None, style) for e, style in sets["t2i"].items]
+    pictures = pixels([data.to_tensor(data.on_white(data.Sheet.picture(style, e.cells[None]))) for e, style in sets["t2i"].items])
+    mean = pictures.mean(dim=0)
+    _, S, V = torch.linalg.svd(pictures - mean, full_matrices=False)
+    V = V[:args.components].T * (len(pictures) / (S[:args.components] ** 2).mean()).sqrt()  # (3072, components), codes of mean variance 1
+
+    def told(texts):
+        """The head's words, (B, components). Texts are cut after the longest: what follows the end token, a causal tower does not see."""
+        ids = tokenizer(texts)
+        return head(tower(ids[:, :(ids == tokenizer.vocab[EOS]).int().argmax(dim=1).max() + 1].to(device))[2])
+
+    for step in (bar := tqdm(range(args.steps), desc="clip")):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min((step + 1) / 100, 0.5 * (1 + np.cos(np.pi * step / args.steps)))
+        rng = np.random.default_rng((args.seed, step))
+        tasks = rng.choice(list(sets), size=args.batch_size, p=(0.75, 0.1, 0.15))
+        examples = [sets[task].get(int(rng.integers(len(sets[task]))), rng) for task in tasks]
+        code = (pixels([spoken_of(*pair) for pair in zip(tasks, examples)]) - mean) @ V
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = F.mse_loss(told([example["prompt"] for example in examples]).float(), code.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    tower.save_pretrained(Path(args.out) / "text_encoder")
+    tokenizer.save_pretrained(Path(args.out) / "tokenizer")
+    with torch.no_grad():
+        code, given = (pictures - mean) @ V, torch.cat([told(captions[i:i + 256]) for i in range(0, len(captions), 256)]).cpu()
+    nearest = (torch.cdist(given, code).argmin(dim=1) == torch.arange(len(code))).float().mean()
+    print(f"{len(code)} captions tell {100 - 100 * F.mse_loss(given, code):.0f} % of their pictures' variance, {100 * nearest:.0f} % are nearest to "
+          f"their own; saved in {args.out}. Next: python train.py --task t2i --model scratch --text-encoder {args.out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -14,9 +14,11 @@ BINS = 4  # the loss is told in this many equal ranges of timesteps
 class Examples(torch.utils.data.Dataset):
     """Example i is sample k = i mod B of step i div B: picture, words, dropout, timestep and noise follow from (seed, step, k)."""
 
-    def __init__(self, datasets, batch_size, seed, num_timesteps, latent_shape, t_range=None, p_global=0.0, antithetic=False, drop=None):
-        """datasets: task -> its data set. drop: task -> conditioning dropout, default data.TASKS'."""
-        self.tasks, self.datasets, self.t_range, self.p_global, self.antithetic = list(datasets), datasets, t_range, p_global, antithetic
+    def __init__(self, datasets, batch_size, seed, num_timesteps, latent_shape, t_range=None, p_global=0.0, antithetic=False, drop=None,
+                 shares=None):
+        """datasets: task -> its data set. drop: task -> conditioning dropout, default data.TASKS'. shares: the tasks of samples 0, 1, .. in
+        turn, default each once."""
+        self.shares, self.datasets, self.t_range, self.p_global, self.antithetic = shares or list(datasets), datasets, t_range, p_global, antithetic
         self.batch_size, self.seed, self.T, self.latent_shape = batch_size, seed, num_timesteps, latent_shape
         self.drop = drop or {task: TASKS[task].drop for task in datasets}
         if t_range:  # a mistake shows now
@@ -25,7 +27,7 @@ class Examples(torch.utils.data.Dataset):
     def __getitem__(self, i):
         step, k = divmod(i, self.batch_size)
         rng = np.random.default_rng((self.seed, step, k))
-        task = self.tasks[k % len(self.tasks)]
+        task = self.shares[k % len(self.shares)]
         dataset = self.datasets[task]
         example = self.condition(dataset.get(int(rng.integers(len(dataset))), rng), task, rng.random())
         draw = (np.random.default_rng((self.seed, step, self.batch_size)), self.batch_size, True) if self.antithetic else (rng, 1)

@@ -5,8 +5,9 @@
     python train.py --task translate                            two drawings of a thing, generated together (joint.py)
     torchrun --nproc_per_node 8 train.py --task all --model stable-diffusion-v1-5/stable-diffusion-v1-5 --data /data
 
-Every batch holds every task (MTU Eq. 2: L = sum over tasks of the task's mean loss); sample k has task k mod T. Data, noise and timesteps
-are a function of (seed, step, k) alone. The same command again resumes. Letters: B global batch, T tasks, C channels, h w latent.
+Every batch holds every task (MTU Eq. 2: L = sum over tasks of the task's mean loss); sample k has task k mod T of --task, where a task may
+stand twice to have two shares. Data, noise and timesteps are a function of (seed, step, k) alone. The same command again resumes.
+Letters: B global batch, T tasks, C channels, h w latent.
 """
 import argparse
 import contextlib
@@ -92,11 +93,24 @@ def new_tokenizer():
     return clip.Tokenizer.train([dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 3)], vocab_size=2048)
 
 
+def text_parts(folder, width):
+    """Tokenizer and text encoder: the folder's, whose states must have that width, or new ones."""
+    if not folder:
+        tokenizer = new_tokenizer()
+        return tokenizer, clip.CLIPText(clip.tiny_config(tokenizer))
+    tokenizer, encoder = clip.Tokenizer.from_pretrained(folder), clip.CLIPText.from_pretrained(folder)
+    if encoder.config["hidden_size"] != width:
+        raise UserError(f"--text-encoder {folder} is {encoder.config['hidden_size']} wide, the U-Net's cross-attention reads {width}")
+    return tokenizer, encoder
+
+
 def build_model(args, tasks):
-    """The model to train and whether it is new; then its text encoder trains too."""
+    """The model to train and whether it is new; then its text encoder trains too, unless --text-encoder gives one."""
     pixels = tasks == ["uncond"] or tasks[0] in joint.SETTINGS
     if args.unet and not (args.model == "scratch" and pixels):
         raise UserError(f"--unet goes with --model scratch and --task uncond, {', '.join(joint.SETTINGS)}")
+    if args.text_encoder and pixels:
+        raise UserError(f"--text-encoder goes with {', '.join(ALL)}")
     if args.model == "scratch":
         if not (tasks == ["t2i"] or pixels) or args.t_range:
             raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result; or uncond")
@@ -105,10 +119,8 @@ def build_model(args, tasks):
             scheduler = ADM_SCHEDULER | ({} if config.get("out_channels") == 6 else dict(variance_type="fixed_large"))
             model = Model(adm.UNet2D(config), Pixels(config["sample_size"]), None, None, scheduler, {})
             return replace(model, index=pipeline_index(model)), True
-        tokenizer = new_tokenizer()
-        text_config = dict(clip.CONFIGS["tiny"], vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[clip.BOS],
-                           eos_token_id=tokenizer.vocab[clip.EOS])
-        model = Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), clip.CLIPText(text_config), tokenizer, SCHEDULER, {})
+        tokenizer, text_encoder = text_parts(args.text_encoder, CONFIGS["tiny"]["cross_attention_dim"])
+        model = Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), text_encoder, tokenizer, SCHEDULER, {})
         return replace(model, index=pipeline_index(model) | {"_guidance": {"t2i": GUIDANCE["t2i"]}}), True
     model = load_model(args.model)
     model.index.pop("base", None)  # a run folder is whole
@@ -123,6 +135,10 @@ def build_model(args, tasks):
         model.index = kept | {"_class_name": "UpcycledPipeline"} | ({"guidance": GUIDANCE} if model.native_size <= 64 else {})
     elif "_class_name" not in model.unet.config:  # an ordinary U-Net; parts that the base's index names besides are not written
         model.index = pipeline_index(model)
+    if args.text_encoder:
+        if len(model.texts) != 1:
+            raise UserError(f"--text-encoder is for models with one, {args.model} has {len(model.texts)}")
+        model.tokenizer, model.text_encoder = text_parts(args.text_encoder, model.unet.config["cross_attention_dim"])
     if args.full:
         model.unet.requires_grad_(True)
     if unknown := [task for task in tasks if task not in (*model.tasks, *joint.SETTINGS)]:
@@ -169,7 +185,7 @@ def total_loss(losses, num_tasks, batch_size):
     return losses.sum() * num_tasks / batch_size
 
 
-def open_data(args, model, tasks, encode, rank=0, world=1):
+def open_data(args, model, shares, encode, rank=0, world=1):
     """-> the training examples, the held-out data sets per task (of pictures, for grids), fixed examples of these. With --cache examples hold
     moments in the place of pictures, and encode.texts is set."""
     if not args.data and model.native_size != 64 and model.texts and model.heads is None:
@@ -177,21 +193,21 @@ def open_data(args, model, tasks, encode, rank=0, world=1):
     size, side = model.native_size, model.unet.config["sample_size"]
     builtin = data.builtin if model.heads is None else joint.Pictures
     train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else builtin(task, split, size)
-                        for task in tasks} for split in ("train", "heldout"))
+                        for task in shares} for split in ("train", "heldout"))
     measured = held_out
     if args.cache:
         kept = cache.open_cache(args, model, [*train.values(), *held_out.values()], rank, world)
         train, measured = kept.applied(train), kept.applied(held_out)
         encode.texts = kept.states if kept.texts else None
     examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (model.vae.config["latent_channels"], side, side),
-                        args.t_range, args.p_global, args.antithetic, model.heads and {tasks[0]: (0, 0, args.drop)})
+                        args.t_range, args.p_global, args.antithetic, model.heads and {shares[0]: (0, 0, args.drop)}, shares)
     return examples, held_out, list(examples.held_out(measured, args.eval_size))
 
 
-def decouple(args, tasks, device, rank, world):
+def decouple(args, shares, device, rank, world):
     """DeMe as a whole: one copy a timestep range (each a run of its own, which resumes), the weights of Eq. 8 searched on one half of the
     held-out examples, the merged model, and a table of losses on the other half."""
-    out, N = Path(args.out or "runs/deme"), args.decouple
+    out, N, tasks = Path(args.out or "runs/deme"), args.decouple, list(dict.fromkeys(shares))
     if args.t_range or args.model == "scratch" or args.eval_size < 2 * N or not args.save_every:
         raise UserError(f"--decouple makes the ranges itself, of a pretrained --model, saves, and needs --eval-size {2 * N} or more")
     model = load_model(args.model, device=device)
@@ -199,7 +215,7 @@ def decouple(args, tasks, device, rank, world):
         merge.add_projections(model.unet, "blocks")  # each the identity: what the copies started from
     T, ranges, copies = model.diffusion.T, merge.timestep_ranges(model.diffusion.T, N), [out / f"range-{i}" for i in range(N)]
     for t_range, folder in zip(ranges, copies):
-        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), tasks, device, rank, world)
+        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), shares, device, rank, world)
     if rank > 0:
         return
     denoiser, encode = Denoiser(model.unet, None, model.diffusion.to(device)), Encoder(model.vae)
@@ -244,8 +260,8 @@ def main():
         args.task = ",".join(load_model(args.model).tasks) if own else "all"
     tasks = list(ALL) if args.task == "all" else args.task.split(",")
     alone = {"uncond", *joint.SETTINGS}
-    if not set(tasks) <= {*TASKS, *alone} or len(set(tasks)) < len(tasks) or len(tasks) > 1 and alone & set(tasks):
-        raise UserError(f"--task {args.task} names an unknown task, or one twice; the tasks are {', '.join(ALL)}, or all; or one of uncond, "
+    if not set(tasks) <= {*TASKS, *alone} or len(tasks) > 1 and alone & set(tasks):
+        raise UserError(f"--task {args.task} names an unknown task; the tasks are {', '.join(ALL)}, or all; or one of uncond, "
                         f"{', '.join(joint.SETTINGS)} alone")
     joint.checked(args, tasks)
     (bench if args.bench else decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
@@ -271,8 +287,9 @@ def bench(args, tasks, device, rank, world):
                   f"peak memory {rows[-1]['memory_gb'] or np.nan:.2f} GB")
 
 
-def train(args, tasks, device, rank, world):
-    """One run, resumed if it was begun."""
+def train(args, shares, device, rank, world):
+    """One run, resumed if it was begun. shares: the task of each sample in turn."""
+    tasks = list(dict.fromkeys(shares))
     print0 = tqdm.write if rank == 0 else lambda *_: None
 
     # What is asked
@@ -281,8 +298,8 @@ def train(args, tasks, device, rank, world):
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     per_rank = args.batch_size // world
     micro = min(args.device_batch_size or per_rank, per_rank)
-    if args.batch_size % (len(tasks)) or args.batch_size % world or per_rank % micro:
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(tasks)} tasks, of {world} processes and of "
+    if args.batch_size % len(shares) or args.batch_size % world or per_rank % micro:
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(shares)} tasks, of {world} processes and of "
                         "--device-batch-size")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -303,7 +320,7 @@ def train(args, tasks, device, rank, world):
     args.sample_every = max(1, args.steps // 2) if args.sample_every is None else args.sample_every
     if args.train_text_encoder and (len(model.texts) != 1 or args.t_range or tasks[0] in joint.SETTINGS):
         raise UserError("--train-text-encoder is for models with one text encoder, and not for --t-range or the joint tasks")
-    trained = model.text_encoder if scratch or args.train_text_encoder else None
+    trained = model.text_encoder if scratch and not args.text_encoder or args.train_text_encoder else None
     for part in filter(None, [model.vae, model.text_encoder_2, model.image_encoder, None if trained else model.text_encoder]):
         part.eval().requires_grad_(False)
     if trained is not None:
@@ -337,7 +354,7 @@ def train(args, tasks, device, rank, world):
     settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
         "out", "device", "device_batch_size", "workers", "cache", "compile", "gradient_checkpointing", "save_every", "sample_every",
         "log_every", "eval_every", "zero", "tensorboard", "bench", "preset")}
-    for key in ("model", "vae", "data", "image_encoder"):  # the same folder under another name, or after the checkout moved, is the same
+    for key in ("model", "vae", "data", "text_encoder", "image_encoder"):  # the same folder under another name or after the checkout moved
         if settings[key] and Path(settings[key]).exists():
             path = Path(settings[key]).resolve()
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
@@ -361,7 +378,7 @@ def train(args, tasks, device, rank, world):
         print0(f"{out} is finished ({start} steps); to train on from it: --model {out} with another --out")
 
     # Data
-    examples, held_out, fixed = open_data(args, model, tasks, encode, rank, world)
+    examples, held_out, fixed = open_data(args, model, shares, encode, rank, world)
 
     def measured():
         return mean_by_task(fixed, held_out_losses(denoiser, encode, model, fixed, args.batch_size, device), names[len(tasks):])

@@ -2,6 +2,7 @@
 import gzip
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import clip
 import data
+from conftest import called
 from data import ASSETS
 from folders import UserError
 
@@ -376,3 +378,37 @@ def test_preprocessing_equals_transformers(size):
 def test_a_vocabulary_without_special_tokens_is_refused():
     with pytest.raises(UserError, match="startoftext"):
         clip.Tokenizer({"a": 0}, [])
+
+
+def test_what_a_text_tells_of():
+    """A removal: the thing alone, on white, where it was in the source; else the target."""
+    example = data.builtin("inpaint", "train")[3]
+    thing, other = clip.spoken_of("inpaint", example), (example["target"] < 1).any(dim=0)
+    assert torch.allclose(torch.minimum(thing, example["target"]), example["source"]) and (thing[:, other] == 1).all() and thing.min() < 0.9
+    edit = data.builtin("edit", "train")[3]
+    assert clip.spoken_of("edit", edit) is edit["target"]
+
+
+@pytest.mark.slow
+def test_the_miniatures_text_tower_learns_pictures(tmp_path):
+    """Some 10 seconds of it tell a tenth of the pictures' variance, the first step none."""
+    shares = []
+    for steps in (1, 120):
+        done = called("clip.py", "--out", tmp_path / str(steps), "--steps", steps, "--batch-size", 64)
+        assert done.returncode == 0, done.stderr
+        shares.append(int(re.search(r"tell (-?\d+) %", done.stdout)[1]))
+    assert shares[0] < 5 and shares[1] > 8
+    tower = clip.CLIPText.from_pretrained(tmp_path / "120")
+    assert tower.config["vocab_size"] == len(clip.Tokenizer.from_pretrained(tmp_path / "120").vocab)
+
+
+@pytest.mark.parametrize("words", [("--steps", 0), ("--components", 4000), ("--lr", 0), ("--seed", -1)])
+def test_a_mistake_in_training_the_text_tower(tmp_path, words):
+    done = called("clip.py", "--out", tmp_path / "a", *words)
+    assert done.returncode == 2 and words[0] in done.stderr and not (tmp_path / "a").exists()
+
+
+def test_a_trained_text_tower_is_not_overwritten(tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    done = called("clip.py", "--out", tmp_path)
+    assert done.returncode == 2 and "exists" in done.stderr

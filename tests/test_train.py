@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import adm
 import checkpoint
+import clip
 import data
 import joint
 import merge
@@ -384,6 +385,33 @@ def test_a_batch_is_a_function_of_seed_step_and_index():
     assert a["prompt"] == b["prompt"] != c["prompt"] and not torch.equal(a["noise"], c["noise"])
 
 
+def test_a_task_named_twice_has_two_shares(tmp_path):
+    sets, shares = {task: data.builtin(task, "train") for task in ("edit", "sr")}, ["edit", "edit", "sr"]
+    examples = Examples(sets, 6, 0, 1000, (4, 16, 16), shares=shares)
+    assert [examples[i]["task"] for i in range(6)] == shares * 2
+    run(tmp_path, "--task", "edit,edit,sr", "--steps", 1, "--batch-size", 3, "--num-experts", 1)
+    assert load_model(tmp_path).tasks == ["edit", "sr"] and log(tmp_path)[0]["loss"].keys() == {"edit", "sr"}
+
+
+def test_a_text_encoder_from_a_folder_takes_the_models_place(tmp_path):
+    """Frozen, also from scratch, but with --train-text-encoder; refused where its states are not as wide as the cross-attention."""
+    tower = clip.CLIPText(load_model(ASSETS / "tiny").text_encoder.config)
+    tower.save_pretrained(tmp_path / "given" / "text_encoder")
+    tokenizer = clip.Tokenizer.train(["a red apple"] * 3, vocab_size=514)
+    tokenizer.save_pretrained(tmp_path / "given" / "tokenizer")
+    common = ("--steps", 1, "--text-encoder", tmp_path / "given")
+    run(tmp_path / "scratch", "--task", "t2i", "--model", "scratch", *common)
+    run(tmp_path / "tuned", *common)
+    run(tmp_path / "trained", "--train-text-encoder", *common)
+    for name in ("scratch", "tuned", "trained"):
+        model = load_model(tmp_path / name)
+        same = all(torch.equal(v, tower.state_dict()[k]) for k, v in model.text_encoder.state_dict().items())
+        assert model.tokenizer.vocab == tokenizer.vocab and same == (name != "trained")
+    clip.CLIPText(tower.config | dict(hidden_size=64)).save_pretrained(tmp_path / "given" / "text_encoder")
+    done = run(tmp_path / "narrow", *common, check=False)
+    assert done.returncode == 2 and "64 wide" in done.stderr
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_conditioning_dropout_has_the_stated_rates(task):
     examples = Examples({task: None}, 8, 0, 1000, (4, 16, 16))
@@ -614,7 +642,8 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--task", "colorize"], "colorize"), (["--model", "nowhere"], "nowhere"), (["--task", "edit", "--model", "scratch"], "scratch"),
     (["--batch-size", "6"], "--batch-size"), (["--data", "nowhere"], "metadata.jsonl"), (["--num-experts", "7"], "evenly"),
-    (["--device", "nonsense"], "nonsense"), (["--task", "edit,edit"], "twice"), (["--eval-size", "0"], "--eval-size"),
+    (["--device", "nonsense"], "nonsense"), (["--task", "translate,translate"], "alone"), (["--task", "label", "--text-encoder", "x"], "--text-encoder"),
+    (["--text-encoder", "nowhere"], "nowhere"), (["--eval-size", "0"], "--eval-size"),
     (["--task", "t2i", "--t-range", "500", "1200"], "500 1200"), (["--task", "t2i", "--t-range", "5", "5"], "5 5"),
     (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"), (["--antithetic"], "--t-range"),
     (["--task", "edit", "--t-range", "0", "500"], "train that first"), (["--decouple", "0"], "timestep ranges"), (["--decouple", "40"], "--eval-size 80"),
