@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 from folders import UserError, blaming, command, fetch, load_weights, read_json, save_weights, write_file
 
@@ -427,29 +428,28 @@ def spoken_of(task, example):
 
 
 def main():
-    """Stable Diffusion's text tower has seen the pictures of 400 million captions. The miniature's learns those of the built-in texts: a linear
-    head on its pooled state tells a picture's principal components, a fixed code (as LiT, arXiv 2111.07991, fixes the image tower)."""
+    """Stable Diffusion's text tower was trained beside an image tower, on 400 million captions. The miniature's learns from the built-in texts to
+    tell, by a linear head on its pooled state, the principal components of the picture meant; these are fixed, as LiT's tower (arXiv 2111.07991)."""
     import argparse
 
-    from tqdm import tqdm
-
     import data
-    from folders import HelpFormatter, pick_device
+    from folders import HelpFormatter, new_folder, pick_device
 
     parser = argparse.ArgumentParser(description="Train the miniature's text tower on the built-in data.", formatter_class=HelpFormatter)
     parser.add_argument("--out", default="runs/clip", help="folder that gets text_encoder/ and assets/tiny's tokenizer/")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4000, help="of training")
+    parser.add_argument("--batch-size", type=int, default=128, help="texts a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak; 100 steps of warm-up, cosine to zero")
-    parser.add_argument("--components", type=int, default=128, help="of a picture at 32 x 32")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--components", type=int, default=128, help="principal components of a picture at 32 x 32 that are to be told")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="bf16 autocast or fp32")
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     args = parser.parse_args()
-    if min(args.steps, args.batch_size) < 1 or not 1 <= args.components <= 3072 or args.seed < 0 or not 0 < args.lr < float("inf"):
+    if min(args.steps, args.batch_size) < 1 or not 1 <= args.components <= 3072 or not 0 <= args.seed < 2 ** 62 or not 0 < args.lr < float("inf"):
         raise UserError("--steps and --batch-size are at least 1, --components 1 to 3072, --seed at least 0, --lr above 0")
-    if (Path(args.out) / "text_encoder").exists():
-        raise UserError(f"{Path(args.out) / 'text_encoder'} exists; choose another --out")
+    if Path(args.out).exists():
+        raise UserError(f"{args.out} exists; choose another --out")
+    Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
     device, tokenizer = pick_device(args.device), Tokenizer.from_pretrained(data.ASSETS / "tiny")
@@ -461,15 +461,14 @@ def main():
     def pixels(pictures):  # (3, 64, 64) each -> (B, 3072)
         return F.avg_pool2d(torch.stack(pictures), 2).flatten(1)
 
-    sets = {task: data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")}
-    captions = [data.caption(e, None, style) for e, style in sets["t2i"].items]
-    pictures = pixels([data.to_tensor(data.on_white(data.Sheet.picture(style, e.cells[None]))) for e, style in sets["t2i"].items])
+    sets, (captions, pictures) = {task: data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")}, data.plain("train")
+    pictures = pixels([data.to_tensor(picture) for picture in pictures])
     mean = pictures.mean(dim=0)
     _, S, V = torch.linalg.svd(pictures - mean, full_matrices=False)
     V = V[:args.components].T * (len(pictures) / (S[:args.components] ** 2).mean()).sqrt()  # (3072, components), codes of mean variance 1
 
     def told(texts):
-        """The head's words, (B, components). Texts are cut after the longest: what follows the end token, a causal tower does not see."""
+        """-> (B, components). Cut after the longest text: the pooled state of a causal tower does not depend on what follows its end token."""
         ids = tokenizer(texts)
         return head(tower(ids[:, :(ids == tokenizer.vocab[EOS]).int().argmax(dim=1).max() + 1].to(device))[2])
 
@@ -487,13 +486,14 @@ def main():
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    tower.save_pretrained(Path(args.out) / "text_encoder")
-    tokenizer.save_pretrained(Path(args.out) / "tokenizer")
+    with new_folder(args.out) as folder:
+        tower.save_pretrained(folder / "text_encoder")
+        tokenizer.save_pretrained(folder / "tokenizer")
     with torch.no_grad():
         code, given = (pictures - mean) @ V, torch.cat([told(captions[i:i + 256]) for i in range(0, len(captions), 256)]).cpu()
     nearest = (torch.cdist(given, code).argmin(dim=1) == torch.arange(len(code))).float().mean()
-    print(f"{len(code)} captions tell {100 - 100 * F.mse_loss(given, code):.0f} % of their pictures' variance, {100 * nearest:.0f} % are nearest to "
-          f"their own; saved in {args.out}. Next: python train.py --task t2i --model scratch --text-encoder {args.out}")
+    print(f"{len(code)} training captions tell {100 - 100 * F.mse_loss(given, code):.0f} % of the components' variance, {100 * nearest:.0f} % are "
+          f"nearest to their own picture; saved in {args.out}. Next: python train.py --task t2i --model scratch --text-encoder {args.out}")
 
 
 if __name__ == "__main__":

@@ -393,6 +393,12 @@ def caption(e, tone, style):
     return f"{e.name}{tones}, {style} style"
 
 
+def plain(split):
+    """Captions and RGB pictures of the split's emoji in both styles, without skin tones: two lists."""
+    items = builtin("t2i", split).items
+    return [caption(e, None, style) for e, style in items], [on_white(Sheet.picture(style, e.cells[None])) for e, style in items]
+
+
 def builtin(task, split, size=64):
     """The built-in data set of a task; split is "train" or "heldout". size: of uncond's pictures, the others are 64 x 64."""
     if task not in TASKS:

@@ -67,16 +67,14 @@ def ranks(drawn, pictures, own):
 def recognised(model, count, seed, split="heldout", batch_size=25, **options):
     """-> the share of `count` captions, spread over the split's emoji and styles, whose own picture is the nearest to what is drawn, and among
     the ten nearest, of all of the split; and the pictures, a list of (drawn, own)."""
-    items, drawn = data.builtin("t2i", split).items, []
-    count = min(count, len(items))
-    own = [i * len(items) // count for i in range(count)]
-    captions = [data.caption(items[i][0], None, items[i][1]) for i in own]
+    (captions, pictures), drawn = data.plain(split), []
+    count = min(count, len(captions))
+    own = [i * len(captions) // count for i in range(count)]
     for first in tqdm(range(0, count, batch_size), desc="t2i", leave=False):
-        drawn += generate(model, "t2i", captions[first:first + batch_size], seed=seed + first, **options)
-    pictures = [data.on_white(data.Sheet.picture(style, e.cells[None])) for e, style in items]
+        drawn += generate(model, "t2i", [captions[i] for i in own[first:first + batch_size]], seed=seed + first, **options)
     found = ranks(*(torch.stack([data.to_tensor(p) for p in some]) for some in (drawn, pictures)), torch.tensor(own))
     shares = {f"nearest_{k}": (found < k).float().mean().item() for k in (1, 10)}
-    return dict(count=count, of=len(items)) | shares, [(picture, pictures[i]) for picture, i in zip(drawn, own)]
+    return dict(count=count, of=len(captions)) | shares, [(picture, pictures[i]) for picture, i in zip(drawn, own)]
 
 
 def main():

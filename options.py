@@ -22,18 +22,18 @@ PRESETS = {
 def get_args():
     p = argparse.ArgumentParser(description="Train on one task or on all.", formatter_class=HelpFormatter)
     p.add_argument("--task", help=f"all ({', '.join(ALL)}; the default, of --t-range and --decouple the model's own), one or several of them, "
-                   f"one named twice has two shares; or one of uncond, {', '.join(joint.SETTINGS)}")
+                   f"one named twice has twice the samples; or one of uncond, {', '.join(joint.SETTINGS)}")
     p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond, translate, masked, label)")
     p.add_argument("--preset", choices=tuple(PRESETS), help="a paper's recipe as the defaults of the other options, see PRESETS")
     p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch, but for t2i, see adm.CONFIGS; default adm-tiny")
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
-    p.add_argument("--text-encoder", help="folder or hub id whose tokenizer and text encoder take the place of the model's; from scratch they are "
-                   "then frozen. python clip.py trains one for the miniature")
+    p.add_argument("--text-encoder", help="folder or hub id with a text_encoder/ and its tokenizer/, which take the place of the model's; from "
+                   "scratch they are then frozen. python clip.py makes one for the miniature")
     p.add_argument("--data", help="folder of your own pictures (data.Folder); default: the built-in emoji")
     p.add_argument("--cache", help="folder for latents and text states of --data, made where it is missing: nothing is then encoded twice")
     p.add_argument("--out", help="run folder; default runs/TASK. The same command again resumes it")
     p.add_argument("--steps", type=int, help="default 200, from scratch 5000; the paper: 100 epochs")
-    p.add_argument("--batch-size", type=int, default=32, help="global, a multiple of the number of tasks (the paper: 128)")
+    p.add_argument("--batch-size", type=int, default=32, help="global, a multiple of the number of tasks named (the paper: 128)")
     p.add_argument("--device-batch-size", type=int, help="samples at a time on one device; the rest is accumulated. Default: all")
     p.add_argument("--lr", type=float, help="default 1e-3 for the miniature, else the paper's 1e-4")
     p.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine", help="after the warm-up; cosine ends at zero")

@@ -5,9 +5,9 @@
     python train.py --task translate                            two drawings of a thing, generated together (joint.py)
     torchrun --nproc_per_node 8 train.py --task all --model stable-diffusion-v1-5/stable-diffusion-v1-5 --data /data
 
-Every batch holds every task (MTU Eq. 2: L = sum over tasks of the task's mean loss); sample k has task k mod T of --task, where a task may
-stand twice to have two shares. Data, noise and timesteps are a function of (seed, step, k) alone. The same command again resumes.
-Letters: B global batch, T tasks, C channels, h w latent.
+Every batch holds every task (MTU Eq. 2: L = sum over tasks of the task's mean loss); sample k has task k mod S of the S that --task names,
+where one may stand twice to count twice. Data, noise and timesteps are a function of (seed, step, k) alone. The same command again resumes.
+Letters: B global batch, T tasks, S shares, C channels, h w latent.
 """
 import argparse
 import contextlib
@@ -99,8 +99,9 @@ def text_parts(folder, width):
         tokenizer = new_tokenizer()
         return tokenizer, clip.CLIPText(clip.tiny_config(tokenizer))
     tokenizer, encoder = clip.Tokenizer.from_pretrained(folder), clip.CLIPText.from_pretrained(folder)
-    if encoder.config["hidden_size"] != width:
-        raise UserError(f"--text-encoder {folder} is {encoder.config['hidden_size']} wide, the U-Net's cross-attention reads {width}")
+    c = encoder.config
+    if c["hidden_size"] != width or max(tokenizer.vocab.values()) >= c["vocab_size"] or tokenizer.length > c["max_position_embeddings"]:
+        raise UserError(f"--text-encoder {folder} is {c['hidden_size']} wide, the U-Net reads {width}; or its tokenizer has more ids or positions")
     return tokenizer, encoder
 
 
@@ -109,8 +110,8 @@ def build_model(args, tasks):
     pixels = tasks == ["uncond"] or tasks[0] in joint.SETTINGS
     if args.unet and not (args.model == "scratch" and pixels):
         raise UserError(f"--unet goes with --model scratch and --task uncond, {', '.join(joint.SETTINGS)}")
-    if args.text_encoder and pixels:
-        raise UserError(f"--text-encoder goes with {', '.join(ALL)}")
+    if args.text_encoder and (pixels or args.t_range and args.consistency > 0):
+        raise UserError(f"--text-encoder goes with {', '.join(ALL)}; with --t-range at --consistency 0, since the pretrained output has read another")
     if args.model == "scratch":
         if not (tasks == ["t2i"] or pixels) or args.t_range:
             raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result; or uncond")
@@ -137,7 +138,7 @@ def build_model(args, tasks):
         model.index = pipeline_index(model)
     if args.text_encoder:
         if len(model.texts) != 1:
-            raise UserError(f"--text-encoder is for models with one, {args.model} has {len(model.texts)}")
+            raise UserError(f"--text-encoder is for models with one text encoder, {args.model} has {len(model.texts)}")
         model.tokenizer, model.text_encoder = text_parts(args.text_encoder, model.unet.config["cross_attention_dim"])
     if args.full:
         model.unet.requires_grad_(True)
@@ -180,8 +181,8 @@ def lr_factor(step, args):
 
 
 def total_loss(losses, num_tasks, batch_size):
-    """MTU Eq. 2, the sum over tasks of each task's mean loss, from per-sample losses (B,) of the batch or of a part of it; the batch has
-    batch_size / num_tasks samples of every task."""
+    """MTU Eq. 2, the sum over tasks of each task's mean loss, from per-sample losses (B,) of the batch or of a part of it, where every task has
+    batch_size / num_tasks samples. A task with more of them weighs as much more."""
     return losses.sum() * num_tasks / batch_size
 
 
@@ -193,7 +194,7 @@ def open_data(args, model, shares, encode, rank=0, world=1):
     size, side = model.native_size, model.unet.config["sample_size"]
     builtin = data.builtin if model.heads is None else joint.Pictures
     train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else builtin(task, split, size)
-                        for task in shares} for split in ("train", "heldout"))
+                        for task in dict.fromkeys(shares)} for split in ("train", "heldout"))
     measured = held_out
     if args.cache:
         kept = cache.open_cache(args, model, [*train.values(), *held_out.values()], rank, world)
@@ -208,8 +209,8 @@ def decouple(args, shares, device, rank, world):
     """DeMe as a whole: one copy a timestep range (each a run of its own, which resumes), the weights of Eq. 8 searched on one half of the
     held-out examples, the merged model, and a table of losses on the other half."""
     out, N, tasks = Path(args.out or "runs/deme"), args.decouple, list(dict.fromkeys(shares))
-    if args.t_range or args.model == "scratch" or args.eval_size < 2 * N or not args.save_every:
-        raise UserError(f"--decouple makes the ranges itself, of a pretrained --model, saves, and needs --eval-size {2 * N} or more")
+    if args.t_range or args.model == "scratch" or args.eval_size < 2 * N or not args.save_every or args.text_encoder:
+        raise UserError(f"--decouple makes the ranges itself, of a pretrained --model and its text encoder, saves, and needs --eval-size {2 * N}")
     model = load_model(args.model, device=device)
     if args.projection == "blocks":
         merge.add_projections(model.unet, "blocks")  # each the identity: what the copies started from
@@ -261,8 +262,8 @@ def main():
     tasks = list(ALL) if args.task == "all" else args.task.split(",")
     alone = {"uncond", *joint.SETTINGS}
     if not set(tasks) <= {*TASKS, *alone} or len(tasks) > 1 and alone & set(tasks):
-        raise UserError(f"--task {args.task} names an unknown task; the tasks are {', '.join(ALL)}, or all; or one of uncond, "
-                        f"{', '.join(joint.SETTINGS)} alone")
+        raise UserError(f"--task {args.task} names an unknown task, or one that goes alone beside others; the tasks are {', '.join(ALL)}, "
+                        f"or all; or one of uncond, {', '.join(joint.SETTINGS)} alone")
     joint.checked(args, tasks)
     (bench if args.bench else decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
     if world > 1:
@@ -299,7 +300,7 @@ def train(args, shares, device, rank, world):
     per_rank = args.batch_size // world
     micro = min(args.device_batch_size or per_rank, per_rank)
     if args.batch_size % len(shares) or args.batch_size % world or per_rank % micro:
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {len(shares)} tasks, of {world} processes and of "
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {len(shares)} that --task names, of {world} processes and of "
                         "--device-batch-size")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -354,7 +355,7 @@ def train(args, shares, device, rank, world):
     settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
         "out", "device", "device_batch_size", "workers", "cache", "compile", "gradient_checkpointing", "save_every", "sample_every",
         "log_every", "eval_every", "zero", "tensorboard", "bench", "preset")}
-    for key in ("model", "vae", "data", "text_encoder", "image_encoder"):  # the same folder under another name or after the checkout moved
+    for key in ("model", "vae", "data", "text_encoder", "image_encoder"):  # under another name, or after the checkout moved, it is the same
         if settings[key] and Path(settings[key]).exists():
             path = Path(settings[key]).resolve()
             settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)

@@ -385,19 +385,22 @@ def test_a_batch_is_a_function_of_seed_step_and_index():
     assert a["prompt"] == b["prompt"] != c["prompt"] and not torch.equal(a["noise"], c["noise"])
 
 
-def test_a_task_named_twice_has_two_shares(tmp_path):
+def test_a_task_named_twice_has_two_shares(tmp_path, monkeypatch):
     sets, shares = {task: data.builtin(task, "train") for task in ("edit", "sr")}, ["edit", "edit", "sr"]
     examples = Examples(sets, 6, 0, 1000, (4, 16, 16), shares=shares)
     assert [examples[i]["task"] for i in range(6)] == shares * 2
+    trained, real = [], train.per_sample_loss
+    monkeypatch.setattr(train, "per_sample_loss", lambda *a: trained.append(a[3]["task"]) or real(*a))
     run(tmp_path, "--task", "edit,edit,sr", "--steps", 1, "--batch-size", 3, "--num-experts", 1)
-    assert load_model(tmp_path).tasks == ["edit", "sr"] and log(tmp_path)[0]["loss"].keys() == {"edit", "sr"}
+    assert trained == [shares] and load_model(tmp_path).tasks == ["edit", "sr"] and log(tmp_path)[0]["loss"].keys() == {"edit", "sr"}
+    assert train.total_loss(torch.tensor([1.0, 2.0, 5.0]), 2, 3) == 2 / 3 * (1 + 2) + 2 / 3 * 5
 
 
 def test_a_text_encoder_from_a_folder_takes_the_models_place(tmp_path):
     """Frozen, also from scratch, but with --train-text-encoder; refused where its states are not as wide as the cross-attention."""
-    tower = clip.CLIPText(load_model(ASSETS / "tiny").text_encoder.config)
-    tower.save_pretrained(tmp_path / "given" / "text_encoder")
     tokenizer = clip.Tokenizer.train(["a red apple"] * 3, vocab_size=514)
+    tower = clip.CLIPText(clip.tiny_config(tokenizer))
+    tower.save_pretrained(tmp_path / "given" / "text_encoder")
     tokenizer.save_pretrained(tmp_path / "given" / "tokenizer")
     common = ("--steps", 1, "--text-encoder", tmp_path / "given")
     run(tmp_path / "scratch", "--task", "t2i", "--model", "scratch", *common)
@@ -407,9 +410,10 @@ def test_a_text_encoder_from_a_folder_takes_the_models_place(tmp_path):
         model = load_model(tmp_path / name)
         same = all(torch.equal(v, tower.state_dict()[k]) for k, v in model.text_encoder.state_dict().items())
         assert model.tokenizer.vocab == tokenizer.vocab and same == (name != "trained")
-    clip.CLIPText(tower.config | dict(hidden_size=64)).save_pretrained(tmp_path / "given" / "text_encoder")
-    done = run(tmp_path / "narrow", *common, check=False)
-    assert done.returncode == 2 and "64 wide" in done.stderr
+    for wrong, words in ((dict(hidden_size=64), "64 wide"), (dict(vocab_size=300), "more ids"), (dict(max_position_embeddings=64), "positions")):
+        clip.CLIPText(tower.config | wrong).save_pretrained(tmp_path / "given" / "text_encoder")
+        done = run(tmp_path / "wrong", *common, check=False)
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -642,8 +646,9 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--task", "colorize"], "colorize"), (["--model", "nowhere"], "nowhere"), (["--task", "edit", "--model", "scratch"], "scratch"),
     (["--batch-size", "6"], "--batch-size"), (["--data", "nowhere"], "metadata.jsonl"), (["--num-experts", "7"], "evenly"),
-    (["--device", "nonsense"], "nonsense"), (["--task", "translate,translate"], "alone"), (["--task", "label", "--text-encoder", "x"], "--text-encoder"),
-    (["--text-encoder", "nowhere"], "nowhere"), (["--eval-size", "0"], "--eval-size"),
+    (["--device", "nonsense"], "nonsense"), (["--task", "translate,translate"], "that goes alone"), (["--task", "label", "--text-encoder", "x"], "--text-encoder"),
+    (["--task", "t2i", "--t-range", "0", "500", "--text-encoder", "x"], "--consistency 0"), (["--text-encoder", "nowhere"], "nowhere"),
+    (["--task", "t2i", "--decouple", "2", "--text-encoder", "x"], "its text encoder"), (["--eval-size", "0"], "--eval-size"),
     (["--task", "t2i", "--t-range", "500", "1200"], "500 1200"), (["--task", "t2i", "--t-range", "5", "5"], "5 5"),
     (["--task", "t2i", "--t-range", "0", "10", "--p-global", "2"], "share"), (["--projection"], "--t-range"), (["--antithetic"], "--t-range"),
     (["--task", "edit", "--t-range", "0", "500"], "train that first"), (["--decouple", "0"], "timestep ranges"), (["--decouple", "40"], "--eval-size 80"),
