@@ -13,7 +13,8 @@ from conftest import ROOT, called, in_one_process
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
-FEWER = {"train.py": "--steps 1 --eval-size 4 --batch-size 4 --sample-every 0 --warmup 1", "vae.py": "--steps 1 --batch-size 2 --eval-size 8",
+FEWER = {"runs/full-4": "--steps 1 --eval-size 4 --batch-size 8 --sample-every 0 --warmup 1", "clip.py": "--steps 1 --batch-size 2",
+         "train.py": "--steps 1 --eval-size 4 --batch-size 4 --sample-every 0 --warmup 1", "vae.py": "--steps 1 --batch-size 2 --eval-size 8",
          "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1", "benchmark.py": "--size tiny --runs 1 --only joint --batch-size 2",
          "gradients": "--eval-size 4", "compare.py": "--steps 1 --seeds 1 --eval-size 8"}
 
@@ -56,7 +57,7 @@ def pictures(tmp_path_factory):
 
 
 def long(command):
-    return re.search(r"compare\.py|vae\.py|--out runs/(tiny|mtu|full|full-2|full-3)(\s|$)", command)
+    return re.search(r"(compare|vae|clip)\.py|--out runs/(tiny|mtu|full(-\d)?)(\s|$)", command)
 
 
 @pytest.mark.parametrize("command", [pytest.param(command, marks=pytest.mark.slow) if long(command) else command
