@@ -210,7 +210,7 @@ def decouple(args, shares, device, rank, world):
     held-out examples, the merged model, and a table of losses on the other half."""
     out, N, tasks = Path(args.out or "runs/deme"), args.decouple, list(dict.fromkeys(shares))
     if args.t_range or args.model == "scratch" or args.eval_size < 2 * N or not args.save_every or args.text_encoder:
-        raise UserError(f"--decouple makes the ranges itself, of a pretrained --model and its text encoder, saves, and needs --eval-size {2 * N}")
+        raise UserError(f"--decouple makes the ranges itself, of a pretrained --model and its text encoder, saves, needs --eval-size {2 * N} or more")
     model = load_model(args.model, device=device)
     if args.projection == "blocks":
         merge.add_projections(model.unet, "blocks")  # each the identity: what the copies started from
