@@ -433,13 +433,14 @@ class Folder(torch.utils.data.Dataset):
 
         {"file_name": "target.jpg", "text": "a caption or an instruction", "source_file_name": "source.jpg"}
 
-    text is absent for sr and uncond; source_file_name is for edit and inpaint (sr makes its own). Pictures are cropped to a centred square and
-    resized to size x size pixels. Lines with "split": "heldout" are held out; where no line has a split, one file name in ten is.
+    text is absent where TASKS has an empty prompt; source_file_name is for tasks with a source, but sr, which makes its own. Pictures are
+    cropped to a centred square and resized to size x size pixels. Lines with "split": "heldout" are held out; where no line has a split, one file name in ten is.
     """
 
     def __init__(self, root, task, split, size):
         self.task, self.size, self.root = task, size, Path(root) / task if (Path(root) / task).is_dir() else Path(root)
-        self.columns = ["file_name"] + ["text"] * (TASKS[task].prompt != "empty") + ["source_file_name"] * (task in ("edit", "inpaint"))
+        rule = TASKS[task]
+        self.columns = ["file_name"] + ["text"] * (rule.prompt != "empty") + ["source_file_name"] * (task != "sr" and rule.source is not None)
         self.cached = None  # path -> moments (2, C, h, w), which an example then holds in the place of pictures; sr degrades its source anew
         path = self.root / "metadata.jsonl"
         if not path.is_file():
@@ -456,7 +457,7 @@ class Folder(torch.utils.data.Dataset):
             try:
                 row = json.loads(line)
                 str(row).encode()  # half a surrogate pair is no text
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path} line {number} is not JSON ({error})") from None
             if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in self.columns):
                 raise UserError(f"{path} line {number}: {task} needs {', '.join(self.columns)}, as text")

@@ -57,6 +57,8 @@ class TaskConv(nn.Module):
 
     def forward(self, x, cond):
         (B, channels, height, width), (C, widest) = x.shape, self.weight.shape[1:3]
+        if channels not in self.in_channels:
+            raise UserError(f"the U-Net's input has {channels} channels; its tasks have {', '.join(map(str, sorted(set(self.in_channels))))}")
         x = F.pad(x, (0, 0, 0, 0, 0, widest - channels))
         channel = torch.arange(widest, device=x.device)
         has = torch.stack([channel < n for n in self.in_channels]).to(x.dtype)            # (T, Cin)
@@ -85,7 +87,7 @@ class ExpertFeedForward(nn.Module):
             weight = out.weight.detach()[:, units]
             part = 0.1 * weight * torch.randn_like(weight)
             total = torch.zeros_like(out.weight).index_add(1, units.to(weight.device), part)
-            copies = torch.zeros(inner).index_add(0, units, torch.ones(len(units))).to(weight.device)
+            copies = torch.zeros(inner).index_add(0, units, torch.ones(len(units))).to(weight)
             out.weight = nn.Parameter(weight + part - (total / copies)[:, units])
             project.out_features, out.in_features = 2 * len(units), len(units)
         self.out_bias = nn.Parameter(out.bias.detach().expand(num_experts, -1).clone())  # (E, C): a copy each, since sum_i w_i = 1
@@ -120,8 +122,8 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
     embedding, task norms and task convolutions.
 
     init: "preserve" equals the dense network at step 0, where no top_k drops experts; "literal" is the paper's plain copy, whose FFN
-    outputs start at 1/N.
-    expert_width: the paper's G = d_expert / d_FFN, default 1/N. top_k: keep the k largest weights, renormalised (an ablation).
+    outputs start at G times the dense ones, 1/N by default. expert_width: the paper's G = d_expert / d_FFN, default 1/N; where N G > 1 the
+    copies of a unit part a little in both, or they would stay equal for ever. top_k: keep the k largest weights, renormalised (an ablation).
     in_channels: per task; default 4 for "t2i" (the latent's), 8 for image-to-image tasks, which an InstructPix2Pix base has already; the
         mask and the masked picture of a 9-channel inpainting base are left behind.
     task_dim, router_dim: widths of the task embedding and of the routers' hidden layer; default the text width, 768 for SD 1.5 and at most,
@@ -143,8 +145,8 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
                         "a list of unique task names")
     task_dim, router_dim = (dim or min(768, config["cross_attention_dim"]) for dim in (task_dim, router_dim))
     channels = {task: (in_channels or {}).get(task, latent if task == "t2i" else 2 * latent) for task in tasks}
-    if min(channels.values()) < latent:
-        raise UserError(f"in_channels={channels}: a task has at least the {latent} channels of the noisy latent")
+    if min(channels.values()) < latent or not set(in_channels or ()) <= set(tasks):
+        raise UserError(f"in_channels={in_channels}: names of {', '.join(tasks)}, each with at least the {latent} channels of the noisy latent")
     for inner in {block.ff.net[2].in_features for block in blocks}:
         copies = width * num_experts
         if not math.isclose(inner * width, round(inner * width)) or (init == "preserve" and not math.isclose(copies, round(copies))):
@@ -163,10 +165,11 @@ def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None
 
 
 def freeze(unet):
-    """The paper's list trains, everything else is frozen (attention, residual blocks, time embedding, output convolution)."""
+    """The paper's list trains, everything else is frozen (attention, residual blocks, time embedding, output convolution). Once `add_task` has
+    added a task, only the tables with a row per task train."""
     unet.requires_grad_(False)
     for module in unet.modules():
-        if isinstance(module, (TaskLayerNorm, TaskConv, ExpertFeedForward)):
+        if isinstance(module, (TaskLayerNorm, TaskConv) if unet.config["moe"].get("added") else (TaskLayerNorm, TaskConv, ExpertFeedForward)):
             module.requires_grad_(True)
     unet.task_embedding.requires_grad_(True)
     return unet
@@ -185,12 +188,12 @@ def task_index(unet, task):
 
 
 def add_task(unet, task, like):
-    """Add a task that starts as a copy of `like`. Only the tables with a row per task train afterwards, and only rows of tasks in the
-    batch get a gradient: train it alone, and the other tasks stay as they are. `freeze` makes the paper's whole list train again."""
+    """Add a task that starts as a copy of `like`. Only the tables with a row per task train afterwards, also once saved and loaded again, and
+    only rows of tasks in the batch get a gradient: train it alone, without weight decay on these tables (as train.py), and the other tasks stay
+    as they are."""
     row, moe = task_index(unet, like), unet.config["moe"]
     if task in moe["tasks"]:
         raise UserError(f"this model has a task {task!r} already")
-    unet.requires_grad_(False)
     for table in [m for m in unet.modules() if isinstance(m, (TaskLayerNorm, TaskConv))] + [unet.task_embedding]:
         for name, value in table.named_parameters():
             setattr(table, name, nn.Parameter(torch.cat([value.detach(), value.detach()[row:row + 1]])))
@@ -198,7 +201,8 @@ def add_task(unet, task, like):
     unet.conv_in.in_channels.append(unet.conv_in.in_channels[row])
     moe["tasks"] = [*moe["tasks"], task]
     moe["in_channels"] = {**moe["in_channels"], task: moe["in_channels"][moe["tasks"][row]]}
-    return unet
+    moe["added"] = [*moe.get("added", []), task]
+    return freeze(unet)
 
 
 @torch.no_grad()
@@ -236,9 +240,13 @@ def fold(unet, task):
 def from_pretrained(path_or_hub_id, subfolder="unet", config=None, dtype=torch.float32):
     """A U-Net that `upcycle` made and `save_pretrained` saved. config: in place of the folder's own. dtype: of the parameters in memory."""
     config = dict(config or read_json(fetch(path_or_hub_id, subfolder) / "config.json"))
-    moe = config.pop("moe")
+    moe = dict(config.pop("moe"))
+    added = moe.pop("added", None)
     config.pop("_class_name", None)
-    return freeze(UNet.from_pretrained(path_or_hub_id, subfolder, config, dtype, attach=lambda unet: upcycle(unet, **moe)))
+    unet = UNet.from_pretrained(path_or_hub_id, subfolder, config, dtype, attach=lambda unet: upcycle(unet, **moe))
+    if added:
+        unet.config["moe"]["added"] = added
+    return freeze(unet)
 
 
 def main():
@@ -248,14 +256,17 @@ def main():
     parser = argparse.ArgumentParser(description="Parameters, FLOPs and experts before and after upcycling.",
                                      formatter_class=HelpFormatter)
     parser.add_argument("--model", default="sd15", help=f"{', '.join(CONFIGS)} (shapes only), or a folder or hub id")
-    parser.add_argument("--num-experts", type=int, default=4, help="N")
+    parser.add_argument("--num-experts", type=int, help="N, of a model that is not upcycled yet; default 4")
     args = parser.parse_args()
     if args.model in CONFIGS:
         with torch.device("meta"):
             unet = UNet(CONFIGS[args.model])
     else:
         config = read_json(fetch(args.model, "unet") / "config.json")
-        unet = from_pretrained(args.model) if "moe" in config else UNet.from_pretrained(args.model)
+        config.pop("routing", None)  # DTR's masks have no weights, and no share in these numbers
+        unet = from_pretrained(args.model, config=config) if "moe" in config else UNet.from_pretrained(args.model, config=config)
+    if "moe" in unet.config and args.num_experts is not None:
+        raise UserError(f"--num-experts is for models that are not upcycled; {args.model} has {unet.config['moe']['num_experts']}")
 
     def row(name, unet, task=None):
         total, trained = (sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) for only in (False, True))
@@ -265,7 +276,7 @@ def main():
     print(f"{args.model:<22}{'parameters':>13}{'trainable':>13}{'FLOPs':>13}   one forward, {size} x {size} latent")
     if "moe" not in unet.config:
         row("dense", unet)
-        upcycle(unet, num_experts=args.num_experts)
+        upcycle(unet, num_experts=4 if args.num_experts is None else args.num_experts)
     for i, task in enumerate(unet.config["moe"]["tasks"]):
         row(f"{unet.config['moe']['num_experts']} experts, {task}", unet, i)
     if unet.conv_out.weight.device.type != "meta":

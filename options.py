@@ -24,7 +24,7 @@ def get_args():
     p.add_argument("--task", help=f"all ({', '.join(ALL)}; the default, of --t-range and --decouple the model's own), one or several of them, "
                    f"one named twice has twice the samples; or one of uncond, {', '.join(joint.SETTINGS)}")
     p.add_argument("--model", default=str(ASSETS / "tiny"), help="folder or hub id to start from, or scratch (t2i, uncond, translate, masked, label)")
-    p.add_argument("--preset", choices=tuple(PRESETS), help="a paper's recipe as the defaults of the other options, see PRESETS")
+    p.add_argument("--preset", choices=tuple(PRESETS), help="a paper's recipe as the defaults of the other options, see PRESETS; give it --steps")
     p.add_argument("--unet", choices=tuple(adm.CONFIGS), help="of --model scratch, but for t2i, see adm.CONFIGS; default adm-tiny")
     p.add_argument("--vae", default=str(ASSETS / "tiny"), help="with --model scratch: the folder whose vae/ is used")
     p.add_argument("--text-encoder", help="folder or hub id with a text_encoder/ and its tokenizer/, which take the place of the model's; from "

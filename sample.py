@@ -263,7 +263,8 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
     if model.heads is not None:
         raise UserError(f"{task} draws several modalities: joint.draw does that, and the command sample.py --task {task}")
-    rule, B, device = TASKS.get(task, TASKS["edit"]), len(prompts), next(model.unet.parameters()).device
+    kind = task if task in TASKS else "t2i" if model.unet.config["moe"]["in_channels"][task] == model.unet.config["out_channels"] else "edit"
+    rule, B, device = TASKS[kind], len(prompts), next(model.unet.parameters()).device
     if rule.source and not images:
         raise UserError(f"task {task} needs a picture: --image FILE")
     if strength is not None and not images:
@@ -272,8 +273,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError(f"task {task} has no source of which parts could stay unchanged")
     if images and not rule.source and strength is None:
         raise UserError(f"task {task} takes a picture only to start from: give --strength too")
-    paper = SDXL_GUIDANCE.get(task, SDXL_GUIDANCE["edit"]) if model.text_encoder_2 else (rule.guidance, rule.image_guidance)
-    own = model.guidance.get(task, paper)
+    own = model.guidance.get(task, SDXL_GUIDANCE[kind] if model.text_encoder_2 else (rule.guidance, rule.image_guidance))
     guidance, image_guidance = own[0] if guidance is None else guidance, own[1] if image_guidance is None else image_guidance
     if not (math.isfinite(guidance) and math.isfinite(image_guidance)):
         raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be finite")
@@ -283,7 +283,7 @@ def generate(model, task, prompts, images=None, negative_prompt="", guidance=Non
         raise UserError(f"sampler {sampler}, eta {eta}, guidance rescale {guidance_rescale}: the samplers are {', '.join(SAMPLERS)}; only ddim "
                         "has an eta; the rescale goes from 0 to 1")
     height, width = _size(model, images, height, width)
-    for prompt in (*prompts, negative_prompt) if model.tokenizer else ():
+    for prompt in dict.fromkeys((*prompts, negative_prompt)) if model.tokenizer else ():
         if dropped := model.tokenizer.dropped(prompt):
             print(f"warning: the prompt is longer than 77 tokens; not seen: {' '.join(dropped)}", file=sys.stderr)
 

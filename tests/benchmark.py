@@ -106,6 +106,30 @@ def masks_alone(routed, run):
     return products
 
 
+def experts_alone(upcycled, run):
+    """-> what MTU adds to a training step, to be timed by itself: each FFN's router and weights on its inner activations and biases, and the task
+    convolution beside the plain one that it replaces, forward and backward."""
+    seen, hooks = [], []
+    for module in upcycled.modules():
+        if isinstance(module, (moe.ExpertFeedForward, moe.TaskConv)):
+            hooks.append(module.register_forward_pre_hook(lambda module, args: seen.append((module, *args))))
+    run()
+    for hook in hooks:
+        hook.remove()
+    seen = [(module, x.detach() if module is upcycled.conv_in else module.net[0](x).detach().requires_grad_(), cond) for module, x, cond in seen]
+
+    def added():
+        for module, x, cond in seen:
+            if module is upcycled.conv_in:
+                module(x, cond).sum().backward()
+                continue
+            w = module.weights(cond.task_emb.detach())
+            y = x * (module.scale * w).repeat_interleave(x.shape[-1] // module.num_experts, dim=-1)[:, None]
+            torch.autograd.backward([y, w @ module.out_bias], [torch.ones_like(y), torch.ones_like(y[:, 0, :module.out_bias.shape[1]])])
+        upcycled.zero_grad(set_to_none=True)
+    return added
+
+
 def peak_memory(device, reset=False):
     """GB; reset: begin anew."""
     if device.type == "cuda":
@@ -246,7 +270,8 @@ def main():
         mixed = lambda: upcycled(x, t, text, task=task)  # noqa: E731
         print(f"{'':<44}{'upcycled':>11}{'dense':>11}")
         ratio("forward", forward(mixed), forward(a), args.runs)
-        ratio("forward and backward", step(mixed, upcycled), step(a, ours), args.runs)
+        whole = ratio("forward and backward", step(mixed, upcycled), step(a, ours), args.runs)
+        share("the experts' weights, task convolution alone", experts_alone(upcycled, mixed), whole, args.runs)
         upcycled = None
     ours.to(pick_device()).requires_grad_(True)
     if "joint" in args.only:

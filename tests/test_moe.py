@@ -3,9 +3,15 @@ import json
 
 import pytest
 import torch
+from PIL import ImageFilter
 
+import data
 import moe
+from conftest import called
 from folders import UserError
+from routing import add_routing
+from sample import load_model
+from train import parameter_groups
 from unet import CONFIGS, UNet
 
 SMALL = dict(CONFIGS["tiny"], block_out_channels=(32, 64, 64), cross_attention_dim=24)
@@ -73,7 +79,6 @@ def test_top_k_lets_tasks_choose_different_experts():
 
 
 def test_task_names_are_those_of_the_data():
-    import data
     assert moe.TASKS == data.ALL
 
 
@@ -168,14 +173,19 @@ def test_a_mixed_batch_equals_its_samples_alone():
         assert difference(unet(x[i:i + 1], t[i:i + 1], text[i:i + 1], task=torch.tensor([k])), together[i:i + 1]) < 1e-4
 
 
-def test_a_fifth_task_disturbs_nothing_and_trains_alone():
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_a_fifth_task_disturbs_nothing_and_trains_alone(tmp_path, reloaded):
     unet, (x, t, text) = scramble(moe.upcycle(base())), inputs()
     task = torch.arange(4)
     before = unet(x, t, text, task=task)
     moe.add_task(unet, "deblur", like="sr")
     assert torch.equal(unet(x, t, text, task=task), before)
     assert torch.equal(unet(x, t, text, task=torch.full((4,), 4)), unet(x, t, text, task=torch.full((4,), 2)))
-    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
+    if reloaded:
+        unet.save_pretrained(tmp_path)
+        unet = moe.from_pretrained(tmp_path, "").eval()
+        assert unet.config["moe"]["added"] == ["deblur"]
+    optimizer = torch.optim.AdamW(parameter_groups(unet, 0.1, 0.1), lr=0.1)  # train.py's: no weight decay on tables with a row per task
     for _ in range(3):
         optimizer.zero_grad()
         unet(x, t, text, task=torch.full((4,), 4)).square().sum().backward()
@@ -252,7 +262,7 @@ def test_bfloat16_autocast_keeps_the_ffn_in_bfloat16():
 
 @pytest.mark.parametrize("options, words", [
     (dict(num_experts=3), "evenly"), (dict(num_experts=0), "at least one"), (dict(init="random"), "preserve or literal"),
-    (dict(top_k=5), "top_k"), (dict(tasks=("edit", "edit")), "unique"), (dict(in_channels={"t2i": 3}), "noisy latent"),
+    (dict(top_k=5), "top_k"), (dict(tasks=("edit", "edit")), "unique"), (dict(in_channels={"t2i": 3}), "noisy latent"), (dict(in_channels={"edti": 12}), "edti"),
     (dict(num_experts=1, expert_width=0.5), "whole number")])
 def test_bad_requests_are_refused(options, words):
     with pytest.raises(UserError, match=words):
@@ -267,3 +277,45 @@ def test_a_task_must_be_known_and_given():
         unet(x, t, text)
     with pytest.raises(UserError, match="upcycled already"):
         moe.upcycle(unet)
+    with pytest.raises(UserError, match="12 channels; its tasks have 4, 8"):
+        unet(inputs(channels=12)[0], t, text, task=torch.arange(4))
+
+
+@pytest.mark.parametrize("width", [None, 1.0])
+def test_half_precision_weights_are_upcycled_too(width):
+    unet, (x, t, text) = moe.upcycle(base().bfloat16(), num_experts=2, expert_width=width), inputs(channels=4)
+    with torch.no_grad():
+        assert unet(x.bfloat16(), t, text.bfloat16(), task=torch.zeros(4, dtype=torch.long)).dtype == torch.bfloat16
+
+
+def test_the_command_counts_a_folder_routed_or_not(tmp_path):
+    unet = moe.upcycle(base(), tasks=("edit",), num_experts=2)
+    unet.save_pretrained(tmp_path / "plain/unet")
+    add_routing(unet).save_pretrained(tmp_path / "routed/unet")
+    plain, routed = (called("moe.py", "--model", tmp_path / name).stdout.splitlines()[1:] for name in ("plain", "routed"))
+    assert plain == routed and sum(".ff" in line and "0.50  0.50" in line for line in plain) == sum(
+        isinstance(m, moe.ExpertFeedForward) for m in unet.modules())
+    done = called("moe.py", "--model", tmp_path / "plain", "--num-experts", 8)
+    assert done.returncode == 2 and "--num-experts" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_fifth_task_is_trained_on_pictures_of_its_own(tmp_path, monkeypatch):
+    """The whole way that README tells; of the shipped model's four tasks not a bit changes."""
+    monkeypatch.setitem(data.TASKS, "deblur", data.TASKS["sr"])
+    model = load_model(data.ASSETS / "tiny-mtu")
+    moe.add_task(model.unet, "deblur", like="sr")
+    model.index.pop("base")
+    model.save(tmp_path / "five")
+    pictures, lines = data.plain("train")[1][:8], []
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+        picture.filter(ImageFilter.GaussianBlur(3)).save(tmp_path / f"{i}-blurred.png")
+        lines.append(dict(file_name=f"{i}.png", source_file_name=f"{i}-blurred.png", split="train" if i < 6 else "heldout"))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = called("train.py", "--task", "deblur", "--model", tmp_path / "five", "--data", tmp_path, "--out", tmp_path / "out", "--steps", 2, "--batch-size", 2,
+                  "--warmup", 0, "--lr", 0.01, "--weight-decay", 0.1, "--eval-size", 2, "--sample-every", 0)
+    assert done.returncode == 0, done.stderr
+    trained, x = load_model(tmp_path / "out").unet, torch.randn(5, 8, 16, 16)
+    with torch.no_grad():
+        before, after = (unet(x, 500, torch.ones(5, 77, 128), task=torch.arange(5)) for unet in (model.unet, trained))
+    assert [torch.equal(a, b) for a, b in zip(before, after)] == [True] * 4 + [False]

@@ -1,6 +1,8 @@
 """Drawing: the shipped models, diffusers' picture, seeds, sizes, bad input."""
+import copy
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ from PIL import Image
 
 import moe
 import sample
+from clip import CONFIGS as TEXT, CLIPText
 from conftest import called
 from data import ALL, ASSETS, on_white, to_tensor
 from folders import UserError
 from sample import EXAMPLES, generate, load_model, open_image
-from unet import CONFIGS
+from unet import CONFIGS, UNet
 
 
 @pytest.fixture(scope="module")
@@ -370,8 +373,30 @@ def test_the_base_knows_only_text_to_image(tiny):
         generate(tiny, "edit", ["x"], [Image.new("RGB", (64, 64))])
 
 
+@pytest.mark.parametrize("like, images", [("t2i", None), ("edit", [Image.new("RGB", (64, 64))])])
+def test_a_task_added_later_draws_as_its_model_did(mtu, like, images):
+    model = replace(mtu, unet=copy.deepcopy(mtu.unet), index=mtu.index | {"guidance": {}})
+    moe.add_task(model.unet, "later", like=like)
+    drawn, before = (np.asarray(generate(model, task, ["pizza"], images, steps=2)[0]) for task in ("later", like))
+    assert np.array_equal(drawn, before)
+
+
+@pytest.mark.parametrize("part, changed, words", [
+    ("unet", lambda: UNet(CONFIGS["tiny"] | dict(in_channels=9)), "9 input channels"),
+    ("unet", lambda: UNet(CONFIGS["tiny"] | dict(in_channels=3, out_channels=3)), "latent_channels"),
+    ("unet", lambda: UNet(CONFIGS["tiny"] | dict(cross_attention_dim=32)), "hidden_size"),
+    ("unet", lambda: UNet(CONFIGS["tiny"] | dict(sample_size=None)), "sample_size"),
+    ("text_encoder", lambda: CLIPText(TEXT["tiny"] | dict(vocab_size=100, eos_token_id=99, bos_token_id=98)), "vocabulary"),
+    ("text_encoder", lambda: CLIPText(TEXT["tiny"] | dict(vocab_size=2048, max_position_embeddings=16)), "positions")])
+def test_parts_that_do_not_fit_are_named(tmp_path, part, changed, words):
+    shutil.copytree(ASSETS / "tiny", tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    changed().save_pretrained(tmp_path / "model" / part)
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path / "model")
+
+
 def test_a_cut_checkpoint_is_named(tmp_path):
-    import shutil
     shutil.copytree(ASSETS / "tiny", tmp_path / "model")
     file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
