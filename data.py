@@ -433,8 +433,9 @@ class Folder(torch.utils.data.Dataset):
 
         {"file_name": "target.jpg", "text": "a caption or an instruction", "source_file_name": "source.jpg"}
 
-    text is absent where TASKS has an empty prompt; source_file_name is for tasks with a source, but sr, which makes its own. Pictures are
-    cropped to a centred square and resized to size x size pixels. Lines with "split": "heldout" are held out; where no line has a split, one file name in ten is.
+    text is absent where TASKS has an empty prompt; source_file_name is for tasks with a source, but sr, which makes its own. Pictures are cropped
+    to a centred square and resized to size x size pixels. Lines with "split": "heldout" are held out; where no line has a split, one file name
+    in ten is.
     """
 
     def __init__(self, root, task, split, size):
