@@ -87,15 +87,20 @@ def share(name, f, whole, runs):
     print(f"{name:<44}{alone:>9.3f} s{'':>11}   of the plain step {alone / whole:.1%}", flush=True)
 
 
-def masks_alone(routed, run):
-    """-> what routing adds to a training step, to be timed by itself: each block's mask and its products with x, forward and backward."""
-    inputs, hooks = [], []
-    for block in routed.modules():
-        if hasattr(block, "mask"):
-            hooks.append(block.register_forward_pre_hook(lambda block, args: inputs.append((block, args[0].detach().requires_grad_(), args[1].t))))
+def recorded(modules, run):
+    """-> (module, *its inputs) of every call of one of them in run()."""
+    seen = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: seen.append((module, *args))) for module in modules]
     run()
     for hook in hooks:
         hook.remove()
+    return seen
+
+
+def masks_alone(routed, run):
+    """-> what routing adds to a training step, to be timed by itself: each block's mask and its products with x, forward and backward."""
+    inputs = [(block, x.detach().requires_grad_(), cond.t)
+              for block, x, cond in recorded([block for block in routed.modules() if hasattr(block, "mask")], run)]
 
     def products():
         for block, x, t in inputs:
@@ -107,15 +112,9 @@ def masks_alone(routed, run):
 
 
 def experts_alone(upcycled, run):
-    """-> what MTU adds to a training step, to be timed by itself: each FFN's router and weights on its inner activations and biases, and the task
-    convolution beside the plain one that it replaces, forward and backward."""
-    seen, hooks = [], []
-    for module in upcycled.modules():
-        if isinstance(module, (moe.ExpertFeedForward, moe.TaskConv)):
-            hooks.append(module.register_forward_pre_hook(lambda module, args: seen.append((module, *args))))
-    run()
-    for hook in hooks:
-        hook.remove()
+    """-> what MTU adds to a training step, to be timed by itself: each FFN's router and weights on its inner activations and biases, and the whole
+    task convolution, though the dense network has one as well: an upper bound. Forward and backward."""
+    seen = recorded([m for m in upcycled.modules() if isinstance(m, (moe.ExpertFeedForward, moe.TaskConv))], run)
     seen = [(module, x.detach() if module is upcycled.conv_in else module.net[0](x).detach().requires_grad_(), cond) for module, x, cond in seen]
 
     def added():
