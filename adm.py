@@ -1,187 +1,394 @@
-"""U-Nets without text, on pixels: DDPM's and ADM's, under the names of diffusers' UNet2DModel.
+"""U-Nets on pixels, without a text: DDPM's and ADM's, which diffusers calls UNet2DModel.
 
-    DDPM    Ho et al. 2020, arXiv 2006.11239: time is added, attention has one head, convolutions halve and double
-    ADM     Dhariwal and Nichol 2021, arXiv 2105.05233: time scales and shifts (AdaGN), heads of 64 channels, residual blocks halve and double,
-            a class; twice the output channels, whose second half tells the variance (Diffusion.variance_loss)
+Ho et al. 2020 (DDPM, arXiv 2006.11239): the time embedding is added, attention has one head, and
+convolutions halve and double the picture. DeMe fine-tunes such models.
 
-DDPM's are the base models of DeMe; ADM is the backbone of MT-Diffusion and of DTR's U-Net results. `Cond` and the forward pass are UNet's, so
-DTR and DeMe attach alike; MTU finds no feed-forward network here. Classes (B,) come in added={"class_labels": ...}.
+Dhariwal and Nichol 2021 (ADM, arXiv 2105.05233, section 3): the time scales and shifts what a
+norm puts out (AdaGN), an attention head has 64 channels, residual blocks halve and double the
+picture, and the network may read a class. It has twice as many output channels as input channels;
+the second half predicts the variance (Nichol and Dhariwal 2021, Eq. 15, and
+Diffusion.variance_loss). ADM is the backbone of MT-Diffusion and of DTR's results on a U-Net.
+
+The forward pass and `Cond` are those of unet.py, so DTR, DeMe and MT-Diffusion attach as they do
+there. MTU finds no feed-forward network here. Only models on pixels need this file.
+
+Letters: as in unet.py.
 """
+import re
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import unet
-from folders import UserError, blaming, fetch, load_weights, read_json, save_weights
-from unet import Cond, Conv2d, Downsample2D, ResnetBlock2D, TimestepEmbedding, UNet, completed, count
-from vae import Attention, older_attention_names
+from hub import UserError, fetch
+from unet import Cond, Conv2d, DownBlock, MidBlock, TimestepEmbedding, UNet, complete, per_level
 
-# diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
+# -------------------------------------------------------------------------------------------------
+# Configurations
+
+# diffusers' defaults. A model's config.json, like an entry of CONFIGS, holds the differences.
 DEFAULTS = dict(
-    sample_size=None, in_channels=3, out_channels=3, freq_shift=0, flip_sin_to_cos=True, block_out_channels=(224, 448, 672, 896),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), layers_per_block=2, downsample_padding=1,
-    downsample_type="conv", upsample_type="conv", attention_head_dim=8, norm_num_groups=32, attn_norm_num_groups=None, norm_eps=1e-5,
-    resnet_time_scale_shift="default", add_attention=True, num_class_embeds=None)
-# Keys that have one meaning here, and those with a few; other values are refused by name, and so is any other key that is not null.
-FIXED = dict(center_input_sample=False, time_embedding_type="positional", mid_block_type="UNetMidBlock2D", mid_block_scale_factor=1,
-             dropout=0.0, act_fn="silu")
-CHOICES = dict(downsample_type=("conv", "resnet"), upsample_type=("conv", "resnet"), downsample_padding=(0, 1), add_attention=(False, True),
-               resnet_time_scale_shift=("default", "scale_shift"), flip_sin_to_cos=(False, True))
-BLOCKS = "{}Block2D", "Attn{}Block2D", "Resnet{}sampleBlock2D"  # {}: Down or Up
+    sample_size=None,
+    in_channels=3,
+    out_channels=3,                          # 6 with a learned variance
+    block_out_channels=(224, 448, 672, 896),
+    layers_per_block=2,
+    down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
+    up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
+    downsample_type="conv",                  # at levels with attention, "conv" or "resnet"
+    upsample_type="conv",
+    downsample_padding=1,
+    add_attention=True,                      # in the middle
+    attention_head_dim=8,                    # channels of a head (not, as in unet.py, their number)
+    norm_num_groups=32,
+    attn_norm_num_groups=None,               # in the middle
+    norm_eps=1e-5,
+    resnet_time_scale_shift="default",
+    num_class_embeds=None,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+)
 
-_DDPM = dict(freq_shift=1, flip_sin_to_cos=False, norm_eps=1e-6, attention_head_dim=None, downsample_padding=0)
-_ADM = dict(out_channels=6, resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet", attn_norm_num_groups=32)
+# The values that are implemented, of keys that have a choice of values in diffusers.
+IMPLEMENTED = dict(
+    act_fn=("silu",),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    downsample_padding=(0, 1),
+    downsample_type=("conv", "resnet"),
+    mid_block_scale_factor=(1,),
+    mid_block_type=("UNetMidBlock2D",),
+    resnet_time_scale_shift=("default", "scale_shift"),
+    time_embedding_type=("positional",),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    upsample_type=("conv", "resnet"),
+)
 
-
-def _levels(channels, attends, plain):
-    """Per level, finest first: channels and whether it attends. plain: of BLOCKS, that of a level which does not."""
-    kinds = [BLOCKS[1] if attend else plain for attend in attends]
-    return dict(block_out_channels=channels, down_block_types=tuple(kind.format("Down") for kind in kinds),
-                up_block_types=tuple(kind.format("Up") for kind in reversed(kinds)))
-
+DDPM = dict(
+    attention_head_dim=None,  # one head
+    downsample_padding=0,
+    norm_eps=1e-6,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+)
+ADM = dict(
+    out_channels=6,
+    downsample_type="resnet",
+    upsample_type="resnet",
+    attention_head_dim=64,
+    attn_norm_num_groups=32,
+    resnet_time_scale_shift="scale_shift",
+)
 
 CONFIGS = {
-    # google/ddpm-cifar10-32; -ema-church-256 and -ema-bedroom-256
-    "ddpm": _DDPM | _levels((128, 256, 256, 256), (0, 1, 0, 0), BLOCKS[0]) | dict(sample_size=32),
-    "ddpm256": _DDPM | _levels((128, 128, 256, 256, 512, 512), (0, 0, 0, 0, 1, 0), BLOCKS[0]) | dict(sample_size=256),
-    # guided-diffusion's, ImageNet 64 x 64
-    "adm": _ADM | _levels((192, 384, 576, 768), (0, 1, 1, 1), BLOCKS[2]) | dict(
-        sample_size=64, layers_per_block=3, attention_head_dim=64, num_class_embeds=1000),
-    # both for a laptop, without classes
-    "ddpm-tiny": _DDPM | _levels((32, 64, 96), (0, 1, 0), BLOCKS[0]) | dict(sample_size=32, layers_per_block=1),
-    "adm-tiny": _ADM | _levels((32, 64, 96), (0, 1, 1), BLOCKS[2]) | dict(sample_size=32, layers_per_block=1, attention_head_dim=32),
+    "ddpm": dict(  # google/ddpm-cifar10-32
+        DDPM,
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ),
+    "ddpm256": dict(  # google/ddpm-ema-church-256, google/ddpm-ema-bedroom-256
+        DDPM,
+        sample_size=256,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+    ),
+    "adm": dict(  # guided-diffusion's network for ImageNet at 64 x 64
+        ADM,
+        sample_size=64,
+        block_out_channels=(192, 384, 576, 768),
+        layers_per_block=3,
+        down_block_types=("ResnetDownsampleBlock2D",) + ("AttnDownBlock2D",) * 3,
+        up_block_types=("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
+        num_class_embeds=1000,
+    ),
+    # Two for a laptop, without classes.
+    "ddpm-tiny": dict(
+        DDPM,
+        sample_size=32,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ),
+    "adm-tiny": dict(
+        ADM,
+        sample_size=32,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        attention_head_dim=32,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    ),
 }
 
+# DDPM's noise schedule. ADM has it too, but for a cosine schedule at 64 x 64 pixels.
+SCHEDULER = dict(
+    _class_name="DDPMScheduler",
+    num_train_timesteps=1000,
+    beta_start=0.0001,
+    beta_end=0.02,
+    beta_schedule="linear",
+    clip_sample=True,
+    variance_type="fixed_large",
+)
 
-class Halve(nn.Module):
-    def forward(self, x):
-        return F.avg_pool2d(x, 2)
+
+def scheduler_for(config):
+    """Choose a scheduler config: the variance is learned if the network has outputs for it."""
+    c = DEFAULTS | config
+    learned = c["out_channels"] == 2 * c["in_channels"]
+    return SCHEDULER | dict(variance_type="learned_range" if learned else "fixed_large")
 
 
-class Double(nn.Module):
-    def forward(self, x):
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+# -------------------------------------------------------------------------------------------------
+# Layers
+
+def halve(x):
+    return F.avg_pool2d(x, 2)
+
+
+def double(x):
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class ResnetBlock2D(unet.ResnetBlock2D):
+    """A residual block that can change the size, and where the time can scale as well as shift.
+
+    resample: None, halve or double, on both the update and the skip path.
+    """
+
+    def __init__(self, cin, cout, c, resample=None):
+        super().__init__(cin, cout, c)
+        self.resample = resample or nn.Identity()
+        self.scale_shift = c["resnet_time_scale_shift"] == "scale_shift"
+        if self.scale_shift:
+            self.time_emb_proj = nn.Linear(self.time_emb_proj.in_features, 2 * cout)
+
+    def skip(self, x):
+        return super().skip(self.resample(x))
+
+    def update(self, x, cond):
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))        # (B, cout, H, W)
+        emb = self.time_emb_proj(F.silu(cond.temb))[:, :, None, None]
+        if self.scale_shift:
+            # AdaGN: ADM, section 3
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        return self.conv2(F.silu(h))
+
+
+class Attention(unet.Attention):
+    """Self-attention over the positions of a picture, with its own norm and skip path."""
+
+    def __init__(self, channels, groups, c):
+        head = channels if c["attention_head_dim"] is None else c["attention_head_dim"]
+        if channels % head:
+            raise UserError(f"U-Net config: attention_head_dim = {head} (channels of a head) does "
+                            f"not divide {channels} channels")
+        super().__init__(channels, channels, channels // head, bias=True)
+        self.routable_channels = channels
+        self.group_norm = nn.Identity()
+        if groups is not None:
+            self.group_norm = nn.GroupNorm(groups, channels, c["norm_eps"])
+
+    def forward(self, x, cond):                                     # (B, C, H, W)
+        h = self.group_norm(x).flatten(2).transpose(1, 2)           # (B, L, C)
+        h = super().forward(h)
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class Downsample2D(nn.Module):
+    """Halve by a convolution that is padded on the right and at the bottom only, as DDPM's is."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x, cond):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample2D(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.conv, self.larger = nn.Conv2d(channels, channels, 3, padding=1), Double()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, cond):
-        return self.conv(self.larger(x))
-
-
-def attention(channels, groups, c):
-    head = c["attention_head_dim"] or channels
-    if channels % head:
-        raise UserError(f"U-Net config: attention_head_dim = {head} (channels of a head) does not divide {channels} channels")
-    return Attention(channels, groups, channels // head, c["norm_eps"])
-
-
-class DownBlock(unet.DownBlock):
-    def __init__(self, cin, cout, kind, last, c):
-        nn.Module.__init__(self)
-        layers, attends = c["layers_per_block"], kind == "AttnDownBlock2D"
-        if attends:
-            self.attentions = nn.ModuleList([attention(cout, c["norm_num_groups"], c) for _ in range(layers)])
-        self.resnets = nn.ModuleList([ResnetBlock2D(cin if i == 0 else cout, cout, c) for i in range(layers)])
-        by_resnet = kind.startswith("Resnet") or attends and c["downsample_type"] == "resnet"
-        self.downsamplers = None if last else nn.ModuleList([
-            ResnetBlock2D(cout, cout, c, Halve()) if by_resnet else Downsample2D(cout, c["downsample_padding"])])
-
-
-class MidBlock(unet.MidBlock):
-    def __init__(self, channels, c):
-        nn.Module.__init__(self)
-        groups = c["attn_norm_num_groups"] or c["norm_num_groups"]
-        self.attentions = nn.ModuleList([attention(channels, groups, c)] if c["add_attention"] else [])
-        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, c) for _ in range(2)])
+        return self.conv(double(x))
 
 
 class UpBlock(unet.UpBlock):
-    def __init__(self, cin, cout, below, kind, last, c):
-        nn.Module.__init__(self)
-        layers, attends = c["layers_per_block"] + 1, kind == "AttnUpBlock2D"
-        if attends:
-            self.attentions = nn.ModuleList([attention(cout, c["norm_num_groups"], c) for _ in range(layers)])
-        # Each residual block takes the skip tensor of its mirror image, the last one that of the level above.
-        self.resnets = nn.ModuleList([
-            ResnetBlock2D((cin if i == 0 else cout) + (below if i == layers - 1 else cout), cout, c) for i in range(layers)])
-        by_resnet = kind.startswith("Resnet") or attends and c["upsample_type"] == "resnet"
-        self.upsamplers = None if last else nn.ModuleList([ResnetBlock2D(cout, cout, c, Double()) if by_resnet else Upsample2D(cout)])
+    """A level of the way up whose upsampling may be a residual block, which reads `cond`."""
 
     def upsample(self, x, cond, skips, run):
-        return run(self.upsamplers[0], x, cond)
+        for upsampler in self.upsamplers:
+            x = run(upsampler, x, cond)
+        return x
 
 
-def checked(config):
-    """-> the whole config, defaults filled in. What these U-Nets do not do is refused by name."""
-    c, need = completed(config, DEFAULTS, FIXED)
-    for key, choices in CHOICES.items():
-        need(c[key] in choices and type(c[key]) is type(choices[0]), key)
-    for key in ("sample_size", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
-        need(c[key] is None or count(c[key]), key)
-    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-        need(count(c[key]), key)
-    for key in ("norm_eps", "freq_shift"):
-        need(type(c[key]) in (float, int), key)
-    widths, groups = c["block_out_channels"], c["attn_norm_num_groups"]
-    need(isinstance(widths, (list, tuple)) and widths and all(count(w) and w % c["norm_num_groups"] == 0 for w in widths) and widths[0] % 2 == 0,
-         "block_out_channels", "norm_num_groups")
-    need(c["sample_size"] is None or c["sample_size"] % 2 ** (len(widths) - 1) == 0, "sample_size", "block_out_channels")
-    for key, side in (("down_block_types", "Down"), ("up_block_types", "Up")):
-        need(isinstance(c[key], (list, tuple)) and len(c[key]) == len(widths) and all(k in [b.format(side) for b in BLOCKS] for k in c[key]), key)
-    need(not c["add_attention"] or (groups is None and c["resnet_time_scale_shift"] == "default") or groups and widths[-1] % groups == 0,
-         "attn_norm_num_groups")  # diffusers leaves the norm out of a scale-shift mid block without it
-    return c
+def middle_attention(channels, c):
+    """Make the attention of the middle block, in a list that may stay empty."""
+    if not c["add_attention"]:
+        return []
+    groups = c["attn_norm_num_groups"]
+    if groups is None and c["resnet_time_scale_shift"] == "default":
+        # With AdaGN, diffusers leaves this norm out if it has no number of groups.
+        groups = c["norm_num_groups"]
+    return [Attention(channels, groups, c)]
+
+
+def downsampler(channels, block_type, c):
+    """Make what halves the picture after a level of the way down."""
+    by_resnet = c["downsample_type"] == "resnet" and block_type.startswith("Attn")
+    if by_resnet or block_type.startswith("Resnet"):
+        return ResnetBlock2D(channels, channels, c, halve)
+    if c["downsample_padding"] == 0:
+        return Downsample2D(channels)
+    return unet.Downsample2D(channels)
+
+
+def upsampler(channels, block_type, c):
+    """Make what doubles the picture after a level of the way up."""
+    by_resnet = c["upsample_type"] == "resnet" and block_type.startswith("Attn")
+    if by_resnet or block_type.startswith("Resnet"):
+        return ResnetBlock2D(channels, channels, c, double)
+    return Upsample2D(channels)
+
+
+# -------------------------------------------------------------------------------------------------
+# The network
+
+OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class UNet2D(UNet):
-    """diffusers' UNet2DModel. config: differences from DEFAULTS, in diffusers' keys.
+    """DDPM's and ADM's U-Net. config: differences from DEFAULTS, in diffusers' keys.
 
-    forward as UNet's, without context (None); height and width, which halve at every level but the last, are multiples of `multiple`.
+    `forward` is UNet's; its context is None, and classes come as added={"class_labels": (B,)}.
+    Height and width must be multiples of `multiple`, since every level but the last halves them.
     """
+    diffusers_name = "UNet2DModel"
 
     def __init__(self, config):
         nn.Module.__init__(self)
-        self.config = c = checked(config)
-        widths, n = list(c["block_out_channels"]), len(c["block_out_channels"])
-        E, rev, self.multiple = 4 * widths[0], widths[::-1], 2 ** (n - 1)
+        self.config = c = complete(config, DEFAULTS, IMPLEMENTED)
+        widths = c["block_out_channels"]
+        down_types = per_level(c, "down_block_types")
+        up_types = per_level(c, "up_block_types")[::-1]  # diffusers lists these from the bottom up
+        bottom = len(widths) - 1
+        size = c["sample_size"]
+        self.multiple = 2 ** bottom
+        if size is not None and size % self.multiple:
+            raise UserError(f"U-Net config: sample_size = {size} is no multiple of {self.multiple}")
+
+        def add_layer(block, cin, level, block_type):
+            block.resnets.append(ResnetBlock2D(cin, widths[level], c))
+            if block_type.startswith("Attn"):
+                block.attentions.append(Attention(widths[level], c["norm_num_groups"], c))
+
         self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], E)
-        self.class_embedding = nn.Embedding(c["num_class_embeds"], E) if c["num_class_embeds"] else None
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.class_embedding = None
+        if c["num_class_embeds"] is not None:
+            self.class_embedding = nn.Embedding(c["num_class_embeds"], 4 * widths[0])
+
+        # As in unet.py, a stack of widths follows the stack of tensors in `forward`.
+        channels = widths[0]
+        skips = [channels]
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            block = DownBlock()
+            for _ in range(c["layers_per_block"]):
+                add_layer(block, channels, level, down_types[level])
+                channels = width
+                skips.append(channels)
+            if level < bottom:
+                block.downsamplers.append(downsampler(channels, down_types[level], c))
+                skips.append(channels)
+            self.down_blocks.append(block)
+
+        self.mid_block = MidBlock()
+        self.mid_block.resnets.append(ResnetBlock2D(channels, channels, c))
+        self.mid_block.attentions.extend(middle_attention(channels, c))
+        self.mid_block.resnets.append(ResnetBlock2D(channels, channels, c))
+
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            block = UpBlock()
+            for _ in range(c["layers_per_block"] + 1):
+                add_layer(block, channels + skips.pop(), level, up_types[level])
+                channels = widths[level]
+            if level > 0:
+                block.upsamplers.append(upsampler(channels, up_types[level], c))
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], channels, c["norm_eps"])
+        self.conv_out = nn.Conv2d(channels, c["out_channels"], 3, padding=1)
         self.task_embedding = None
-        self.down_blocks = nn.ModuleList([
-            DownBlock(widths[max(i - 1, 0)], widths[i], c["down_block_types"][i], i == n - 1, c) for i in range(n)])
-        self.mid_block = MidBlock(widths[-1], c)
-        self.up_blocks = nn.ModuleList([
-            UpBlock(rev[max(i - 1, 0)], rev[i], rev[min(i + 1, n - 1)], c["up_block_types"][i], i == n - 1, c) for i in range(n)])
-        self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], widths[0], c["norm_eps"])
-        self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
+        self.heads = None
         self.gradient_checkpointing = False
 
     def condition(self, x, t, context, task, added):
-        t, temb = self.embedded(t, x)
+        """Embed the time and the class -> Cond."""
+        t, temb = self.embed_time(t, x)
         if self.class_embedding is not None:
             if not added or added.get("class_labels") is None:
-                raise ValueError('this U-Net knows classes: pass added={"class_labels": (B,)}')
+                raise ValueError('this U-Net has classes: pass added={"class_labels": (B,)}')
             temb = temb + self.class_embedding(added["class_labels"])
         return Cond(temb, None, t, task, None, added)
 
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="", config=None, dtype=torch.float32, attach=lambda unet: unet):
-        """As UNet's. subfolder: "" for the layout of google/ddpm-cifar10-32, whose weights lie beside model_index.json."""
-        folder = fetch(path_or_hub_id, subfolder)
-        config = config or read_json(folder / "config.json")
-        if (name := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
-            raise UserError(f"{folder} holds a {name}, not a UNet2DModel")
-        with torch.device("meta"), blaming(folder / "config.json"):
-            unet = attach(cls(config))
-        load_weights(unet, folder, older_attention_names, dtype)
-        return unet
+    @staticmethod
+    def rename(key):
+        """Turn a parameter's name in a file into its name here.
 
-    def save_pretrained(self, folder, dtype=None):
-        """Writes the folder of the U-Net itself. dtype: of the file's tensors, default the parameters' own."""
-        save_weights(self, folder, {"_class_name": "UNet2DModel", **self.config}, dtype=dtype)
+        Files from before diffusers 0.17, such as google/ddpm-cifar10-32's, say query for to_q.
+        """
+        for old, new in OLDER_NAMES.items():
+            key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
+        return key
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, subfolder="", dtype=torch.float32):
+        """Load as UNet.from_pretrained does. `places` says in which folder the files lie."""
+        return super().from_pretrained(path_or_hub_id, subfolder, dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# The other parts of a model
+
+class Pixels(nn.Module):
+    """Stand where other models have an autoencoder: a picture is its own latent.
+
+    size: height and width of the pictures.
+    """
+    factor = 1
+
+    def __init__(self, size):
+        super().__init__()
+        self.config = dict(latent_channels=3, scaling_factor=1.0, sample_size=size)
+
+    def encode(self, images, tile=None):
+        """Return pictures (B, 3, H, W) as their own mean, with the log of a variance of zero."""
+        return images, torch.full_like(images, -torch.inf)
+
+    def decode(self, z, tile=None):
+        return z
+
+
+def places(path_or_hub_id):
+    """Find the folders of a model's U-Net and scheduler.
+
+    A pipeline keeps each part in a folder of its own, unet/ and scheduler/. In a repository like
+    google/ddpm-cifar10-32, the files of both lie at the top.
+    """
+    try:
+        unet_folder = fetch(path_or_hub_id, "unet")
+    except UserError:
+        top = fetch(path_or_hub_id, "")
+        return top, top
+    return unet_folder, fetch(path_or_hub_id, "scheduler")

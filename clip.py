@@ -1,10 +1,14 @@
-"""CLIP (Radford et al. 2021, arXiv 2103.00020): byte-pair tokenizer, text and image tower, under transformers' names. `python clip.py` trains
-the miniature's text tower.
+"""CLIP: the byte-pair tokenizer, the text tower and the image tower, under transformers' names.
 
-Stable Diffusion 1.x conditions on the text tower's last hidden states, all 77 positions, without an attention mask; SDXL on the
-penultimate ones of two towers, and on the second's pooled state.
+Radford et al. 2021, arXiv 2103.00020. Stable Diffusion 1.x conditions on the text tower's last
+hidden states, all 77 of them, without a mask for the padding. SDXL conditions on the states before
+the last layer of two towers, and on the pooled state of the second.
 
-Letters: B batch, S = 77 positions, N patches, D width.
+    Tokenizer      text -> ids (B, 77), by byte-pair encoding
+    CLIPText       ids -> hidden states, and a pooled state
+    CLIPVision     pictures as `preprocess` makes them -> hidden states, and a pooled state
+
+Letters: B batch, S = 77 positions, N patches of a picture, D width.
 """
 import functools
 import json
@@ -12,264 +16,433 @@ import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
-from folders import UserError, blaming, command, fetch, load_weights, read_json, save_weights, write_file
+from hub import UserError, blaming, fetch, load_weights, read_json, save_weights
+from hub import write_json, write_text
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-WHITE_SPACE = set("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {chr(c) for c in range(0x2000, 0x200B)}
+# -------------------------------------------------------------------------------------------------
+# Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909). A text is cut into words, and a word
+# into bytes. Then neighbours are joined, pair by pair, in the order in which training found them
+# common. A frequent word ends as one symbol and a rare one as several, and since every byte is a
+# symbol, no text is ever unknown.
+
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+
+# Unicode's white space. Python's \s would also take the control characters 1c to 1f.
+SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+
+# CLIP's words: an English ending, letters, one digit, or a run of anything else but spaces.
+WORDS = re.compile("'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
 
 
-@functools.lru_cache
-def byte_symbols():
-    """byte -> a printable character, so that any text is a string of the 256 base symbols (GPT-2's table)."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    moved = [b for b in range(256) if b not in kept]
-    return {b: chr(b) for b in kept} | {b: chr(256 + i) for i, b in enumerate(moved)}
+def normalize(text):
+    """Compose accents, make any white space one blank, and turn all letters to lower case."""
+    text = SPACES.sub(" ", unicodedata.normalize("NFC", text))
+    # Letter by letter, because in a whole text Python writes a sigma at the end of a word as ς.
+    return "".join(c.lower() for c in text)
 
 
 def split_words(text):
-    """Normalised text -> words: contractions, runs of letters, single digits, runs of anything else but white space."""
-    def kind(c):
-        return "space" if c in WHITE_SPACE else {"L": "letter", "N": "digit"}.get(unicodedata.category(c)[0], "other")
-
-    text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
-    words, i = [], 0
-    while i < len(text):
-        end, of = i + 1, kind(text[i])
-        contraction = next((c for c in CONTRACTIONS if text.startswith(c, i)), None)
-        if contraction:
-            end = i + len(contraction)
-        elif of in ("letter", "other"):
-            while end < len(text) and kind(text[end]) == of:
-                end += 1
-        if of != "space":
-            words.append(text[i:end])
-        i = end
-    return words
+    """Cut normalised text into words."""
+    # Python's regular expressions have no class for the letters of all scripts. So they search a
+    # copy, in which z stands for a letter beyond ASCII, 0 for a number, and ! for the rest.
+    copy = ""
+    for c in text:
+        category = unicodedata.category(c)[0]
+        copy += c if c.isascii() else {"L": "z", "N": "0"}.get(category, "!")
+    return [text[match.start():match.end()] for match in WORDS.finditer(copy)]
 
 
-def merge_pair(symbols, pair):
-    """Join every occurrence of the pair of neighbours, from left to right."""
-    out, i = [], 0
-    while i < len(symbols):
-        if symbols[i:i + 2] == pair:
-            out.append(symbols[i] + symbols[i + 1])
-            i += 2
-        else:
-            out.append(symbols[i])
-            i += 1
-    return tuple(out)
+@functools.cache
+def byte_symbols():
+    """Give each of the 256 bytes a printable character (GPT-2's table): most have one already."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable},
+            **{byte: chr(256 + i) for i, byte in enumerate(others)}}
 
 
 def to_symbols(word):
-    symbols = [byte_symbols()[b] for b in word.encode(errors="replace")]
-    return (*symbols[:-1], symbols[-1] + "</w>")
+    """Cut a word into bytes. The last is marked, so that the cat of catch is not the word cat."""
+    symbols = [byte_symbols()[byte] for byte in word.encode(errors="replace")]
+    symbols[-1] += "</w>"
+    return symbols
 
+
+def merge_pair(symbols, pair):
+    """Join every occurrence of a pair of neighbours, from left to right."""
+    merged = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
+
+
+def learn_merges(texts, vocab_size):
+    """Learn byte-pair encoding from texts -> vocabulary (symbol -> id), merges in their order.
+
+    Each round joins the pair of neighbours that is commonest in all texts to a new symbol.
+    """
+    # Words are counted once and for all: pairs never reach from one word into the next.
+    counts = Counter(word for text in texts for word in split_words(normalize(text)))
+    words = {word: to_symbols(word) for word in counts}
+    symbols = list(byte_symbols().values())
+    vocab = symbols + [symbol + "</w>" for symbol in symbols]
+    merges = []
+    while len(vocab) < vocab_size - 2:
+        pairs = Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        # The commonest pair; of several equally common ones the first in the alphabet.
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        vocab.append("".join(best))
+        for word, parts in words.items():
+            if best[0] in parts:
+                words[word] = merge_pair(parts, best)
+    # Different pairs may join to one symbol, as a|bc and ab|c do. It gets one id.
+    return {symbol: i for i, symbol in enumerate([*dict.fromkeys(vocab), BOS, EOS])}, merges
+
+
+# -------------------------------------------------------------------------------------------------
+# Added tokens are looked for before byte-pair encoding, and stay whole: the start, the end and the
+# padding, and the words that textual inversion learns. Four files may name them.
+
+class AddedToken(NamedTuple):
+    """transformers' class, without lstrip and rstrip: blanks separate words here anyway."""
+    content: str
+    special: bool
+    normalized: bool    # looked for in normalised text, so that case does not matter
+    single_word: bool   # not found where a letter or a digit touches it
+
+    @classmethod
+    def read(cls, value):
+        """Make one from what stands in a file, an object or, for a special token, a string."""
+        flags = dict(content=value) if isinstance(value, str) else value
+        special = flags.get("special", True)
+        return cls(flags["content"], special, flags.get("normalized", not special),
+                   flags.get("single_word", False))
+
+
+# What CLIP's special tokens are unless a file says otherwise.
+SPECIAL = dict(bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS)
+
+
+def read_added_tokens(folder):
+    """Read the tokens beside a vocabulary -> list of AddedToken, and the special ones by name.
+
+    What counts is as in transformers. tokenizer_config.json stands alone if it holds a list,
+    added_tokens_decoder. Older models have none: there special_tokens_map.json overrules it, and
+    added_tokens.json and tokenizer.json bring further tokens.
+    """
+    def read(name):
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    config = read("tokenizer_config.json")
+    listed = config.get("added_tokens_decoder")
+    older = read("special_tokens_map.json") if listed is None else {}
+    named = {name: value for name, value in {**SPECIAL, **config, **older}.items()
+             if name.endswith("_token") and isinstance(value, (str, dict))}
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    if listed is None:
+        special = {AddedToken.read(value).content for value in (*named.values(), *(more or []))}
+        listed = {id: dict(content=content, special=content in special)
+                  for content, id in read("added_tokens.json").items()}
+        for token in read("tokenizer.json").get("added_tokens", []):
+            listed[token["id"]] = token
+    if more is None:
+        more = older.get("additional_special_tokens", [])
+
+    # The order matters: new tokens get their ids in it, the listed ones first. Where a token comes
+    # twice, a dict keeps its first place and its last flags, so a list has the last word.
+    by_id = [listed[id] for id in sorted(listed, key=int)]
+    values = [*by_id, *named.values(), *more, *by_id]
+    added = {token.content: token for token in map(AddedToken.read, values)}
+    return list(added.values()), {name: AddedToken.read(named[name]).content for name in named}
+
+
+def read_vocabulary(folder):
+    """Read a vocabulary, symbol -> id, and its merges in order.
+
+    transformers 5 writes both into tokenizer.json, which goes before the two files of older models.
+    """
+    if (folder / "tokenizer.json").is_file():
+        model = read_json(folder / "tokenizer.json")["model"]
+        vocab = model["vocab"]
+        lines = model["merges"]
+    elif (folder / "merges.txt").is_file():
+        vocab = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    else:
+        raise UserError(f"no merges.txt and no tokenizer.json in {folder}")
+    # A merge is a line "a b" or, in the latest files, a list ["a", "b"].
+    merges = [line.split() if isinstance(line, str) else line for line in lines]
+    return vocab, [pair for pair in merges if pair and pair[0] != "#version:"]
+
+
+def split_at(text, tokens):
+    """Cut a text at added tokens -> list of (part, the token that it is, or None).
+
+    tokens: string to look for -> AddedToken. Where several fit at one place, the longest counts.
+    """
+    patterns = []
+    for content in sorted(tokens, key=len, reverse=True):
+        pattern = re.escape(content)
+        patterns.append(rf"(?<!\w){pattern}(?!\w)" if tokens[content].single_word else pattern)
+    # re.split puts what the brackets matched at the odd places. (?!) matches nothing.
+    parts = re.split(f"({'|'.join(patterns) or '(?!)'})", text)
+    return [(part, tokens[part] if i % 2 else None) for i, part in enumerate(parts)]
+
+
+# -------------------------------------------------------------------------------------------------
+# The tokenizer
 
 class Tokenizer:
-    """vocab: symbol -> id; merges: pairs in order of priority. Padding is the model's own: the end token, or "!" for SDXL's second."""
+    """transformers' CLIPTokenizer.
+
+    vocab: symbol -> id. merges: pairs of symbols, in order of priority. added: AddedTokens.
+    special: bos_token="..", eos_token, pad_token and so on. What a text is padded with is a model's
+    own choice: the end token or, for SDXL's second tokenizer, "!".
+    """
     length = 77
 
-    def __init__(self, vocab, merges, pad_token=EOS):
-        for token in (BOS, EOS, pad_token):
-            if token not in vocab:
-                raise UserError(f"the tokenizer's vocabulary has no {token}")
-        self.vocab, self.ranks, self.pad_token = vocab, {tuple(m): i for i, m in enumerate(merges)}, pad_token
-        self.special = dict.fromkeys((BOS, EOS, pad_token))
-        self.ids = functools.lru_cache(maxsize=65536)(self._ids)
+    def __init__(self, vocab, merges, added=(), **special):
+        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
+        self.special = {**SPECIAL, **special}
+        self.added = {token.content: token for token in added if token.content}
+        for name in ("bos_token", "eos_token"):
+            if self.special[name] not in {**vocab, **self.added}:
+                raise UserError(f"the tokenizer's vocabulary has no {self.special[name]}")
+        for token in self.special.values():
+            self.added.setdefault(token, AddedToken.read(token))
+        # self.base is what byte-pair encoding knows, self.vocab all ids. A token that is new gets
+        # the next id, whatever id its file gives: so does transformers 5.
+        self.base = vocab
+        self.vocab = dict(vocab)
+        for token in self.added:
+            self.vocab.setdefault(token, len(self.vocab))
+        tokens = self.added.values()
+        self.raw = {token.content: token for token in tokens if not token.normalized}
+        self.normalized = {normalize(token.content): token for token in tokens if token.normalized}
+        # The same words come again and again.
+        self.encode = functools.lru_cache(maxsize=65536)(self.encode_word)
 
-    def _ids(self, word):
-        if word in self.special:
-            return (self.vocab[word],)
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Learn a tokenizer from texts."""
+        return cls(*learn_merges(texts, vocab_size))
+
+    def encode_word(self, word):
+        """Encode one word: join the pair that was learned first, as long as one is left -> ids."""
         symbols = to_symbols(word)
         while len(symbols) > 1:
             pair = min(zip(symbols, symbols[1:]), key=lambda p: self.ranks.get(p, float("inf")))
             if pair not in self.ranks:
                 break
             symbols = merge_pair(symbols, pair)
-        return tuple(self.vocab.get(s, self.vocab[EOS]) for s in symbols)
+        unknown = self.vocab[self.special["unk_token"]]
+        return [self.base.get(symbol, unknown) for symbol in symbols]
 
-    def words(self, text):
-        """Words, where special tokens stay whole; the padding is one, so that SDXL's second tokenizer reads any "!" as padding."""
-        parts = re.split(f"({'|'.join(map(re.escape, self.special))})", text)
-        return [word for part in parts for word in ([part] if part in self.special else split_words(part))]
+    def pieces(self, text):
+        """Cut a text into words and added tokens -> list of (piece, its ids)."""
+        pieces = []
+        for part, token in split_at(text, self.raw):
+            inner = [(part, token)] if token else split_at(normalize(part), self.normalized)
+            for part, token in inner:
+                if token:
+                    pieces.append((part, [self.vocab[token.content]]))
+                else:
+                    pieces += [(word, self.encode(word)) for word in split_words(part)]
+        return pieces
 
     def __call__(self, texts):
-        """list of B strings -> (B, 77) long: start, tokens, end, padding; what does not fit is cut off (see `dropped`)."""
+        """Encode a list of B strings -> (B, 77) long: start, tokens, end, padding.
+
+        What does not fit is cut off; `dropped` tells what that is.
+        """
+        bos, eos, pad = (self.vocab[self.special[name]]
+                         for name in ("bos_token", "eos_token", "pad_token"))
         rows = []
         for text in texts:
-            ids = [i for word in self.words(text) for i in self.ids(word)][:self.length - 2]
-            ids = [self.vocab[BOS], *ids, self.vocab[EOS]]
-            rows.append(ids + [self.vocab[self.pad_token]] * (self.length - len(ids)))
+            ids = [id for _, ids in self.pieces(text) for id in ids]
+            row = [bos, *ids[:self.length - 2], eos]
+            rows.append(row + [pad] * (self.length - len(row)))
         return torch.tensor(rows, dtype=torch.long)
 
     def dropped(self, text):
-        """The words of a text that do not fit, or fit only in part."""
-        words, used = self.words(text), 0
-        for i, word in enumerate(words):
-            used += len(self.ids(word))
+        """List the words of a text that do not fit, or fit only in part."""
+        pieces = self.pieces(text)
+        used = 0
+        for i, (_, ids) in enumerate(pieces):
+            used += len(ids)
             if used > self.length - 2:
-                return words[i:]
+                return [word for word, _ in pieces[i:]]
         return []
 
     @classmethod
-    def train(cls, texts, vocab_size):
-        """Byte-pair encoding on a corpus (Sennrich et al. 2016, arXiv 1508.07909); ties are broken by the alphabet."""
-        counts = Counter(word for text in texts for word in split_words(text))
-        split = {word: to_symbols(word) for word in counts}
-        symbols = list(byte_symbols().values())
-        vocab, merges = symbols + [s + "</w>" for s in symbols], []
-        while len(vocab) < vocab_size - 2:
-            pairs = Counter()
-            for word, parts in split.items():
-                for pair in zip(parts, parts[1:]):
-                    pairs[pair] += counts[word]
-            if not pairs:
-                break
-            best = min(pairs, key=lambda p: (-pairs[p], p))
-            merges.append(best)
-            vocab.append("".join(best))
-            split = {word: merge_pair(parts, best) if best[0] in parts else parts for word, parts in split.items()}
-        return cls({s: i for i, s in enumerate([*dict.fromkeys(vocab), BOS, EOS])}, merges)
-
-    @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="tokenizer"):
-        """From vocab.json and merges.txt, or from tokenizer.json, which is all that transformers 5 writes."""
+        """Load a tokenizer from a model folder, in any layout that transformers has written."""
         folder = fetch(path_or_hub_id, subfolder)
         with blaming(folder):
-            if (folder / "merges.txt").is_file():
-                lines, vocab = (folder / "merges.txt").read_text(encoding="utf-8").split("\n"), read_json(folder / "vocab.json")
-            elif (folder / "tokenizer.json").is_file():
-                whole = read_json(folder / "tokenizer.json")["model"]
-                lines, vocab = [m if isinstance(m, str) else " ".join(m) for m in whole["merges"]], whole["vocab"]
-            else:
-                raise UserError(f"no merges.txt and no tokenizer.json in {folder}")
-            merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-            pad = EOS
-            for name in ("special_tokens_map.json", "tokenizer_config.json"):
-                if (folder / name).is_file():
-                    pad = read_json(folder / name).get("pad_token", pad)
-            return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
+            vocab, merges = read_vocabulary(folder)
+            added, special = read_added_tokens(folder)
+            return cls(vocab, merges, added, **special)
 
     def save_pretrained(self, folder):
-        special = dict(bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=self.pad_token)
-        config = dict(tokenizer_class="CLIPTokenizer", model_max_length=self.length, do_lower_case=True, errors="replace",
-                      add_prefix_space=False, **special)
-        for name, text in (("vocab.json", json.dumps(self.vocab, ensure_ascii=False)),
-                           ("merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.ranks)),
-                           ("special_tokens_map.json", json.dumps(special, indent=2)),
-                           ("tokenizer_config.json", json.dumps(config, indent=2))):
-            write_file(Path(folder) / name, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
+        """Write vocabulary, merges and added tokens into a folder, as transformers reads them."""
+        listed = {self.vocab[token.content]: token._asdict() for token in self.added.values()}
+        merges = "".join(f"{a} {b}\n" for a, b in self.ranks)
+        folder = Path(folder)
+        write_text(folder / "vocab.json", json.dumps(self.base, ensure_ascii=False))
+        write_text(folder / "merges.txt", f"#version: 0.2\n{merges}")
+        write_json(folder / "special_tokens_map.json", self.special)
+        write_json(folder / "tokenizer_config.json", dict(
+            self.special, tokenizer_class="CLIPTokenizer", model_max_length=self.length,
+            added_tokens_decoder=listed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Towers
+# -------------------------------------------------------------------------------------------------
+# What the two towers share: transformers whose layers normalise before each of their halves
 
-# transformers' defaults (CLIP ViT-B/32)
+# transformers' defaults, those of CLIP ViT-B/32.
 TEXT_DEFAULTS = dict(
-    vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77,
-    hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, bos_token_id=49406, eos_token_id=49407, pad_token_id=1,
-    architectures=["CLIPTextModel"])
+    vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+    num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
+    layer_norm_eps=1e-5, projection_dim=512, bos_token_id=49406, eos_token_id=49407,
+    pad_token_id=1, architectures=["CLIPTextModel"])
 VISION_DEFAULTS = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3, image_size=224, patch_size=32,
-    hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, architectures=["CLIPVisionModelWithProjection"])
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    num_channels=3, image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+    projection_dim=512, architectures=["CLIPVisionModelWithProjection"])
 CONFIGS = {
-    "tiny": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, projection_dim=128),
-    # SD 1.x, and SDXL's first
-    "clip_l": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
-    # OpenCLIP ViT-bigG/14, SDXL's second; its tokenizer pads with "!", id 0
-    "clip_bigg": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
-                      hidden_act="gelu", architectures=["CLIPTextModelWithProjection"]),
-    # the image tower beside clip_l, ViT-L/14
-    "clip_l_vision": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
-                          projection_dim=768, architectures=["CLIPVisionModelWithProjection"]),
+    "tiny": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+                 num_attention_heads=4, projection_dim=128),
+    # The text tower of ViT-L/14: Stable Diffusion 1.x's, and SDXL's first.
+    "clip_l": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+                   projection_dim=768),
+    # OpenCLIP's ViT-bigG/14: SDXL's second. Its tokenizer pads with "!", id 0.
+    "clip_bigg": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+                      num_attention_heads=20, projection_dim=1280, hidden_act="gelu",
+                      architectures=["CLIPTextModelWithProjection"]),
+    # The image tower of ViT-L/14.
+    "clip_l_vision": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                          num_attention_heads=16, patch_size=14, projection_dim=768),
 }
+
+# OpenAI trained with the first, an approximation of the second, which OpenCLIP's models use.
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
-class Attention(nn.Module):
-    """Self-attention; causal: a position sees itself and the ones before."""
+def layer_norm(config):
+    return nn.LayerNorm(config["hidden_size"], config["layer_norm_eps"])
 
-    def __init__(self, c, causal):
+
+class Attention(nn.Module):
+    """Self-attention. In a causal tower a position sees itself and those before it."""
+
+    def __init__(self, config, causal):
         super().__init__()
-        D, self.heads, self.causal = c["hidden_size"], c["num_attention_heads"], causal
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+        D = config["hidden_size"]
+        self.heads = config["num_attention_heads"]
+        self.causal = causal
+        if D % self.heads:
+            raise ValueError(f"num_attention_heads = {self.heads} does not divide {D}")
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
 
     def forward(self, x):
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, heads, S, D/heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))                  # (B, S, D)
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.act = ACTIVATIONS[c["hidden_act"]]
-        self.fc1 = nn.Linear(c["hidden_size"], c["intermediate_size"])
-        self.fc2 = nn.Linear(c["intermediate_size"], c["hidden_size"])
+        self.act = ACTIVATIONS[config["hidden_act"]]
+        self.fc1 = nn.Linear(config["hidden_size"], config["intermediate_size"])
+        self.fc2 = nn.Linear(config["intermediate_size"], config["hidden_size"])
 
     def forward(self, x):
         return self.fc2(self.act(self.fc1(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, c, causal):
+    def __init__(self, config, causal):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
-        self.self_attn = Attention(c, causal)
-        self.layer_norm2 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
-        self.mlp = MLP(c)
+        self.layer_norm1 = layer_norm(config)
+        self.self_attn = Attention(config, causal)
+        self.layer_norm2 = layer_norm(config)
+        self.mlp = MLP(config)
 
     def forward(self, x):
+        # First the positions exchange what they hold, then each is transformed by itself.
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
-    def __init__(self, c, causal):
+    def __init__(self, config, causal):
         super().__init__()
-        self.layers = nn.ModuleList([Layer(c, causal) for _ in range(c["num_hidden_layers"])])
+        self.layers = nn.ModuleList(
+            [Layer(config, causal) for _ in range(config["num_hidden_layers"])])
 
     def forward(self, x):
-        """(B, S, D) -> the states after the last layer, and those before it."""
+        """Run the layers: (B, S, D) -> the states after the last one, and those before it."""
         before = x
         for layer in self.layers:
-            before, x = x, layer(x)
+            before = x
+            x = layer(x)
         return x, before
 
 
 class Tower(nn.Module):
-    """What both towers share: the config's checks, the first weights, the folder. The config's "architectures" says whether it projects."""
+    """What both towers share: the config, the projection, first weights, and the model folder.
+
+    config: transformers' keys, as far as they differ from the defaults; "architectures" says
+    whether the pooled state is projected. Keys that do not change the output are ignored.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = {**self.defaults, **{k: v for k, v in config.items() if k in self.defaults}}
-        name, models = self.subfolder.replace("_", " "), [f"CLIP{self.kind}Model", f"CLIP{self.kind}ModelWithProjection"]
-        if c["hidden_act"] not in ACTIVATIONS:
-            raise UserError(f"{name} config: hidden_act = {c['hidden_act']!r} is not implemented; use {' or '.join(ACTIVATIONS)}")
-        if c["architectures"] not in ([model] for model in models):
-            raise UserError(f"{name} config: architectures = {c['architectures']} is not implemented; use {' or '.join(models)}")
-        if c["hidden_size"] % c["num_attention_heads"]:
-            raise UserError(f"{name} config: num_attention_heads = {c['num_attention_heads']} does not divide hidden_size = {c['hidden_size']}")
+        self.config = {key: config.get(key, default) for key, default in self.defaults.items()}
+        # What else may be wrong in a config shows while the layers are built.
+        implemented = dict(hidden_act=[*ACTIVATIONS], architectures=[[m] for m in self.models])
+        for key, values in implemented.items():
+            if self.config[key] not in values:
+                raise UserError(f"{self.subfolder} config: {key} = {self.config[key]!r} is not "
+                                f"implemented, only {values}")
 
     @property
     def width(self):
-        """Of the pooled state."""
-        return self.config["projection_dim" if self.config["architectures"][0].endswith("WithProjection") else "hidden_size"]
+        """The width of the pooled state."""
+        projects = self.config["architectures"][0].endswith("WithProjection")
+        return self.config["projection_dim" if projects else "hidden_size"]
 
     def projection(self):
-        projects = self.config["architectures"][0].endswith("WithProjection")
-        return nn.Linear(self.config["hidden_size"], self.width, bias=False) if projects else None
+        """Make the layer that takes the pooled state to the space that both towers share."""
+        if self.config["architectures"][0].endswith("WithProjection"):
+            return nn.Linear(self.config["hidden_size"], self.width, bias=False)
+        return nn.Identity()
 
-    def start(self):
-        """As CLIP starts: narrow normals, biases zero."""
+    def initialize(self):
+        """Draw first weights from narrow normal distributions, and set biases to zero."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -278,223 +451,176 @@ class Tower(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder=None, dtype=torch.float32):
-        """subfolder: by default a pipeline's, text_encoder or image_encoder; "" for openai/clip-vit-large-patch14 and other whole CLIPModels,
-        of which this tower is read. dtype: of the parameters in memory."""
+        """Load a tower from a model folder.
+
+        subfolder: a pipeline's text_encoder or image_encoder by default. With "" the tower lies at
+        the top, by itself or in a whole CLIPModel such as openai/clip-vit-large-patch14.
+        dtype: of the parameters in memory.
+        """
         folder = fetch(path_or_hub_id, cls.subfolder if subfolder is None else subfolder)
-        config, whole = read_json(folder / "config.json"), ()
+        config = read_json(folder / "config.json")
         with torch.device("meta"), blaming(folder / "config.json"):
-            if f"{cls.kind.lower()}_config" in config:
-                whole = "logit_scale", *(("vision_model.", "visual_projection.") if cls.kind == "Text" else ("text_model.", "text_projection."))
-                config = config[f"{cls.kind.lower()}_config"] | dict(projection_dim=config.get("projection_dim", 512),
-                                                                     architectures=[f"CLIP{cls.kind}ModelWithProjection"])
+            if f"{cls.kind}_config" in config:
+                # In a whole CLIPModel both towers project, to a width that is said at the top.
+                config = dict(config[f"{cls.kind}_config"], architectures=[cls.models[1]],
+                              projection_dim=config.get("projection_dim", 512))
             tower = cls(config)
-        load_weights(tower, folder, lambda key: None if key.startswith(whole) else prefixed(key, f"{cls.kind.lower()}_model."), dtype)
+        load_weights(tower, folder, cls.rename, dtype)
         return tower
 
+    @classmethod
+    def rename(cls, key):
+        """Turn a key of any version's file into ours, those of transformers up to 5.5.
+
+        Later versions leave out "text_model." and "vision_model."; older ones stored position_ids,
+        which are no weights. Of a whole CLIPModel the other tower is left out.
+        """
+        if key.endswith("position_ids") or key.startswith(cls.other_keys):
+            return None
+        prefix = f"{cls.kind}_model."
+        ours = key.startswith((prefix, "text_projection.", "visual_projection."))
+        return key if ours else prefix + key
+
     def save_pretrained(self, folder, dtype=None):
-        save_weights(self, folder, {**self.config, "model_type": f"clip_{self.kind.lower()}_model"}, "model.safetensors", dtype)
+        config = dict(self.config, model_type=f"clip_{self.kind}_model")
+        save_weights(self, folder, config, "model.safetensors", dtype)
 
 
-def prefixed(key, prefix):
-    """transformers 5.6 and later write the keys without "text_model." or "vision_model."; older files hold position_ids, which are no weights."""
-    if key.endswith("position_ids"):
-        return None
-    return key if key.startswith((prefix, "text_projection.", "visual_projection.")) else prefix + key
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+# -------------------------------------------------------------------------------------------------
+# The text tower
 
 class TextEmbeddings(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.token_embedding = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.position_embedding = nn.Embedding(c["max_position_embeddings"], c["hidden_size"])
+        D = config["hidden_size"]
+        self.token_embedding = nn.Embedding(config["vocab_size"], D)
+        self.position_embedding = nn.Embedding(config["max_position_embeddings"], D)
 
     def forward(self, ids):
+        # The positions are learned: there are no more than these 77.
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
 
 
 class TextTransformer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.embeddings = TextEmbeddings(c)
-        self.encoder = Encoder(c, causal=True)
-        self.final_layer_norm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config, causal=True)
+        self.final_layer_norm = layer_norm(config)
 
 
 class CLIPText(Tower):
     """transformers' CLIPTextModel or CLIPTextModelWithProjection."""
-    kind, subfolder, defaults = "Text", "text_encoder", TEXT_DEFAULTS
+    kind = "text"
+    models = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    subfolder = "text_encoder"
+    defaults = TEXT_DEFAULTS
+    other_keys = ("logit_scale", "vision_model.", "visual_projection.")
 
     def __init__(self, config):
         super().__init__(config)
         self.text_model = TextTransformer(self.config)
         self.text_projection = self.projection()
-        self.start()
+        self.initialize()
 
     def forward(self, ids):
-        """ids (B, S) -> last (B, S, D) after the final norm, penultimate (B, S, D) without it, pooled (B, D or projection_dim)
-        at the first end token."""
+        """Encode ids (B, S) -> last (B, S, D), penultimate (B, S, D), pooled (B, width).
+
+        last is after the final norm; penultimate, from before the last layer, is without a norm.
+        pooled is the state at the first end token, which in a causal tower has seen all the text.
+        """
         x, penultimate = self.text_model.encoder(self.text_model.embeddings(ids))
         last = self.text_model.final_layer_norm(x)
-        # Old configs give 2 as end token and mean the largest id, which is the end token of CLIP's vocabulary.
-        end = ids.argmax(dim=1) if self.config["eos_token_id"] == 2 else (ids == self.config["eos_token_id"]).int().argmax(dim=1)
-        pooled = last[torch.arange(len(ids), device=ids.device), end]
-        return last, penultimate, pooled if self.text_projection is None else self.text_projection(pooled)
+        end = self.config["eos_token_id"]
+        # Old configs say 2 and mean the largest id, which is the end token of CLIP's vocabulary.
+        score = ids if end == 2 else (ids == end).int()
+        pooled = last[torch.arange(len(ids), device=ids.device), score.argmax(dim=1)]
+        return last, penultimate, self.text_projection(pooled)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
+# -------------------------------------------------------------------------------------------------
+# The image tower, a vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929)
 
 class VisionEmbeddings(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        D, patch = c["hidden_size"], c["patch_size"]
+        D = config["hidden_size"]
+        patch = config["patch_size"]
+        num_patches = (config["image_size"] // patch) ** 2
         self.class_embedding = nn.Parameter(torch.randn(D) * D ** -0.5)
-        self.patch_embedding = nn.Conv2d(c["num_channels"], D, patch, patch, bias=False)
-        self.position_embedding = nn.Embedding(1 + (c["image_size"] // patch) ** 2, D)
+        self.patch_embedding = nn.Conv2d(config["num_channels"], D, patch, patch, bias=False)
+        # One position for the class token, whose state sums the picture up, and one a patch.
+        self.position_embedding = nn.Embedding(1 + num_patches, D)
 
     def forward(self, pixels):
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)                                   # (B, N, D)
-        x = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], dim=1)                    # (B, 1+N, D)
-        return x + self.position_embedding.weight
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)    # (B, N, D)
+        first = self.class_embedding.expand(len(pixels), 1, -1)              # (B, 1, D)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.embeddings = VisionEmbeddings(c)
-        self.pre_layrnorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])  # transformers' spelling
-        self.encoder = Encoder(c, causal=False)
-        self.post_layernorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.embeddings = VisionEmbeddings(config)
+        # The missing letter is transformers' spelling, and so belongs to the file format.
+        self.pre_layrnorm = layer_norm(config)
+        self.encoder = Encoder(config, causal=False)
+        self.post_layernorm = layer_norm(config)
 
 
 class CLIPVision(Tower):
     """transformers' CLIPVisionModelWithProjection or CLIPVisionModel."""
-    kind, subfolder, defaults = "Vision", "image_encoder", VISION_DEFAULTS
+    kind = "vision"
+    models = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+    subfolder = "image_encoder"
+    defaults = VISION_DEFAULTS
+    other_keys = ("logit_scale", "text_model.", "text_projection.")
 
     def __init__(self, config):
         super().__init__(config)
-        for key in ("image_size", "patch_size"):
-            if not isinstance(self.config[key], int):
-                raise UserError(f"image encoder config: {key} = {self.config[key]} is not implemented; use one number, the side of a square")
         self.vision_model = VisionTransformer(self.config)
         self.visual_projection = self.projection()
-        self.start()
+        self.initialize()
 
     def forward(self, pixels):
-        """pixels (B, 3, H, W) as `preprocess` gives them, H = W = image_size -> last (B, 1+N, D) without a final norm, the class token before
-        the patches, pooled (B, projection_dim or D), the class token after it. UserError at another size."""
-        size = self.config["num_channels"], self.config["image_size"], self.config["image_size"]
-        if pixels.shape[1:] != size:
-            raise UserError(f"the image encoder takes pictures of shape {size}, not {tuple(pixels.shape[1:])}")
-        last, _ = self.vision_model.encoder(self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels)))
-        pooled = self.vision_model.post_layernorm(last[:, 0])
-        return last, pooled if self.visual_projection is None else self.visual_projection(pooled)
+        """Encode pixels (B, 3, H, W) -> last (B, 1+N, D), pooled (B, width).
+
+        H = W = image_size, else UserError. last holds the class token and then the patches, before
+        the final norm; pooled is the class token after it.
+        """
+        size = self.config["image_size"]
+        expected = (self.config["num_channels"], size, size)
+        if pixels.shape[1:] != expected:
+            raise UserError(f"the image encoder takes pictures of shape {expected}, not "
+                            f"{tuple(pixels.shape[1:])}")
+        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
+        last, _ = self.vision_model.encoder(x)
+        return last, self.visual_projection(self.vision_model.post_layernorm(last[:, 0]))
 
 
-# OpenAI's, in transformers' image_utils and in every CLIP's preprocessor_config.json
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Mean and standard deviation of each colour, from CLIP's preprocessor_config.json.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(pictures, size=224):
-    """list of B PIL pictures -> (B, 3, size, size), equal to transformers' CLIPImageProcessorPil: transparency becomes white, the shortest side
-    `size` (bicubic), then the centre is cut out, scaled to [0, 1] and normalised."""
+    """Turn B PIL pictures into the image tower's input (B, 3, size, size).
+
+    The result is that of transformers' CLIPImageProcessorPil: transparency becomes white, the
+    shorter side `size` pixels (bicubic), and the centre is cut out and normalised.
+    """
     cut = []
     for picture in pictures:
         if "A" in picture.getbands() or picture.info.get("transparency") is not None:
             picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        # The longer side is rounded down, as transformers does it.
         width, height = (size * side // min(picture.size) for side in picture.size)
         picture = picture.convert("RGB").resize((width, height), Image.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
-        cut.append(torch.from_numpy(np.array(picture.crop((left, top, left + size, top + size)))))
+        left = (width - size) // 2
+        top = (height - size) // 2
+        picture = picture.crop((left, top, left + size, top + size))
+        cut.append(torch.from_numpy(np.array(picture)))
     x = torch.stack(cut).movedim(-1, 1) / 255
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The miniature's text tower
-
-def tiny_config(tokenizer):
-    """Of a text tower for the miniature, which reads this tokenizer's ids."""
-    return CONFIGS["tiny"] | dict(vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.vocab[BOS], eos_token_id=tokenizer.vocab[EOS])
-
-
-def spoken_of(task, example):
-    """The picture (3, H, W) that a text tells of: a caption's, what an instruction leads to, the thing to be removed on white."""
-    return example["source"] - example["target"] + 1 if task == "inpaint" else example["target"]
-
-
-def main():
-    """Stable Diffusion's text tower was trained beside an image tower, on 400 million captions. The miniature's learns from the built-in texts to
-    tell, by a linear head on its pooled state, the principal components of the picture meant; these are fixed, as LiT's tower (arXiv 2111.07991)."""
-    import argparse
-
-    import data
-    from folders import HelpFormatter, new_folder, pick_device
-
-    parser = argparse.ArgumentParser(description="Train the miniature's text tower on the built-in data.", formatter_class=HelpFormatter)
-    parser.add_argument("--out", default="runs/clip", help="folder that gets text_encoder/ and assets/tiny's tokenizer/")
-    parser.add_argument("--steps", type=int, default=4000, help="of training")
-    parser.add_argument("--batch-size", type=int, default=128, help="texts a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak; 100 steps of warm-up, cosine to zero")
-    parser.add_argument("--components", type=int, default=128, help="principal components of a picture at 32 x 32 that are to be told")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="bf16 autocast or fp32")
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    args = parser.parse_args()
-    if min(args.steps, args.batch_size) < 1 or not 1 <= args.components <= 3072 or not 0 <= args.seed < 2 ** 62 or not 0 < args.lr < float("inf"):
-        raise UserError("--steps and --batch-size are at least 1, --components 1 to 3072, --seed at least 0, --lr above 0")
-    if Path(args.out).exists():
-        raise UserError(f"{args.out} exists; choose another --out")
-    Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(args.seed)
-    device, tokenizer = pick_device(args.device), Tokenizer.from_pretrained(data.ASSETS / "tiny")
-    tower = CLIPText(tiny_config(tokenizer)).to(device)
-    head = nn.Linear(tower.width, args.components).to(device)
-    params = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-
-    def pixels(pictures):  # (3, 64, 64) each -> (B, 3072)
-        return F.avg_pool2d(torch.stack(pictures), 2).flatten(1)
-
-    sets, (captions, pictures) = {task: data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")}, data.plain("train")
-    pictures = pixels([data.to_tensor(picture) for picture in pictures])
-    mean = pictures.mean(dim=0)
-    _, S, V = torch.linalg.svd(pictures - mean, full_matrices=False)
-    V = V[:args.components].T * (len(pictures) / (S[:args.components] ** 2).mean()).sqrt()  # (3072, components), codes of mean variance 1
-
-    def told(texts):
-        """-> (B, components). Cut after the longest text: the pooled state of a causal tower does not depend on what follows its end token."""
-        ids = tokenizer(texts)
-        return head(tower(ids[:, :(ids == tokenizer.vocab[EOS]).int().argmax(dim=1).max() + 1].to(device))[2])
-
-    for step in (bar := tqdm(range(args.steps), desc="clip")):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / 100, 0.5 * (1 + np.cos(np.pi * step / args.steps)))
-        rng = np.random.default_rng((args.seed, step))
-        tasks = rng.choice(list(sets), size=args.batch_size, p=(0.75, 0.1, 0.15))
-        examples = [sets[task].get(int(rng.integers(len(sets[task]))), rng) for task in tasks]
-        code = (pixels([spoken_of(*pair) for pair in zip(tasks, examples)]) - mean) @ V
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = F.mse_loss(told([example["prompt"] for example in examples]).float(), code.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    with new_folder(args.out) as folder:
-        tower.save_pretrained(folder / "text_encoder")
-        tokenizer.save_pretrained(folder / "tokenizer")
-    with torch.no_grad():
-        code, given = (pictures - mean) @ V, torch.cat([told(captions[i:i + 256]) for i in range(0, len(captions), 256)]).cpu()
-    nearest = (torch.cdist(given, code).argmin(dim=1) == torch.arange(len(code))).float().mean()
-    print(f"{len(code)} training captions tell {100 - 100 * F.mse_loss(given, code):.0f} % of the components' variance, {100 * nearest:.0f} % are "
-          f"nearest to their own picture; saved in {args.out}. Next: python train.py --task t2i --model scratch --text-encoder {args.out}")
-
-
-if __name__ == "__main__":
-    command(main)

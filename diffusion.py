@@ -1,15 +1,25 @@
-"""Noise schedules, the training loss, samplers, guidance. Knows no network: a model is any function (x_t, t) -> prediction.
+"""The diffusion process: noise schedule, training loss, samplers and guidance.
 
-    DDPM    Ho et al. 2020, arXiv 2006.11239             DDIM    Song et al. 2020, arXiv 2010.02502
-    Euler   Karras et al. 2022, arXiv 2206.00364         DPM++   Lu et al. 2022, arXiv 2211.01095
-    v       Salimans and Ho 2022, arXiv 2202.00512       guidance with an image    InstructPix2Pix, arXiv 2211.09800
-    variance that is learned         improved DDPM, Nichol and Dhariwal 2021, arXiv 2102.09672
-    MTU     the multi-task loss, here per sample: the sum over tasks of its Eq. 2 belongs to whoever mixes the tasks
+Nothing here knows a network: a model is any function (x_t, t) -> out. The sections follow the life
+of a model: the schedule, what the network predicts, the loss and its weights, a learned variance,
+the samplers, and guidance.
 
-Timesteps run over 0..T-1 as in diffusers: alpha_bar[0] is the level after the first noising step, and no index means "clean".
-alpha_bar is a_t in MTU and alpha_t in DDIM; sqrt(alpha_bar) and sqrt(1 - alpha_bar) are v's alpha and sigma.
+    DDPM                Ho et al. 2020, arXiv 2006.11239
+    DDIM                Song et al. 2020, arXiv 2010.02502
+    improved DDPM       Nichol and Dhariwal 2021, arXiv 2102.09672: a learned variance
+    v                   Salimans and Ho 2022, arXiv 2202.00512
+    zero terminal SNR   Lin et al. 2023, arXiv 2305.08891
+    Euler, Karras       Karras et al. 2022, arXiv 2206.00364
+    DPM++               Lu et al. 2022, arXiv 2211.01095
+    SDEdit              Meng et al. 2021, arXiv 2108.01073
+    InstructPix2Pix     Brooks et al. 2022, arXiv 2211.09800: guidance by text and picture
+    MTU                 Its Eq. 2 sums the loss over tasks; here is one sample's term of that sum.
 
-Letters: B batch, C channels, H W latent or picture, T training timesteps, K guidance branches.
+Timesteps run from 0 to T - 1 as in diffusers: alpha_bar[0] is the level after the first step of
+noise, and no index means "clean". alpha_bar is called a_t in MTU and alpha_t in DDIM. It splits
+each x_t into signal and noise, x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps.
+
+Letters: B batch, C channels, H W latent or picture, T training timesteps, K branches of guidance.
 """
 import math
 from functools import partial
@@ -17,412 +27,621 @@ from functools import partial
 import numpy as np
 import torch
 
-from folders import UserError, blaming
+from hub import UserError, blaming
 
-# diffusers' DDIMScheduler; Stable Diffusion's own file overrides nearly all of it, so build from the model's config
-DEFAULTS = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
-                rescale_betas_zero_snr=False, prediction_type="epsilon", clip_sample=True, clip_sample_range=1.0,
-                set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading", use_karras_sigmas=False, variance_type="fixed_small")
-_EULER = dict(clip_sample=False, timestep_spacing="linspace")
-# Where each class's defaults differ, and the sampler that it is.
-CLASSES = {"DDIMScheduler": ({}, "ddim"), "DDPMScheduler": ({}, "ddpm"), "PNDMScheduler": (dict(clip_sample=False, set_alpha_to_one=False), "ddim"),
-           "EulerDiscreteScheduler": (_EULER, "euler"), "EulerAncestralDiscreteScheduler": (_EULER, "euler-a"),
-           "DPMSolverMultistepScheduler": (_EULER, "dpm++")}
-CHOICES = dict(beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"), prediction_type=("epsilon", "v_prediction"),
-               timestep_spacing=("leading", "linspace", "trailing"), thresholding=(False,), use_karras_sigmas=(False, True),
-               use_exponential_sigmas=(False,), use_beta_sigmas=(False,), interpolation_type=("linear",), timestep_type=("discrete",),
-               variance_type=("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range", None),
-               final_sigmas_type=("zero",),
-               sigma_min=(None,), sigma_max=(None,), solver_order=(2,), algorithm_type=("dpmsolver++",), solver_type=("midpoint",),
-               lambda_min_clipped=(-math.inf, "-Infinity"), use_lu_lambdas=(False,), use_flow_sigmas=(False,), use_dynamic_shifting=(False,))
-# PNDM's warm-up; numbers of thresholding and of flows; DPM++'s last step, which is of first order anyway when it ends at sigma = 0
-WITHOUT_EFFECT = {"skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "lower_order_final",
-                  "euler_at_final"}
+# -------------------------------------------------------------------------------------------------
+# The schedule
+
+# What a scheduler_config.json can set, with the defaults of diffusers' DDIMScheduler.
+DEFAULTS = dict(
+    num_train_timesteps=1000,
+    beta_start=0.0001,
+    beta_end=0.02,
+    beta_schedule="linear",
+    trained_betas=None,
+    rescale_betas_zero_snr=False,
+    prediction_type="epsilon",
+    clip_sample=True,
+    clip_sample_range=1.0,
+    set_alpha_to_one=True,
+    steps_offset=0,
+    timestep_spacing="leading",
+    use_karras_sigmas=False,
+    variance_type="fixed_small",
+)
+
+# The values that are implemented, for keys that name one of a few.
+CHOICES = dict(
+    beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"),
+    prediction_type=("epsilon", "v_prediction"),
+    timestep_spacing=("leading", "linspace", "trailing"),
+    timestep_type=("discrete",),
+    use_flow_sigmas=(False,),
+    use_karras_sigmas=(False, True),
+    variance_type=("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
+                   "learned_range", None),
+)
+
+# How our samplers step. A scheduler that steps in another way describes the same process, but none
+# of ours draws the picture that it would draw.
+STEPPING = dict(
+    algorithm_type="dpmsolver++",
+    solver_order=2,
+    solver_type="midpoint",
+    final_sigmas_type="zero",
+    interpolation_type="linear",
+    lambda_min_clipped=-math.inf,
+    sigma_min=None,
+    sigma_max=None,
+    use_beta_sigmas=False,
+    use_exponential_sigmas=False,
+    use_lu_lambdas=False,
+)
+
+# Keys that may have any value. The last seven have no effect: parameters of thresholding and of
+# flows, which are refused, of PNDM's warm-up, which DDIM does not have, and of DPM++'s last step,
+# which ends at sigma = 0 and so is of first order in any case.
+FREE = {*DEFAULTS, *STEPPING,
+        "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type",
+        "skip_prk_steps", "lower_order_final", "euler_at_final"}
+
+# Class of the scheduler -> where its defaults differ, and the sampler below that steps as it does.
+SIGMAS = dict(clip_sample=False, timestep_spacing="linspace")
+CLASSES = {
+    "DDIMScheduler": ({}, "ddim"),
+    "DDPMScheduler": ({}, "ddpm"),
+    "PNDMScheduler": (dict(clip_sample=False, set_alpha_to_one=False), "ddim"),
+    "EulerDiscreteScheduler": (SIGMAS, "euler"),
+    "EulerAncestralDiscreteScheduler": (SIGMAS, "euler-a"),
+    "DPMSolverMultistepScheduler": (SIGMAS, "dpm++"),
+}
+
+# Some pipelines of diffusers correct old scheduler files without a word, and so do we for the same
+# pipelines. Those of Stable Diffusion XL and InstructPix2Pix take the file as it is.
+LATENTS = dict(clip_sample=False, steps_offset=1)
+CORRECTIONS = {
+    "StableDiffusionPipeline": LATENTS,
+    "StableDiffusionImg2ImgPipeline": LATENTS,
+    "StableDiffusionPipelineSafe": LATENTS,
+    "StableDiffusionInpaintPipeline": dict(steps_offset=1),
+}
+
+
+def noise_schedule(config):
+    """Compute alpha_bar (T,), fp32 and falling, by diffusers' arithmetic and so with its values."""
+    T = config["num_train_timesteps"]
+    first = config["beta_start"]
+    last = config["beta_end"]
+    if config["trained_betas"] is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    elif config["beta_schedule"] == "linear":
+        betas = torch.linspace(first, last, T)                          # DDPM, section 4
+    elif config["beta_schedule"] == "scaled_linear":
+        betas = torch.linspace(first ** 0.5, last ** 0.5, T) ** 2       # latent diffusion
+    else:
+        # "squaredcos_cap_v2", improved DDPM Eq. 17. The cap keeps the last alpha_bar above zero.
+        cosine = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
+        betas = torch.tensor([min(1 - b / a, 0.999) for a, b in zip(cosine, cosine[1:])])
+    if not (1 < T == len(betas) and ((0 < betas) & (betas < 1)).all()):
+        raise ValueError("trained_betas, or beta_start to beta_end, must give as many numbers "
+                         f"between 0 and 1 as num_train_timesteps, {T}")
+
+    alpha_bar = torch.cumprod(1 - betas, 0)         # DDPM, above Eq. 4
+    if config["rescale_betas_zero_snr"]:
+        if config["prediction_type"] == "epsilon":
+            raise ValueError("rescale_betas_zero_snr needs prediction_type v_prediction; "
+                             "at alpha_bar = 0 the noise says nothing about x0")
+        # Lin et al., Algorithm 1: shift the last signal to 0 and scale the first one back.
+        signal = alpha_bar.sqrt()
+        alpha_bar = ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2
+    return alpha_bar
 
 
 class Diffusion:
-    """A noise schedule and what follows from it. Tensors it returns are fp32 or wider, also for half-precision inputs.
+    """Hold a noise schedule and compute what follows from it, in fp32 also for half precision.
 
+    alpha_bar   (T,) fp32, falling; inputs on another device work too, with a copy of it per call
     config      every key of DEFAULTS with its value
-    alpha_bar   (T,) fp32, decreasing; `to(device)` moves it (an input on another device works too, with a copy per call)
-    sampler     the name in SAMPLERS that the config's class stands for
+    sampler     the name in SAMPLERS that the scheduler's file stands for, or None
     """
 
-    def __init__(self, alpha_bar, config):
-        self.alpha_bar, self.config, self.sampler = alpha_bar, config, "ddim"
+    def __init__(self, alpha_bar, config, sampler="ddim"):
+        self.alpha_bar = alpha_bar
+        self.config = config
+        self.sampler = sampler
         self.T = len(alpha_bar)
-        # the level after the last step
-        self.final_alpha_bar = torch.ones_like(alpha_bar[0]) if config["set_alpha_to_one"] else alpha_bar[0]
 
     @classmethod
-    def from_config(cls, scheduler_config):
-        """From the dict of a scheduler_config.json (CLASSES; without `_class_name`, DDIM). PNDM (Stable Diffusion 1.5) is sampled by `ddim`.
+    def from_config(cls, scheduler_config, pipeline=None):
+        """Build from the dict of a scheduler_config.json.
 
-        Absent keys take the defaults of the class that the file names. What is not implemented raises UserError, by name.
+        pipeline: the `_class_name` in model_index.json, for CORRECTIONS.
+
+        Absent keys take the defaults of the class that the file names, or of DDIM. PNDM, which
+        Stable Diffusion 1.5 names, is sampled by DDIM. A class or a way of stepping that none of
+        our samplers has makes `sampler` None: the file still describes the process, and every
+        sampler can be picked by name. What would change the process unnoticed raises UserError.
         """
-        name = str(scheduler_config.get("_class_name", "DDIMScheduler"))
-        if name not in CLASSES:
+        file = {**scheduler_config, **CORRECTIONS.get(pipeline, {})}
+        name = str(file.get("_class_name", "DDIMScheduler"))
+        known_class = name in CLASSES
+        # Other classes have other defaults, so their files must state the betas. A flow has none.
+        betas = {"beta_start", "beta_end", "beta_schedule"}
+        if not known_class and ("Flow" in name or not betas <= file.keys()):
             raise UserError(f"scheduler {name} is not implemented; use one of {', '.join(CLASSES)}")
-        config = {**DEFAULTS, **CLASSES[name][0]}
-        for key, value in scheduler_config.items():
-            if key.startswith("_") or key in WITHOUT_EFFECT:
-                continue
-            if key not in DEFAULTS and key not in CHOICES:
-                if value is None:
-                    continue
-                raise UserError(f"scheduler config: {key} is not implemented")
-            if key in CHOICES and value not in CHOICES[key]:
+        differences, sampler = CLASSES.get(name, (dict(clip_sample=False), None))
+
+        # A key that we have never heard of may change the process, unless it is switched off.
+        for key, value in file.items():
+            unknown = known_class and key not in FREE and not key.startswith("_")
+            choices = CHOICES.get(key, (None, False))
+            if (key in CHOICES or unknown) and value not in choices:
                 raise UserError(f"scheduler config: {key} = {value!r} is not implemented; "
-                                f"use {' or '.join(map(repr, CHOICES[key]))}")
-            if key in DEFAULTS:
-                config[key] = value
-        with blaming("scheduler config"):
-            betas = _betas(config)
-            if not (len(betas) > 1 and ((0 < betas) & (betas < 1)).all() and 0 <= config["steps_offset"] < len(betas)):
-                raise UserError("scheduler config: the betas must lie between 0 and 1, and 0 <= steps_offset < num_train_timesteps")
-        if config["num_train_timesteps"] != len(betas):
-            raise UserError(f"scheduler config: trained_betas has {len(betas)} values, "
-                            f"num_train_timesteps is {config['num_train_timesteps']}")
-        alpha_bar = torch.cumprod(1 - betas, 0)  # DDPM, above Eq. 4
-        if config["rescale_betas_zero_snr"]:
-            if config["prediction_type"] == "epsilon":
-                raise UserError("scheduler config: rescale_betas_zero_snr needs prediction_type v_prediction; "
-                                "at alpha_bar = 0 the noise says nothing about x0")
-            s = alpha_bar.sqrt()  # arXiv 2305.08891, Algorithm 1: shift the last to 0, scale the first back
-            alpha_bar = ((s - s[-1]) * (s[0] / (s[0] - s[-1]))) ** 2
-        diffusion = cls(alpha_bar, config)
-        diffusion.sampler = CLASSES[name][1] + "-karras" * config["use_karras_sigmas"]
-        if diffusion.sampler not in SAMPLERS:
-            raise UserError(f"scheduler config: use_karras_sigmas is not implemented for {name}")
-        return diffusion
+                                f"use {' or '.join(map(repr, choices))}")
+            # Strict JSON writes an infinite lambda_min_clipped as a string.
+            if key in STEPPING and value not in (STEPPING[key], "-Infinity"):
+                sampler = None
+        config = DEFAULTS | differences
+        config |= {key: file[key] for key in DEFAULTS if key in file}
+        if sampler and config["use_karras_sigmas"]:
+            sampler += "-karras"
+            if sampler not in SAMPLERS:
+                raise UserError(f"scheduler config: {name} has no use_karras_sigmas")
+
+        with blaming("the scheduler config"):
+            alpha_bar = noise_schedule(config)
+            if not 0 <= config["steps_offset"] < len(alpha_bar):
+                raise ValueError("steps_offset is not a timestep")
+        return cls(alpha_bar, config, sampler)
 
     def to(self, device):
-        self.alpha_bar, self.final_alpha_bar = self.alpha_bar.to(device), self.final_alpha_bar.to(device)
+        """Move the schedule to a device, in place."""
+        self.alpha_bar = self.alpha_bar.to(device)
         return self
 
-    def _signal_noise(self, t, x):
-        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) for t (B,), each (B,1,1,1) to multiply x (B,C,H,W)."""
-        a = self.alpha_bar.to(x.device)[t.to(x.device)].view(-1, *[1] * (x.dim() - 1))
+    def signal_noise(self, t, x):
+        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), each (B, 1, 1, 1)."""
+        a = self.alpha_bar.to(x.device)[t.to(x.device)].view(-1, 1, 1, 1)
         return a.sqrt(), (1 - a).sqrt()
 
     def add_noise(self, x0, noise, t):
-        """x0, noise (B,C,H,W), t (B,) long -> x_t (B,C,H,W), a draw of q(x_t | x_0)."""
-        signal, sigma = self._signal_noise(t, x0)
-        return signal * x0 + sigma * noise  # DDPM Eq. 4; z_t of MTU Eq. 2
+        """Draw x_t from q(x_t | x_0): x0, noise (B, C, H, W), t (B,) long -> (B, C, H, W)."""
+        signal, sigma = self.signal_noise(t, x0)
+        return signal * x0 + sigma * noise          # DDPM Eq. 4; z_t of MTU Eq. 2
+
+    # ---------------------------------------------------------------------------------------------
+    # What the network predicts: the noise eps, or v, a mixture of noise and picture. To tell eps
+    # from x_t is trivial where x_t is nearly all noise; v has something to say at every level, and
+    # it is what a schedule that ends at alpha_bar = 0 needs.
 
     def target(self, x0, noise, t):
-        """What the model should predict at x_t = add_noise(x0, noise, t): the noise, or v. (B,C,H,W)"""
+        """Return what the network should predict at add_noise(x0, noise, t), (B, C, H, W)."""
         if self.config["prediction_type"] == "epsilon":
             return noise
-        signal, sigma = self._signal_noise(t, x0)
-        return signal * noise - sigma * x0  # Salimans and Ho, section 4: v = alpha eps - sigma x
+        signal, sigma = self.signal_noise(t, x0)
+        return signal * noise - sigma * x0          # Salimans and Ho, section 4
 
-    def loss(self, model, x0, t, noise):
-        """One sample's term of MTU Eq. 2 (DDPM Eq. 14): || target - f(z_t, t) ||^2, a mean over C, H, W in fp32 -> (B,).
+    def solved(self, out, x_t, signal, sigma):
+        """Solve x_t = signal x0 + sigma eps, and what the network says, for x0 and eps.
 
-        The target is eps, as in the paper, or v. `model(x_t, t)` closes over its conditions. MTU prints the norm without the square; the
-        square is meant, as in DDPM.
+        out has C channels, or 2 C with a learned variance, whose half is not read here.
         """
-        prediction = model(self.add_noise(x0, noise, t), t)[:, :x0.shape[1]]  # a second half of the channels tells the variance
-        return (self.target(x0, noise, t) - prediction.float()).square().flatten(1).mean(1)
+        out = out[:, :x_t.shape[1]]
+        if self.config["prediction_type"] == "epsilon":
+            return (x_t - sigma * out) / signal, out                        # DDIM Eq. 9
+        return signal * x_t - sigma * out, signal * out + sigma * x_t       # v, appendix D
 
-    def objective(self, losses, prediction, x0, noise, t, kind="none", uncertainty=None):
-        """What training minimises of per-sample losses (B,) -> (B,): weighted by `weight`, or by a UncertaintyWeight in its place, and where the
-        network tells the variance (prediction of 2 C channels) improved DDPM Eq. 16."""
-        weighted = losses * self.weight(t, kind) if uncertainty is None else uncertainty(losses, t)
-        if prediction.shape[1] > x0.shape[1]:
-            weighted = weighted + 0.001 * self.T * self.variance_loss(prediction, x0, self.add_noise(x0, noise, t), t)
-        return weighted
+    def to_x0_eps(self, out, x_t, t):
+        """Turn the network's output at x_t, t (B,) into x0 and eps, both (B, C, H, W).
 
-    def variance_loss(self, prediction, x0, x_t, t):
-        """What trains the second half of prediction's 2 C channels (see learned_variance): one term of the variational bound (improved DDPM
-        Eqs. 4 to 6) in bits per dimension, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of 8-bit
-        pixels -> (B,).
-
-        No gradient reaches the first half. Times T it estimates L_vlb but for the constant L_T; L_hybrid = loss + 0.001 L_vlb (Eq. 16).
+        x0 is clamped to +-clip_sample_range where the config has clip_sample; eps stays as the
+        network says it, as in diffusers.
         """
-        a = self.alpha_bar.to(t.device)
-        a_prev = torch.cat([torch.ones_like(a[:1]), a[:-1]])
-        predicted, v = prediction.float().chunk(2, dim=1)
-        signal, sigma = self._signal_noise(t, x0)
-        x0_hat, _ = self.solved(predicted.detach(), x_t, signal, sigma)
-        at, before = (y[t].view(-1, 1, 1, 1) for y in (a, a_prev))
-        beta = 1 - at / before
-        late = t.clamp(min=1)  # at t = 0 the posterior's variance is zero: that of t = 1 bounds from below, as in the official code
-        low = ((1 - a[late] / a_prev[late]) * (1 - a_prev[late]) / (1 - a[late])).log().view(-1, 1, 1, 1)
-        log_var = learned_variance(v, low, beta.log())
-        gap = before.sqrt() * beta / (1 - at) * (x0 - x0_hat)  # of the means, DDPM Eq. 7
-        kl = 0.5 * (log_var - low - 1 + torch.exp(low - log_var) + gap ** 2 * torch.exp(-log_var))
-        # a pixel is 2 / 255 wide, those at the ends reach to infinity (DDPM Eq. 13)
-        upper, lower = ((gap + end) * torch.exp(-0.5 * log_var) for end in (1 / 255, -1 / 255))
-        ndtr, inside = torch.special.ndtr, x0.abs() < 0.999
-        p = torch.where(inside, ndtr(upper) - ndtr(lower), torch.where(x0 < 0, ndtr(upper), ndtr(-lower)))
-        bits = torch.where((t == 0).view(-1, 1, 1, 1), -p.clamp(min=1e-12).log(), kl) / math.log(2)
-        return bits.flatten(1).mean(1)
-
-    def weight(self, t, kind="none"):
-        """What multiplies the loss of samples at t (B,) -> (B,), snr = alpha_bar / (1 - alpha_bar). On the loss of predicted noise:
-
-        none      1
-        v         1 / alpha_bar, which makes it the loss of v: noisy steps, where layout and colours are decided, count more
-        min-snr   min(5, snr) / snr        Hang et al., arXiv 2303.09556
-        p2        1 / (1 + snr)            Choi et al., arXiv 2204.00227, k = 1, gamma = 1
-        On the loss of predicted v, which is the noise's over alpha_bar: none and v are 1, the others times alpha_bar.
-        """
-        a, noise = self.alpha_bar.to(t.device)[t], self.config["prediction_type"] == "epsilon"
-        if kind == "none" or kind == "v" and not noise:
-            return torch.ones_like(a)
-        snr = a / (1 - a)
-        w = {"v": 1 / a, "min-snr": (5 / snr).clamp(max=1), "p2": 1 / (1 + snr)}[kind]  # 0 / 0 nowhere, also at alpha_bar = 0
-        return w if noise else w * a
-
-    def to_x0_eps(self, prediction, x_t, t):
-        """The prediction (noise or v, (B,C,H,W)) at x_t, t (B,) -> x0, eps, both (B,C,H,W).
-
-        x0 is clamped to +-clip_sample_range where the config has clip_sample; eps stays the model's own, as in diffusers.
-        """
-        x0, eps = self.solved(prediction, x_t, *self._signal_noise(t, x_t))
+        x0, eps = self.solved(out, x_t, *self.signal_noise(t, x_t))
         if self.config["clip_sample"]:
-            x0 = x0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
+            limit = self.config["clip_sample_range"]
+            x0 = x0.clamp(-limit, limit)
         return x0, eps
 
-    def solved(self, prediction, x_t, signal, sigma):
-        """x_t = signal x0 + sigma eps and the prediction of eps or of v = signal eps - sigma x0 -> x0, eps."""
-        prediction = prediction[:, :x_t.shape[1]]
-        if self.config["prediction_type"] == "epsilon":
-            return (x_t - sigma * prediction) / signal, prediction  # DDIM Eq. 9
-        return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t  # Salimans and Ho, appendix D
+    # ---------------------------------------------------------------------------------------------
+    # The loss and its weights
+
+    def error(self, out, x0, noise, t):
+        """Return each sample's squared error, a mean over C, H and W -> (B,) fp32.
+
+        This is one sample's term of MTU Eq. 2, or of DDPM Eq. 14, for out at x_t (B, C, H, W). MTU
+        prints the norm without the square; the square is meant, as in DDPM. Where out has 2 C
+        channels, only the first C count.
+        """
+        prediction = out[:, :x0.shape[1]].float()
+        return (self.target(x0, noise, t) - prediction).square().flatten(1).mean(1)
+
+    def loss(self, out, x0, noise, t, weighting="none", uncertainty=None):
+        """Return what training minimises for each sample -> (B,) fp32.
+
+        The error is weighted by `weight`. Where the network learns the variance (out has 2 C
+        channels), the variational bound is added, unweighted and small, so that it does not
+        disturb what the error teaches: L_hybrid, improved DDPM Eq. 16. `uncertainty`, an
+        UncertaintyWeight, takes the place of `weighting` and weights the sum of both, as DTR's
+        official code does.
+        """
+        error = self.error(out, x0, noise, t)
+        bound = 0.0
+        if out.shape[1] > x0.shape[1]:
+            x_t = self.add_noise(x0, noise, t)
+            bound = 0.001 * self.T * self.variance_loss(out, x0, x_t, t)
+        if uncertainty is not None:
+            return uncertainty(error + bound, t)
+        return self.weight(t, weighting) * error + bound        # not on the bound
+
+    def weight(self, t, kind="none"):
+        """Return the weight of the error of samples at t (B,) -> (B,).
+
+        With snr = alpha_bar / (1 - alpha_bar), an error of predicted noise is multiplied by
+
+            none      1
+            v         1 / alpha_bar, which makes it the error of v: noisy steps, where layout and
+                      colours are decided, count more
+            min-snr   min(5, snr) / snr        Hang et al., arXiv 2303.09556
+            p2        1 / (1 + snr)            Choi et al., arXiv 2204.00227, with k = gamma = 1
+
+        The error of predicted v is that of the noise over alpha_bar already. There none and v are
+        1, and the others are multiplied by alpha_bar.
+        """
+        a = self.alpha_bar.to(t.device)[t]
+        predicts_noise = self.config["prediction_type"] == "epsilon"
+        if kind == "none" or (kind == "v" and not predicts_noise):
+            return torch.ones_like(a)
+        # Both forms are finite at alpha_bar = 0, where min(5, snr) / snr would be 0 / 0.
+        snr = a / (1 - a)
+        weight = {"v": 1 / a, "min-snr": (5 / snr).clamp(max=1), "p2": 1 / (1 + snr)}[kind]
+        return weight if predicts_noise else weight * a
+
+    # ---------------------------------------------------------------------------------------------
+    # A learned variance. Each reverse step adds noise. DDPM fixes its variance; the networks of
+    # ADM and DiT predict it, in C more channels.
+
+    def variance_loss(self, out, x0, x_t, t):
+        """Return one term of the variational bound, in bits per dimension -> (B,).
+
+        This is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at t = 0 the negative
+        log-likelihood of 8-bit pixels (improved DDPM Eqs. 4 to 6). Times T it estimates L_vlb but
+        for the constant L_T. It trains the second half of out (B, 2 C, H, W): no gradient reaches
+        the first, which learns from the error.
+        """
+        a = self.alpha_bar.to(t.device)
+        of_x0, _, small, beta = posterior(a, torch.cat([torch.ones_like(a[:1]), a[:-1]]))
+        # At t = 0 the posterior's variance is zero. The official code takes that of t = 1 there.
+        small[0] = small[1]
+        of_x0, small, beta = (y[t].view(-1, 1, 1, 1) for y in (of_x0, small, beta))
+        prediction, v = out.float().chunk(2, dim=1)
+        low = small.log()
+        log_var = learned_variance(v, low, beta.log())
+
+        x0_hat, _ = self.solved(prediction.detach(), x_t, *self.signal_noise(t, x0))
+        gap = of_x0 * (x0 - x0_hat)         # between the two means, which differ only in x0
+        kl = 0.5 * (log_var - low - 1 + torch.exp(low - log_var) + gap ** 2 * torch.exp(-log_var))
+
+        # A pixel is 2 / 255 wide; the darkest and the brightest reach to infinity (DDPM Eq. 13).
+        ndtr = torch.special.ndtr
+        per_std = torch.exp(-0.5 * log_var)
+        upper = (gap + 1 / 255) * per_std
+        lower = (gap - 1 / 255) * per_std
+        end = torch.where(x0 < 0, ndtr(upper), ndtr(-lower))
+        p = torch.where(x0.abs() < 0.999, ndtr(upper) - ndtr(lower), end)
+        nats = torch.where(t.view(-1, 1, 1, 1) == 0, -p.clamp(min=1e-12).log(), kl)
+        return (nats / math.log(2)).flatten(1).mean(1)
+
+    def step_variance(self, out, small, large, channels):
+        """Return the variance of one reverse step, of the kind that `variance_type` names.
+
+        small and large are its two bounds: the variance of the posterior, and beta (DDPM, section
+        3.2). A learned variance lies between them and needs an out of twice the channels.
+        """
+        kind = str(self.config["variance_type"])
+        if "large" in kind:
+            return large
+        if "learned" not in kind:
+            return small
+        if out.shape[1] != 2 * channels:
+            raise UserError(f"the scheduler's variance_type {kind} needs a model with "
+                            f"{2 * channels} output channels; this one has {out.shape[1]}")
+        return learned_variance(out[:, channels:], small.log(), large.log()).exp()
+
+    # ---------------------------------------------------------------------------------------------
+    # Sampling visits some of the timesteps that training saw, or all of them.
 
     def timesteps(self, steps):
-        """The timesteps that `steps` sampling steps visit: a descending list of ints (diffusers' DDIM; arXiv 2305.08891, Table 2)."""
+        """List the timesteps that `steps` sampling steps visit, falling (Lin et al., Table 2)."""
         if not 1 <= steps <= self.T:
-            raise UserError(f"steps = {steps}: choose from 1 to {self.T}, the timesteps the model was trained with")
-        spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+            raise UserError(f"steps = {steps}: choose from 1 to {self.T}, the number of timesteps "
+                            "that the model was trained with")
+        spacing = self.config["timestep_spacing"]
+        offset = self.config["steps_offset"]
         if spacing == "leading":
-            out = [i * (self.T // steps) + offset for i in reversed(range(steps))]
+            times = [i * (self.T // steps) + offset for i in reversed(range(steps))]
         elif spacing == "linspace":
             stride = (self.T - 1) / max(steps - 1, 1)
-            out = [round(i * stride) for i in reversed(range(steps))]
-        else:  # trailing
-            stride = (self.T - self.T / steps) - self.T  # not -T / steps: numpy's arange rounds so, which decides the ties
-            out = [round(self.T + i * stride) - 1 for i in range(steps)]
-        if out[0] >= self.T:
-            raise UserError(f"steps = {steps} with steps_offset = {offset} asks for timestep {out[0]} of 0..{self.T - 1}; take fewer steps")
-        return out
+            times = [round(i * stride) for i in reversed(range(steps))]
+        else:
+            # "trailing". The stride is not written as -T / steps, because numpy's arange rounds it
+            # in this way, and that decides the ties.
+            stride = (self.T - self.T / steps) - self.T
+            times = [round(self.T + i * stride) - 1 for i in range(steps)]
+        if times[0] >= self.T:
+            raise UserError(f"steps = {steps} with steps_offset = {offset} begins at timestep "
+                            f"{times[0]}, but the last is {self.T - 1}; take fewer steps")
+        return times
+
+
+def posterior(a, a_prev):
+    """Return DDPM's Eq. 7, q(x_{t-1} | x_t, x_0), for alpha_bar at t and at t - 1.
+
+    Four tensors of their shape: the factors of x_0 and of x_t in the mean, the variance, and beta,
+    the variance of q(x_t | x_{t-1}).
+    """
+    beta = 1 - a / a_prev
+    of_x0 = a_prev.sqrt() * beta / (1 - a)
+    of_x_t = (a / a_prev).sqrt() * (1 - a_prev) / (1 - a)
+    return of_x0, of_x_t, beta * (1 - a_prev) / (1 - a), beta
 
 
 def learned_variance(v, low, high):
-    """v, whose -1 and 1 stand for the smallest and the largest variance, and the logarithms of these -> the variance's (improved DDPM Eq. 15)."""
+    """Interpolate between the logarithms of two variances: v = -1 is low, 1 is high (Eq. 15)."""
     share = (v + 1) / 2
     return share * high + (1 - share) * low
 
 
 class UncertaintyWeight(torch.nn.Module):
-    """ANT-UW (Go et al., arXiv 2306.00354): a learned weight for each of K clusters of timesteps, by homoscedastic uncertainty.
+    """Learn a weight for each of N clusters of timesteps: ANT-UW (Go et al., arXiv 2306.00354).
 
-        L = sum_k (exp(-s_k) L_k + s_k) / 2,   L_k = mean loss of cluster k, over K,   s_k starts at 0
+        L = sum_n (exp(-s_n) L_n + s_n) / 2,    L_n = the mean loss of cluster n, divided by N
+
+    s_n starts at 0. A cluster whose loss is large ends up with a small weight.
     """
 
     def __init__(self, num_timesteps, clusters=8):
         super().__init__()
-        self.T, self.s = num_timesteps, torch.nn.Parameter(torch.zeros(clusters))
+        self.T = num_timesteps
+        self.s = torch.nn.Parameter(torch.zeros(clusters))
 
     def forward(self, losses, t):
-        """losses, t (B,) -> (B,), whose mean is L where the clusters have the same number of samples, and on average elsewhere."""
-        s = torch.nn.functional.embedding(t * len(self.s) // self.T, self.s[:, None])[:, 0]
-        return (torch.exp(-s) * losses + len(self.s) * s) / 2
+        """losses, t (B,) -> (B,), whose mean is L if all clusters have equally many samples.
+
+        Where t is drawn uniformly, as in train.py, the mean is L on average.
+        """
+        clusters = len(self.s)
+        # An embedding, because indexing a table has a backward that is not deterministic on CPU
+        s = torch.nn.functional.embedding(t * clusters // self.T, self.s[:, None])[:, 0]
+        return (torch.exp(-s) * losses + clusters * s) / 2
 
 
-def _betas(config):
-    """The noise added at each of the T steps, (T,) fp32; the arithmetic is diffusers', so that the values are equal."""
-    T, first, last, schedule = (config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"))
-    if config["trained_betas"] is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float32)
-    if schedule == "linear":  # DDPM, section 4
-        return torch.linspace(first, last, T)
-    if schedule == "scaled_linear":  # latent diffusion
-        return torch.linspace(first ** 0.5, last ** 0.5, T) ** 2
+# -------------------------------------------------------------------------------------------------
+# Samplers. Each goes from noise x (B, C, H, W) to x0 (B, C, H, W):
+#
+#   model       (x, t (B,)) -> out, guided already
+#   x           randn(...) for start = 0; `partway` gives an x and its start for SDEdit
+#   generators  see `randn`; only samplers that add noise on the way read them
+#   callback    callback(i, t, x, x0) sees each step: its number, its timestep, the new x, and the
+#               x0 predicted on the way
 
-    def cosine(u):  # squaredcos_cap_v2: Nichol and Dhariwal, arXiv 2102.09672, Eq. 17
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return torch.tensor([min(1 - cosine((i + 1) / T) / cosine(i / T), 0.999) for i in range(T)])
+def for_each(x, t):
+    """Repeat a timestep, int or float, for each picture of x (B, C, H, W) -> (B,)."""
+    return torch.full((len(x),), t, device=x.device)
 
 
 @torch.no_grad()
 def ddim(diffusion, model, x, steps=50, eta=0.0, start=0, generators=None, callback=None):
-    """DDIM: x (B,C,H,W) at the level of timesteps(steps)[start] -> x0 (B,C,H,W).
+    """Sample by DDIM: eta 0 is deterministic, eta 1 adds DDPM's posterior noise.
 
-    model(x, t (B,) long) -> prediction (B,C,H,W), guided already. eta 0 is deterministic, eta 1 is DDPM's posterior noise.
-    x is randn(...) for start = 0, or comes with its start from `partway`. generators: see `randn`; read only where eta > 0.
-    callback(i, t, x, x0) sees each step: its number, its timestep (int), the new x and the x0 predicted on the way.
-
-    As in diffusers a step goes from t to t - T // steps, which for linspace and trailing can differ by a little from the next t visited.
+    As in diffusers, a step goes from t to t - T // steps, which for linspace and trailing can
+    differ by a little from the next t visited.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta = {eta}: choose from 0 (deterministic) to 1 (DDPM)")
+    a_bar = diffusion.alpha_bar
+    # The last step ends clean or, for Stable Diffusion, at the level of t = 0.
+    final = torch.ones_like(a_bar[0]) if diffusion.config["set_alpha_to_one"] else a_bar[0]
     for i, t in enumerate(diffusion.timesteps(steps)[start:]):
-        batch_t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
+        batch_t = for_each(x, t)
         x0, eps = diffusion.to_x0_eps(model(x, batch_t), x, batch_t)
         prev = t - diffusion.T // steps
-        a, a_prev = diffusion.alpha_bar[t], diffusion.alpha_bar[prev] if prev >= 0 else diffusion.final_alpha_bar
-        var = eta ** 2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)  # DDIM Eq. 16, squared
-        x = a_prev.sqrt() * x0 + (1 - a_prev - var).sqrt() * eps  # DDIM Eq. 12: predicted x0, direction to x_t
+        a = a_bar[t]
+        a_prev = a_bar[prev] if prev >= 0 else final
+        # Eq. 12: the predicted x0, the direction to x_t, and random noise of variance Eq. 16
+        var = eta ** 2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
+        x = a_prev.sqrt() * x0 + (1 - a_prev - var).sqrt() * eps
         if eta > 0:
-            x = x + var.sqrt() * randn(x.shape, generators, x.device)  # DDIM Eq. 12: random noise
-        if callback is not None:
+            x = x + var.sqrt() * randn(x.shape, generators, x.device)
+        if callback:
             callback(i, t, x, x0)
     return x
 
 
 @torch.no_grad()
 def ddpm(diffusion, model, x, steps=50, start=0, generators=None, callback=None):
-    """DDPM's ancestral sampling (Algorithm 2), as `ddim`. The variance is the posterior's, beta where the config says fixed_large, what the
-    second half of the model's channels tells where it says learned_range; the last step adds no noise (diffusers does, with the latter two,
-    where it starts above t = 0)."""
-    visited = diffusion.timesteps(steps) + [-1]
-    for i, (t, prev) in enumerate(zip(visited[start:], visited[start + 1:])):
-        batch_t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
-        prediction = model(x, batch_t)
-        x0, _ = diffusion.to_x0_eps(prediction, x, batch_t)
-        a, a_prev = diffusion.alpha_bar[t], diffusion.alpha_bar[prev] if prev >= 0 else torch.ones_like(diffusion.alpha_bar[0])
-        beta = 1 - a / a_prev
-        var, kind, C = beta * (1 - a_prev) / (1 - a), str(diffusion.config["variance_type"]), x.shape[1]
-        x = a_prev.sqrt() * beta / (1 - a) * x0 + (a / a_prev).sqrt() * (1 - a_prev) / (1 - a) * x  # DDPM Eq. 7
-        if "learned" in kind and prediction.shape[1] != 2 * C:
-            raise UserError(f"the scheduler's variance_type {kind} wants a model with {2 * C} output channels, this one has {prediction.shape[1]}")
+    """Sample as DDPM does (Algorithm 2), with the variance of `Diffusion.step_variance`.
+
+    The last step adds no noise. (With a large or a learned variance diffusers adds some where that
+    step starts above t = 0.)
+    """
+    times = diffusion.timesteps(steps) + [-1]
+    a_bar = torch.cat([diffusion.alpha_bar, diffusion.alpha_bar.new_ones(1)])   # [-1] is clean
+    for i, (t, prev) in enumerate(zip(times[start:], times[start + 1:])):
+        batch_t = for_each(x, t)
+        out = model(x, batch_t)
+        x0, _ = diffusion.to_x0_eps(out, x, batch_t)
+        of_x0, of_x_t, small, beta = posterior(a_bar[t], a_bar[prev])
+        var = diffusion.step_variance(out, small, beta, channels=x.shape[1])
+        x = of_x0 * x0 + of_x_t * x
         if prev >= 0:
-            var = beta if "large" in kind else learned_variance(prediction[:, C:], var.log(), beta.log()).exp() if "learned" in kind else var
             x = x + var.sqrt() * randn(x.shape, generators, x.device)
-        if callback is not None:
+        if callback:
             callback(i, t, x, x0)
     return x
 
 
 def visits(diffusion, steps, sampler="ddim"):
-    """The timesteps that a sampler's steps visit, (steps,), and the noise there as sigma = sqrt(1 / alpha_bar - 1), (steps + 1,), last 0.
+    """Return the timesteps that a sampler visits, (steps,), and the noise there, (steps + 1,).
 
-    fp32 on the CPU, by diffusers' arithmetic. Euler's timesteps may lie between the trained ones, sigma is then interpolated. Karras:
-    equal steps in sigma^(1/7) (arXiv 2206.00364, Eq. 5), over Euler's own range and DPM++'s whole one.
+    The noise is sigma = sqrt(1 / alpha_bar - 1), the ratio of noise to signal; its last value is 0.
+    Both are fp32, on the CPU, by diffusers' arithmetic. Euler's timesteps may lie between trained
+    ones; sigma is then interpolated. Karras's steps are equal in sigma^(1/7) (Karras et al., Eq.
+    5), over the range that Euler visits, or the whole range for DPM++.
     """
-    T, spacing = diffusion.T, diffusion.config["timestep_spacing"]
+    T = diffusion.T
+    config = diffusion.config
+    spacing = config["timestep_spacing"]
+    is_euler = sampler.startswith("euler")
+    is_dpm = sampler.startswith("dpm++")
     alpha_bar = diffusion.alpha_bar.cpu().clone()
-    if alpha_bar[-1] == 0 and not sampler.startswith("dd"):
-        alpha_bar[-1] = 2 ** -24  # pure noise is at no finite sigma
+    if alpha_bar[-1] == 0 and (is_euler or is_dpm):
+        alpha_bar[-1] = 2 ** -24        # pure noise would be at an infinite sigma
     sigma = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()
-    t = np.array(diffusion.timesteps(steps), dtype=np.float32)
-    if sampler.startswith("euler") and spacing == "linspace":
+
+    t = np.array(diffusion.timesteps(steps))
+    if is_dpm and spacing != "trailing":
+        if steps == T:
+            raise UserError(f"steps = {steps}: dpm++ would visit a timestep twice; take fewer")
+        # DPM++ takes the timesteps of one step more, and leaves out the last.
+        t = np.array(diffusion.timesteps(steps + 1)[:-1])
+    levels = sigma[t].astype(float)
+    if is_euler and spacing == "linspace":
         t = np.linspace(0, T - 1, steps, dtype=np.float32)[::-1]
-    elif sampler.startswith("dpm++") and spacing == "linspace":  # one more, without the last
-        t = np.linspace(0, T - 1, steps + 1).round()[:0:-1]
-    elif sampler.startswith("dpm++") and spacing == "leading":
-        t = np.arange(1, steps + 1)[::-1] * (T // (steps + 1)) + diffusion.config["steps_offset"]
-    whole = t.astype(int)
-    if len(set(whole)) < steps and sampler == "dpm++":
-        raise UserError(f"steps = {steps}: {sampler} would visit a timestep twice; take fewer")
-    visited = sigma[whole].astype(float) if (whole == t).all() else np.interp(t, np.arange(T), sigma)
+        levels = np.interp(t, np.arange(T), sigma)
+
     if sampler.endswith("-karras"):
-        first, last = (visited[0], visited[-1]) if sampler.startswith("euler") else (sigma[-1], sigma[0])
-        visited = (first ** (1 / 7) + np.linspace(0, 1, steps) * (last ** (1 / 7) - first ** (1 / 7))) ** 7
-        t = np.interp(np.log(visited), np.log(sigma), np.arange(T))
-        t = t.round() if sampler.startswith("dpm++") and diffusion.config["beta_schedule"] != "squaredcos_cap_v2" else t
-    return torch.tensor(t.copy(), dtype=torch.float32), torch.tensor([*visited, 0.0], dtype=torch.float32)
+        first, last = (sigma[-1], sigma[0]) if is_dpm else (levels[0], levels[-1])
+        root = first ** (1 / 7) + np.linspace(0, 1, steps) * (last ** (1 / 7) - first ** (1 / 7))
+        levels = root ** 7
+        t = np.interp(np.log(levels), np.log(sigma), np.arange(T))
+        if is_dpm and config["beta_schedule"] != "squaredcos_cap_v2":
+            t = t.round()
+    return torch.tensor(t.copy()).float(), torch.tensor([*levels, 0.0]).float()
 
 
 @torch.no_grad()
 def euler(diffusion, model, x, steps=50, start=0, generators=None, callback=None, sampler="euler"):
-    """Euler's method for the probability flow, as `ddim` but in y = x / sqrt(alpha_bar) = x0 + sigma eps, where dy / dsigma = eps.
+    """Sample by Euler's method, in y = x / sqrt(alpha_bar) = x0 + sigma eps, dy / dsigma = eps.
 
-    sampler: "euler" (Karras et al., Algorithm 2 without churn), "euler-karras", or "euler-a", which goes further down and adds fresh noise.
-    model gets t as fp32. The config's clip_sample is for ddim and ddpm alone, as in diffusers.
+    sampler: "euler" (Karras et al., Algorithm 2 without churn), "euler-karras", or "euler-a"
+    (ancestral), which goes further down and adds fresh noise. The model gets t as fp32. The
+    config's clip_sample is for ddim and ddpm alone, as in diffusers.
     """
     t, sigma = visits(diffusion, steps, sampler)
     root = (sigma ** 2 + 1).sqrt()
-    # diffusers takes pure noise for a start of size sigma, but at leading timesteps, where the first is not the noisiest, of size root
-    y = x * (sigma[0] if start == 0 and diffusion.config["timestep_spacing"] != "leading" else root[start])
+    # diffusers takes pure noise to have size sigma at the start, but for leading timesteps, which
+    # do not begin at the noisiest, size root.
+    leading = diffusion.config["timestep_spacing"] == "leading"
+    y = x * (root[start] if start > 0 or leading else sigma[0])
     for i in range(start, steps):
         x = y / root[i]
-        prediction = model(x, t[i].expand(len(x)).to(x.device))
-        x0, eps = diffusion.solved(prediction, x, 1 / root[i], sigma[i] / root[i])
-        up = sigma[i + 1] * (1 - (sigma[i + 1] / sigma[i]) ** 2).sqrt() if sampler == "euler-a" else torch.zeros(())
+        out = model(x, for_each(x, t[i].item()))
+        x0, _ = diffusion.solved(out, x, 1 / root[i], sigma[i] / root[i])
+        up = torch.zeros(())
+        if sampler == "euler-a":
+            up = sigma[i + 1] * (1 - (sigma[i + 1] / sigma[i]) ** 2).sqrt()
         down = (sigma[i + 1] ** 2 - up ** 2).sqrt()
         y = x0 + down * (y - x0) / sigma[i]
         if up > 0:
             y = y + up * randn(y.shape, generators, y.device)
-        if callback is not None:
+        if callback:
             callback(i - start, t[i].item(), y / root[i + 1], x0)
     return y
 
 
 @torch.no_grad()
-def dpm_solver(diffusion, model, x, steps=50, start=0, generators=None, callback=None, sampler="dpm++"):
-    """DPM-Solver++(2M), Lu et al., Algorithm 2, as `ddim`; the first and the last step are of first order. sampler: "dpm++" or "dpm++-karras"."""
+def dpm_solver(diffusion, model, x, steps=50, start=0, generators=None, callback=None,
+               sampler="dpm++"):
+    """Sample by DPM-Solver++(2M) (Lu et al., Algorithm 2); sampler: "dpm++" or "dpm++-karras".
+
+    The first and the last step are of first order.
+    """
     t, sigma = visits(diffusion, steps, sampler)
-    alpha = 1 / (sigma ** 2 + 1).sqrt()   # the paper's alpha and sigma are sqrt(alpha_bar) and sqrt(1 - alpha_bar)
-    lam, noise, before = -sigma.log(), sigma * alpha, None
+    # The paper's alpha and sigma are sqrt(alpha_bar) and sqrt(1 - alpha_bar): `alpha` and `noise`.
+    alpha = 1 / (sigma ** 2 + 1).sqrt()
+    noise = sigma * alpha
+    h = (-sigma.log()).diff()       # of half the logarithm of the signal-to-noise ratio, lambda
     for i in range(start, steps):
-        prediction = model(x, t[i].long().expand(len(x)).to(x.device))
-        x0, _ = diffusion.solved(prediction, x, alpha[i], noise[i])
-        h, D = lam[i + 1] - lam[i], x0
+        out = model(x, for_each(x, int(t[i])))
+        x0, _ = diffusion.solved(out, x, alpha[i], noise[i])
+        D = x0
         if start < i < steps - 1:
-            D = x0 + 0.5 * h / (lam[i] - lam[i - 1]) * (x0 - before)
-        x, before = noise[i + 1] / noise[i] * x - alpha[i + 1] * torch.expm1(-h) * D, x0
-        if callback is not None:
+            D = x0 + 0.5 * h[i] / h[i - 1] * (x0 - x0_before)
+        x = noise[i + 1] / noise[i] * x - alpha[i + 1] * torch.expm1(-h[i]) * D
+        x0_before = x0
+        if callback:
             callback(i - start, int(t[i]), x, x0)
     return x
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm} | {name: partial(euler, sampler=name) for name in ("euler", "euler-karras", "euler-a")} | {
-    name: partial(dpm_solver, sampler=name) for name in ("dpm++", "dpm++-karras")}
+SAMPLERS = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "euler": euler,
+    "euler-karras": partial(euler, sampler="euler-karras"),
+    "euler-a": partial(euler, sampler="euler-a"),
+    "dpm++": dpm_solver,
+    "dpm++-karras": partial(dpm_solver, sampler="dpm++-karras"),
+}
 
 
 def partway(diffusion, x0, noise, steps, strength, sampler="ddim"):
-    """Start from a picture (SDEdit, arXiv 2108.01073; diffusers' img2img): x0, noise (B,C,H,W) -> x (B,C,H,W), start for a sampler.
+    """Start from a picture (SDEdit): x0, noise (B, C, H, W) -> x (B, C, H, W) and start.
 
-    strength in (0, 1] is the share of the steps that is run: near 0 keeps the picture, 1 runs them all.
+    strength in (0, 1] is the share of the steps that is run, as in diffusers' img2img: near 0 keeps
+    the picture, and 1 runs all of them.
     """
-    run = int(steps * strength) if 0 < strength <= 1 else 0
     _, sigma = visits(diffusion, steps, sampler)
+    run = int(steps * strength) if 0 < strength <= 1 else 0
     if run < 1:
-        raise UserError(f"strength = {strength} leaves none of {steps} steps to run; choose strength from "
-                        f"{math.ceil(1000 / steps) / 1000:g} to 1")
-    if run == steps and sampler.startswith("euler") and diffusion.config["timestep_spacing"] != "leading":
-        return x0 / sigma[0] + noise, 0  # euler takes what starts at 0 for noise of size sigma
-    level = torch.atan(sigma[steps - run])  # sigma = tan, so that infinity, pure noise, is a number
-    return level.cos() * x0 + level.sin() * noise, steps - run
+        raise UserError(f"strength = {strength} leaves none of {steps} steps to run; choose "
+                        f"strength from {math.ceil(1000 / steps) / 1000:g} to 1")
+    leading = diffusion.config["timestep_spacing"] == "leading"
+    if run == steps and sampler.startswith("euler") and not leading:
+        return x0 / sigma[0] + noise, 0     # euler takes what starts at 0 for noise of size sigma
+    angle = torch.atan(sigma[steps - run])  # finite also where sigma is not, at pure noise
+    return angle.cos() * x0 + angle.sin() * noise, steps - run
 
+
+# -------------------------------------------------------------------------------------------------
+# Guidance, and the noise that a picture starts from
 
 def guide(out, text_scale=1.0, image_scale=1.0, rescale=0.0):
-    """Classifier-free guidance: predictions out (K,B,C,H,W) -> (B,C,H,W), on every channel. Other K: ValueError.
+    """Combine K predictions by classifier-free guidance: (K, B, C, H, W) -> (B, C, H, W).
 
-    K = 1   [given]                        as it is
-    K = 2   [no text, text]                Ho and Salimans, arXiv 2207.12598, with scale 1 the conditional model (their w + 1)
-    K = 3   [none, image, image + text]    InstructPix2Pix Eq. 3
-    rescale in [0, 1]: pulls the size of the result towards the conditional prediction's (arXiv 2305.08891, Eqs. 15 and 16)
+    K = 1   [conditional]                 as it is
+    K = 2   [no text, text]               Ho and Salimans, arXiv 2207.12598, whose w is scale - 1
+    K = 3   [none, image, image + text]   InstructPix2Pix Eq. 3, arXiv 2211.09800
+
+    rescale in [0, 1] pulls the size of the result towards that of the conditional prediction (Lin
+    et al., Eqs. 15 and 16). All channels are guided. Another K raises ValueError.
     """
-    if len(out) == 1:
-        return out[0]
-    if len(out) == 2:
-        guided = out[0] + text_scale * (out[1] - out[0])
-    elif len(out) == 3:
-        guided = out[0] + image_scale * (out[1] - out[0]) + text_scale * (out[2] - out[1])
-    else:
+    if len(out) > 3:
         raise ValueError(f"guide takes 1, 2 or 3 branches, got {len(out)}")
-    if rescale > 0:
-        std, wanted = (y.flatten(1).std(dim=1).view(-1, 1, 1, 1) for y in (guided, out[-1]))
-        guided = guided * (rescale * wanted / std + 1 - rescale)
-    return guided
+    result = out[0]
+    if len(out) == 3:
+        result = result + image_scale * (out[1] - out[0])
+    if len(out) > 1:
+        result = result + text_scale * (out[-1] - out[-2])
+    if rescale > 0 and len(out) > 1:
+        size = result.std(dim=(1, 2, 3), keepdim=True)
+        conditional = out[-1].std(dim=(1, 2, 3), keepdim=True)
+        result = result * (rescale * conditional / size + 1 - rescale)
+    return result
 
 
 def seeded(seeds):
-    """One CPU generator per picture, for `randn`."""
+    """Make one CPU generator per picture, for `randn`."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def randn(shape, generators=None, device="cpu"):
-    """Standard normal noise of shape (B,...) in fp32; generators: a list of B, one per picture, or None for torch's own.
+    """Draw standard normal noise of shape (B, ...) in fp32.
 
-    A picture's noise comes from its own CPU generator, so it does not depend on the batch around it or on the device, and equals the
-    noise of a diffusers pipeline in fp32 that is given the same generators.
+    generators: a list of B, one per picture, or None for torch's own. A picture's noise then does
+    not depend on the batch around it, nor on the device, and equals that of a diffusers pipeline
+    in fp32 with the same generators.
     """
     if generators is None:
         return torch.randn(shape, device=device)

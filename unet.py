@@ -1,13 +1,20 @@
-"""Stable Diffusion's U-Net in plain PyTorch, under diffusers' names: UNet2DConditionModel without what Stable Diffusion never uses.
+"""Stable Diffusion's U-Net: diffusers' UNet2DConditionModel without what no Stable Diffusion uses.
 
-Rombach et al. 2022, arXiv 2112.10752. Parameters and config keys are diffusers': a checkpoint of either loads in the other as it is.
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv
+2112.10752, sections 3.2 and 3.3. The network reads a noisy latent picture, a timestep and a text,
+and predicts the noise. The timestep enters in the residual blocks. In the transformer blocks each
+position attends to all others and to the text. Modules, parameters and config keys have
+diffusers' names, so that the weights of either load in the other as they are.
 
-A method attaches by swapping sub-modules. What a block may depend on besides its input travels in `Cond`, per sample, to the call sites
-conv_in, resnet, transformer_block, norm and ff.
+A method (moe.py, routing.py, aggregation.py, merge.py) attaches by swapping sub-modules in place.
+Whatever a block may depend on besides its input therefore travels in one value, `Cond`, and has
+one row per sample: a batch may mix timesteps, texts and tasks.
 
-Letters: B batch, C channels, H W latent, L = H W, S text length, D text width, E width of the time embedding.
+Letters: B batch, C channels, H W height and width of the latent, L = H W positions, S length of
+the text, D width of the text states, E width of the time embedding.
 """
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,53 +22,182 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from folders import UserError, blaming, fetch, load_weights, read_json, save_weights
+from hub import UserError, blaming, fetch, load_weights, read_json, save_weights
 
-# diffusers' defaults; a model's config.json, or an entry of CONFIGS, holds the differences.
+# -------------------------------------------------------------------------------------------------
+# Configurations
+#
+# Stable Diffusion 1.5 on a picture of 512 x 512 pixels, that is a latent of 4 x 64 x 64:
+#
+#     way down                       channels     size       way up
+#     conv_in                        4 -> 320   64 x 64      conv_out, 320 -> 4
+#     down 0   2 x [resnet, attn]         320   64 x 64      up 3     3 x [resnet, attn]
+#     down 1   2 x [resnet, attn]         640   32 x 32      up 2     3 x [resnet, attn], upsample
+#     down 2   2 x [resnet, attn]        1280   16 x 16      up 1     3 x [resnet, attn], upsample
+#     down 3   2 x [resnet]              1280    8 x 8       up 0     3 x [resnet], upsample
+#     mid      resnet, attn, resnet      1280    8 x 8
+#
+# A convolution with stride 2 leads from one level down to the next. Each tensor that the way down
+# makes is concatenated to the input of one resnet on the way up. There are three of every size:
+# the outputs of two layers, and what conv_in or the convolution before them has made. This is why
+# a level of the way up has three layers where a level of the way down has two.
+
+# diffusers' defaults. A model's config.json, like an entry of CONFIGS, holds the differences.
 DEFAULTS = dict(
-    sample_size=None, in_channels=4, out_channels=4, flip_sin_to_cos=True, freq_shift=0, layers_per_block=2, norm_num_groups=32,
-    norm_eps=1e-5, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    block_out_channels=(320, 640, 1280, 1280), transformer_layers_per_block=1, cross_attention_dim=1280, attention_head_dim=8,
-    use_linear_projection=False, addition_embed_type=None, addition_time_embed_dim=None, projection_class_embeddings_input_dim=None,
-    resnet_time_scale_shift="default", upcast_attention=False)  # the last is kept for others to read: attention's softmax runs in fp32 here anyway
+    sample_size=None,                           # height and width of the latents in training
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280, 1280),  # one number per level
+    layers_per_block=2,
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    transformer_layers_per_block=1,
+    attention_head_dim=8,                       # despite its name, the number of heads
+    cross_attention_dim=1280,                   # D
+    use_linear_projection=False,                # True in SD 2 and XL, see Transformer2DModel
+    norm_num_groups=32,
+    norm_eps=1e-5,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+    addition_embed_type=None,                   # "text_time" in SDXL: picture sizes, pooled text
+    addition_time_embed_dim=None,
+    projection_class_embeddings_input_dim=None,
+    upcast_attention=False,                     # no effect here: every softmax runs in fp32
+)
 
-# Keys of diffusers that have one meaning here; another value is refused by name, and so is any other key that is not null.
-FIXED = dict(
-    act_fn="silu", center_input_sample=False, downsample_padding=1, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
-    only_cross_attention=False, dropout=0.0, dual_cross_attention=False, resnet_skip_time_act=False,
-    resnet_out_scale_factor=1.0, time_embedding_type="positional", conv_in_kernel=3, conv_out_kernel=3, attention_type="default",
-    class_embeddings_concat=False, addition_embed_type_num_heads=64)
+# The values that are implemented, of keys that have a choice of values in diffusers.
+IMPLEMENTED = dict(
+    act_fn=("silu",),
+    addition_embed_type=(None, "text_time"),
+    addition_embed_type_num_heads=(64,),
+    attention_type=("default",),
+    conv_in_kernel=(3,),
+    conv_out_kernel=(3,),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    downsample_padding=(1,),
+    mid_block_scale_factor=(1,),
+    mid_block_type=("UNetMidBlock2DCrossAttn",),
+    resnet_out_scale_factor=(1,),
+    resnet_time_scale_shift=("default",),
+    time_embedding_type=("positional",),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
 
-#     SD 1.5's blocks                 channels   height (of 64)   and upwards
-#     down 0   2 x [resnet, attention]     320   64               up 3   3 x [resnet, attention]
-#     down 1   2 x [resnet, attention]     640   32               up 2   3 x [resnet, attention]
-#     down 2   2 x [resnet, attention]    1280   16               up 1   3 x [resnet, attention]
-#     down 3   2 x [resnet]               1280   8                up 0   3 x [resnet]; mid: resnet, attention, resnet
+# These keys may hold a list with an item for each level. All others hold one value.
+PER_LEVEL = ("block_out_channels", "down_block_types", "up_block_types",
+             "transformer_layers_per_block", "attention_head_dim")
+
 CONFIGS = {
-    "tiny": dict(sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128, attention_head_dim=2,
-                 down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
+    "tiny": dict(
+        sample_size=16,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=128,
+    ),
     "sd15": dict(sample_size=64, cross_attention_dim=768),
-    "sdxl": dict(sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
-                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), use_linear_projection=True,
-                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048,
-                 addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
+    "sdxl": dict(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,  # pooled text 1280, and six numbers of 256 each
+    ),
 }
 
 
+def complete(config, defaults, implemented):
+    """Fill in the defaults, and refuse by name what is not implemented.
+
+    A list of equal items is accepted where one value is meant: [2, 2, 2, 2] layers, [64, 64] as
+    the size. Numbers that are impossible are left for PyTorch to find when it builds the layers.
+    """
+    completed = dict(defaults)
+    for key, value in config.items():
+        if key.startswith("_"):
+            # A note of diffusers, such as the version that wrote the file.
+            continue
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if key not in PER_LEVEL:
+            if all(item == items[0] for item in items):
+                value = items[0]
+            items = [value]
+        if key in implemented:
+            known = all(item in implemented[key] for item in items)
+        elif key in defaults:
+            # The type is that of the default. Where that is null, the value counts something.
+            kinds = (type(defaults[key]), type(None), int)
+            known = key in PER_LEVEL or isinstance(value, kinds)
+        else:
+            # Null, false and zero switch off a feature that we do not have.
+            known = not value
+        if not known:
+            raise UserError(f"U-Net config: {key} = {value!r} is not implemented")
+        if key in defaults:
+            completed[key] = value
+    return completed
+
+
+def per_level(config, key):
+    """List the values of a key, one for each level of block_out_channels."""
+    levels = len(config["block_out_channels"])
+    value = config[key]
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * levels
+    if len(values) != levels:
+        raise UserError(f"U-Net config: {key} = {value!r} does not have one value for each of the "
+                        f"{levels} levels of block_out_channels")
+    return values
+
+
+# -------------------------------------------------------------------------------------------------
+# What conditions a block
+
 class Cond(NamedTuple):
-    """What a block may depend on besides its input."""
-    temb: torch.Tensor               # (B, E) embedding of t and of `added`
-    context: torch.Tensor            # (B, S, D) text states
-    t: torch.Tensor                  # (B,) timestep
-    task: torch.Tensor | None        # (B,) index of the task
-    task_emb: torch.Tensor | None    # (B, width) its embedding, where a method gave the U-Net a table
-    added: dict | None               # SDXL: text_embeds (B, 1280), time_ids (B, 6)
+    """What a block may depend on besides its input, one row per sample."""
+    temb: torch.Tensor             # (B, E) embedding of t and of `added`
+    context: torch.Tensor | None   # (B, S, D) text states
+    t: torch.Tensor                # (B,) timesteps
+    task: torch.Tensor | None      # (B,) rows of the tasks in a method's tables
+    task_emb: torch.Tensor | None  # (B, width) their embedding, where a method has added a table
+    added: dict | None             # SDXL: text_embeds (B, 1280) and time_ids (B, 6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers that a method may replace take `cond`
+def sinusoidal(t, width, flip_sin_to_cos=True, freq_shift=0):
+    """Encode numbers t (N,) as sines and cosines of geometric frequencies -> (N, width), fp32.
+
+    This is the position encoding of the Transformer (Vaswani et al. 2017, section 3.5).
+    """
+    half = width // 2
+    steps = torch.arange(half, device=t.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(10000) * steps / (half - freq_shift))
+    angles = t[:, None].float() * frequencies                       # (N, width / 2)
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers that turn an encoded number (N, cin) into an embedding (N, width)."""
+
+    def __init__(self, cin, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(cin, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+# -------------------------------------------------------------------------------------------------
+# Layers. A method may replace conv_in, a norm of a transformer block, a feed-forward network, a
+# residual block or a transformer block. These take `cond` even where they make no use of it.
 
 class Conv2d(nn.Conv2d):
     def forward(self, x, cond):
@@ -74,63 +210,72 @@ class LayerNorm(nn.LayerNorm):
 
 
 class ResnetBlock2D(nn.Module):
-    """resample: None, or what doubles or halves height and width inside the block (ADM)."""
+    """A residual block: two convolutions, with the time embedding added between them.
 
-    def __init__(self, cin, cout, c, resample=None):
+    (B, cin, H, W) -> (B, cout, H, W). c: the network's config.
+    """
+
+    def __init__(self, cin, cout, c):
         super().__init__()
-        groups, eps = c["norm_num_groups"], c["norm_eps"]
-        self.resample, self.scale_shift = resample or nn.Identity(), c["resnet_time_scale_shift"] == "scale_shift"
+        groups = c["norm_num_groups"]
+        eps = c["norm_eps"]
+        self.routable_channels = cin  # DTR can mask the input of this block
         self.norm1 = nn.GroupNorm(groups, cin, eps)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.time_emb_proj = nn.Linear(4 * c["block_out_channels"][0], cout * (1 + self.scale_shift))
+        self.time_emb_proj = nn.Linear(4 * c["block_out_channels"][0], cout)
         self.norm2 = nn.GroupNorm(groups, cout, eps)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
-
-    def update(self, x, cond):
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        emb = self.time_emb_proj(F.silu(cond.temb))[:, :, None, None]
-        if self.scale_shift:  # AdaGN: Dhariwal and Nichol 2021, section 3
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + emb)
-        return self.conv2(F.silu(h))
+        # A sum needs equal widths: where they differ, a 1 x 1 convolution is the skip path.
+        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def skip(self, x):
-        x = self.resample(x)
-        return x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return self.conv_shortcut(x)
+
+    def update(self, x, cond):
+        h = self.conv1(F.silu(self.norm1(x)))                       # (B, cout, H, W)
+        h = h + self.time_emb_proj(F.silu(cond.temb))[:, :, None, None]
+        return self.conv2(F.silu(self.norm2(h)))
 
     def forward(self, x, cond):
         return self.skip(x) + self.update(x, cond)
 
 
 class Attention(nn.Module):
-    """Multi-head attention: self-attention without `context`, cross-attention to it with one."""
+    """Multi-head attention: cross-attention to a context, or self-attention without one."""
 
-    def __init__(self, channels, context_dim, heads):
+    def __init__(self, channels, context_dim, heads, bias=False):
         super().__init__()
         if channels % heads:
-            raise UserError(f"U-Net config: attention_head_dim = {heads} (the number of heads) does not divide {channels} channels")
+            raise UserError(f"U-Net config: attention_head_dim = {heads} (the number of heads) "
+                            f"does not divide {channels} channels")
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
+        self.to_q = nn.Linear(channels, channels, bias)
+        self.to_k = nn.Linear(context_dim, channels, bias)
+        self.to_v = nn.Linear(context_dim, channels, bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = (project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, L, C) -> (B, heads, L, C/heads)
-                   for project, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
-        # On CPU the fused kernel's backward in bf16 is slower than plain products, as long as these fit.
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= 2 ** 20:
-            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    def split(self, y):
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x, context=None):                             # (B, L, C), (B, S, D)
+        if context is None:
+            context = x
+        q = self.split(self.to_q(x))                                # (B, heads, L, C / heads)
+        k = self.split(self.to_k(context))                          # (B, heads, S, C / heads)
+        v = self.split(self.to_v(context))
+        fits = q.shape[2] * k.shape[2] <= 2 ** 20
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and fits:
+            # In bf16 on a CPU, the backward of the fused kernel is slower than plain products.
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (B, heads, L, S)
+            y = scores.softmax(-1).to(v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](y.transpose(1, 2).flatten(2))
+        return self.to_out[0](y.transpose(1, 2).flatten(2))         # (B, L, C)
 
 
 class GEGLU(nn.Module):
+    """A linear layer whose second half gates the first (Shazeer 2020, arXiv 2002.05202)."""
+
     def __init__(self, channels, inner):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)
@@ -141,17 +286,27 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The part of a transformer block that MTU cuts into experts."""
+
     def __init__(self, channels):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Dropout(0.0), nn.Linear(4 * channels, channels)])
+        # diffusers has a dropout in the middle, which no Stable Diffusion uses.
+        self.net = nn.ModuleList([
+            GEGLU(channels, 4 * channels),
+            nn.Identity(),
+            nn.Linear(4 * channels, channels),
+        ])
 
     def forward(self, x, cond):
         return self.net[2](self.net[0](x))
 
 
 class BasicTransformerBlock(nn.Module):
+    """Positions look at each other, then at the text, then each is transformed by itself."""
+
     def __init__(self, channels, context_dim, heads):
         super().__init__()
+        self.routable_channels = channels
         self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, channels, heads)
         self.norm2 = LayerNorm(channels)
@@ -159,44 +314,58 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x, cond):                                                 # (B, L, C)
+    def forward(self, x, cond):                                     # (B, L, C)
         x = x + self.attn1(self.norm1(x, cond))
         x = x + self.attn2(self.norm2(x, cond), cond.context)
         return x + self.ff(self.norm3(x, cond), cond)
 
 
 class Transformer2DModel(nn.Module):
+    """Transformer blocks on a picture, whose L = H W positions become a sequence."""
+
     def __init__(self, channels, depth, heads, c):
         super().__init__()
+        # A linear layer on the sequence is a 1 x 1 convolution on the picture, stored otherwise.
         self.linear = c["use_linear_projection"]
+        projection = nn.Linear if self.linear else partial(nn.Conv2d, kernel_size=1)
         self.norm = nn.GroupNorm(c["norm_num_groups"], channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, c["cross_attention_dim"], heads) for _ in range(depth)])
-        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList([
+            BasicTransformerBlock(channels, c["cross_attention_dim"], heads) for _ in range(depth)
+        ])
+        self.proj_out = projection(channels, channels)
 
-    def forward(self, x, cond):                                                 # (B, C, H, W)
-        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
-        h = h.permute(0, 2, 3, 1).flatten(1, 2).contiguous()                    # (B, L, C)
-        h = self.proj_in(h) if self.linear else h
+    def forward(self, x, cond):                                     # (B, C, H, W)
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.permute(0, 2, 3, 1).flatten(1, 2).contiguous()        # (B, L, C)
+        if self.linear:
+            h = self.proj_in(h)
         for transformer_block in self.transformer_blocks:
             h = transformer_block(h, cond)
-        h = self.proj_out(h) if self.linear else h
-        h = h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)                    # (B, C, H, W)
-        return x + (h if self.linear else self.proj_out(h))
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)        # (B, C, H, W)
+        if not self.linear:
+            h = self.proj_out(h)
+        return x + h
 
 
 class Downsample2D(nn.Module):
-    """padding: 1 on all sides, or 0: on the right and at the bottom only, as DDPM's."""
+    """Halve height and width by a convolution with stride 2; an odd size is rounded up."""
 
-    def __init__(self, channels, padding=1):
+    def __init__(self, channels):
         super().__init__()
-        self.conv, self.pad = nn.Conv2d(channels, channels, 3, stride=2, padding=padding), (0, 1 - padding) * 2
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x, cond):
-        return self.conv(F.pad(x, self.pad) if any(self.pad) else x)
+        return self.conv(x)
 
 
 class Upsample2D(nn.Module):
+    """Repeat pixels until the picture has the given (height, width), then convolve."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -205,204 +374,215 @@ class Upsample2D(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The U: one class per direction; a level has attention or not
+# -------------------------------------------------------------------------------------------------
+# The U. `run` calls a layer.
 
-class DownBlock(nn.Module):
-    def __init__(self, cin, cout, depth, heads, last, c):
+def call(module, *inputs):
+    return module(*inputs)
+
+
+def recompute(module, *inputs):
+    """Call a module without storing what is inside it; the backward pass computes that again."""
+    return checkpoint(module, *inputs, use_reentrant=False)
+
+
+class Block(nn.Module):
+    """One level of the U. A network puts layers into its lists; a list may stay empty."""
+
+    def __init__(self):
         super().__init__()
-        layers = c["layers_per_block"]
-        if depth:
-            self.attentions = nn.ModuleList([Transformer2DModel(cout, depth, heads, c) for _ in range(layers)])
-        self.resnets = nn.ModuleList([ResnetBlock2D(cin if i == 0 else cout, cout, c) for i in range(layers)])
-        self.downsamplers = None if last else nn.ModuleList([Downsample2D(cout)])
+        self.attentions = nn.ModuleList()
+        self.resnets = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
 
-    def forward(self, x, cond, run):
-        skips = []
+
+class DownBlock(Block):
+    """A level of the way down. It pushes each tensor that the way up will need on `skips`."""
+
+    def forward(self, x, cond, skips, run=call):
         for i, resnet in enumerate(self.resnets):
-            x = run(resnet, x, cond)
-            if hasattr(self, "attentions"):
+            x = run(resnet, x, cond)                                # (B, C, H, W)
+            if self.attentions:
                 x = run(self.attentions[i], x, cond)
             skips.append(x)
-        if self.downsamplers is not None:
-            x = run(self.downsamplers[0], x, cond)
+        for downsampler in self.downsamplers:
+            x = run(downsampler, x, cond)                           # (B, C, H / 2, W / 2)
             skips.append(x)
-        return x, skips
-
-
-class MidBlock(nn.Module):
-    def __init__(self, channels, depth, heads, c):
-        super().__init__()
-        self.attentions = nn.ModuleList([Transformer2DModel(channels, depth, heads, c)])
-        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, c) for _ in range(2)])
-
-    def forward(self, x, cond, run):
-        for module in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = run(module, x, cond)
         return x
 
 
-class UpBlock(nn.Module):
-    def __init__(self, cin, cout, below, depth, heads, last, c):
-        super().__init__()
-        layers = c["layers_per_block"] + 1
-        if depth:
-            self.attentions = nn.ModuleList([Transformer2DModel(cout, depth, heads, c) for _ in range(layers)])
-        # Each residual block takes the skip tensor of its mirror image, the last one that of the level above.
-        self.resnets = nn.ModuleList([
-            ResnetBlock2D((cin if i == 0 else cout) + (below if i == layers - 1 else cout), cout, c) for i in range(layers)])
-        self.upsamplers = None if last else nn.ModuleList([Upsample2D(cout)])
+class MidBlock(Block):
+    """The bottom of the U: a residual block, attention if there is any, a residual block."""
 
-    def forward(self, x, cond, skips, run):
+    def forward(self, x, cond, run=call):
+        first, last = self.resnets
+        for layer in (first, *self.attentions, last):
+            x = run(layer, x, cond)
+        return x
+
+
+class UpBlock(Block):
+    """A level of the way up. It pops the tensors that the way down has pushed, the last first."""
+
+    def forward(self, x, cond, skips, run=call):
         for i, resnet in enumerate(self.resnets):
-            x = run(resnet, torch.cat([x, skips.pop()], dim=1), cond)
-            if hasattr(self, "attentions"):
+            x = torch.cat([x, skips.pop()], dim=1)                  # (B, C + C of the skip, H, W)
+            x = run(resnet, x, cond)                                # (B, C, H, W)
+            if self.attentions:
                 x = run(self.attentions[i], x, cond)
-        return x if self.upsamplers is None else self.upsample(x, cond, skips, run)
+        return self.upsample(x, cond, skips, run)
 
     def upsample(self, x, cond, skips, run):
-        return self.upsamplers[0](x, skips[-1].shape[-2:])  # the skip's size, so that odd sizes work
-
-
-class TimestepEmbedding(nn.Module):
-    def __init__(self, cin, width):
-        super().__init__()
-        self.linear_1 = nn.Linear(cin, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-def sinusoidal(t, width, flip_sin_to_cos=True, freq_shift=0):
-    """Transformer position encoding of t (N,) -> (N, width), in fp32."""
-    half = width // 2
-    rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
-    angles = t[:, None].float() * rates
-    return torch.cat([angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()], dim=-1)
-
-
-def per_level(c, key):
-    return list(c[key]) if isinstance(c[key], (list, tuple)) else [c[key]] * len(c["block_out_channels"])
-
-
-def count(value):
-    return type(value) is int and value > 0
-
-
-def completed(config, defaults, fixed):
-    """-> the config with `defaults` filled in, and need(ok, *keys), which refuses these keys' values by name where not ok. A key that is in
-    neither table, or has another value than its fixed one, is refused at once."""
-    c = {**defaults, **{k: v for k, v in config.items() if k in defaults}}
-
-    def need(ok, *keys):
-        if not ok:
-            raise UserError("U-Net config: " + ", ".join(f"{k} = {c.get(k, config.get(k))!r}" for k in keys) + " is not implemented")
-
-    for key, value in config.items():
-        need(key in defaults or key.startswith("_") or (value == fixed[key] if key in fixed else value is None), key)
-    return c, need
-
-
-def checked(config):
-    """-> the whole config, defaults filled in. What this U-Net does not do is refused by name."""
-    c, need = completed(config, DEFAULTS, FIXED)
-    numbers = ["in_channels", "out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim"]
-    for key in numbers + ["sample_size"] * (c["sample_size"] is not None):
-        need(count(c[key]), key)
-    for key, kinds in (("flip_sin_to_cos", [bool]), ("use_linear_projection", [bool]), ("norm_eps", [float, int]), ("freq_shift", [float, int])):
-        need(type(c[key]) in kinds, key)
-    widths = c["block_out_channels"]
-    need(isinstance(widths, (list, tuple)) and widths and all(count(w) and w % c["norm_num_groups"] == 0 for w in widths),
-         "block_out_channels", "norm_num_groups")
-    for key, side in (("down_block_types", "Down"), ("up_block_types", "Up")):
-        need(isinstance(c[key], (list, tuple)) and len(c[key]) == len(widths)
-             and all(n in (f"{side}Block2D", f"CrossAttn{side}Block2D") for n in c[key]), key)
-    for key in ("transformer_layers_per_block", "attention_head_dim"):
-        need(len(per_level(c, key)) == len(widths) and all(map(count, per_level(c, key))), key)
-    extra = "addition_time_embed_dim", "projection_class_embeddings_input_dim"
-    need(c["resnet_time_scale_shift"] in ("default", "scale_shift"), "resnet_time_scale_shift")
-    need(c["addition_embed_type"] is None or c["addition_embed_type"] == "text_time" and all(count(c[key]) for key in extra),
-         "addition_embed_type", *extra)
-    return c
+        for upsampler in self.upsamplers:
+            # The next tensor to pop says how large: 13 was halved to 7, whose double is not 13.
+            x = upsampler(x, skips[-1].shape[-2:])
+        return x
 
 
 class UNet(nn.Module):
-    """diffusers' UNet2DConditionModel for Stable Diffusion 1.x, 2.x and XL. config: differences from DEFAULTS, in diffusers' keys."""
+    """The U-Net of Stable Diffusion 1.x, 2.x and XL, of InstructPix2Pix and of inpainting models.
+
+    config: differences from DEFAULTS, in diffusers' keys.
+    """
+    diffusers_name = "UNet2DConditionModel"
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = checked(config)
-        widths, n = list(c["block_out_channels"]), len(c["block_out_channels"])
-        depths, heads = per_level(c, "transformer_layers_per_block"), per_level(c, "attention_head_dim")  # heads, whatever its name
-        down = [depths[i] if "CrossAttn" in c["down_block_types"][i] else 0 for i in range(n)]
-        up = [depths[-1 - i] if "CrossAttn" in c["up_block_types"][i] else 0 for i in range(n)]
-        E, rev = 4 * widths[0], widths[::-1]
+        self.config = c = complete(config, DEFAULTS, IMPLEMENTED)
+        widths = c["block_out_channels"]
+        depths = per_level(c, "transformer_layers_per_block")
+        heads = per_level(c, "attention_head_dim")
+        down_types = per_level(c, "down_block_types")
+        up_types = per_level(c, "up_block_types")[::-1]  # diffusers lists these from the bottom up
+        bottom = len(widths) - 1
+        E = 4 * widths[0]
+
+        def add_layer(block, cin, level, block_type):
+            block.resnets.append(ResnetBlock2D(cin, widths[level], c))
+            if block_type.startswith("CrossAttn"):
+                block.attentions.append(
+                    Transformer2DModel(widths[level], depths[level], heads[level], c))
+
         self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], E)
-        self.add_embedding = TimestepEmbedding(c["projection_class_embeddings_input_dim"], E) if c["addition_embed_type"] else None
-        self.task_embedding = None  # a method may set a table (T, width): Cond.task_emb
-        self.down_blocks = nn.ModuleList([
-            DownBlock(widths[max(i - 1, 0)], widths[i], down[i], heads[i], i == n - 1, c) for i in range(n)])
-        self.mid_block = MidBlock(widths[-1], depths[-1], heads[-1], c)
-        self.up_blocks = nn.ModuleList([
-            UpBlock(rev[max(i - 1, 0)], rev[i], rev[min(i + 1, n - 1)], up[i], heads[-1 - i], i == n - 1, c) for i in range(n)])
-        self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], widths[0], c["norm_eps"])
-        self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
+        self.add_embedding = None
+        if c["addition_embed_type"] is not None:
+            self.add_embedding = TimestepEmbedding(c["projection_class_embeddings_input_dim"], E)
+
+        # The way is that of `forward`, with a stack of widths where it has a stack of tensors.
+        channels = widths[0]
+        skips = [channels]
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            block = DownBlock()
+            for _ in range(c["layers_per_block"]):
+                add_layer(block, channels, level, down_types[level])
+                channels = width
+                skips.append(channels)
+            if level < bottom:
+                block.downsamplers.append(Downsample2D(channels))
+                skips.append(channels)
+            self.down_blocks.append(block)
+
+        self.mid_block = MidBlock()
+        add_layer(self.mid_block, channels, bottom, "CrossAttn")
+        add_layer(self.mid_block, channels, bottom, "")
+
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            block = UpBlock()
+            for _ in range(c["layers_per_block"] + 1):
+                add_layer(block, channels + skips.pop(), level, up_types[level])
+                channels = widths[level]
+            if level > 0:
+                block.upsamplers.append(Upsample2D(channels))
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], channels, c["norm_eps"])
+        self.conv_out = nn.Conv2d(channels, c["out_channels"], 3, padding=1)
+        self.task_embedding = None  # MTU sets a table (tasks, width), which fills Cond.task_emb
+        self.heads = None           # MT-Diffusion sets a module that reads features, see `forward`
         self.gradient_checkpointing = False
 
-    def embedded(self, t, x):
-        """A timestep, or one a sample -> t (B,) and its embedding (B, E), computed in fp32, then cast to the network's type."""
-        c, t = self.config, t.expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-        numbers = sinusoidal(t, c["block_out_channels"][0], c["flip_sin_to_cos"], c["freq_shift"])
-        return t, self.time_embedding(numbers.to(self.conv_out.weight.dtype))
+    def forward(self, x, t, context, task=None, added=None):
+        """Predict the noise (or v) in x.
+
+        x: (B, Cin, H, W) noisy latents, with what is concatenated to them; any H and W.
+        t: (B,) timesteps, or one number. context: (B, S, D) text states.
+        task: (B,) rows of the tasks, where a method needs them. added: SDXL's dict, see Cond.
+
+        Returns (B, Cout, H, W). Where `heads` is set, it returns that and what the heads make of
+        the features: the input z, the output out, and what the middle block and the last block of
+        the way up put out.
+        """
+        cond = self.condition(x, t, context, task, added)
+        run = recompute if self.gradient_checkpointing and torch.is_grad_enabled() else call
+        h = self.conv_in(x, cond)                                   # (B, C, H, W)
+        skips = [h]
+        for block in self.down_blocks:
+            h = block(h, cond, skips, run)
+        mid = self.mid_block(h, cond, run)                          # (B, C, H / 8, W / 8) in SD 1.5
+        h = mid
+        for block in self.up_blocks:
+            h = block(h, cond, skips, run)
+        out = self.conv_out(F.silu(self.conv_norm_out(h)))          # (B, Cout, H, W)
+        if self.heads is None:
+            return out
+        return out, self.heads(dict(z=x, out=out, mid=mid, up=h), cond.t)
 
     def condition(self, x, t, context, task, added):
-        """-> Cond. The embeddings of numbers are computed in fp32, then cast to the network's type."""
-        c, dtype = self.config, self.conv_out.weight.dtype
-        t, temb = self.embedded(t, x)
+        """Embed everything that is not a picture -> Cond."""
+        t, temb = self.embed_time(t, x)
         if self.add_embedding is not None:
-            ids = sinusoidal(added["time_ids"].flatten(), c["addition_time_embed_dim"], c["flip_sin_to_cos"], c["freq_shift"])
-            temb = temb + self.add_embedding(torch.cat([added["text_embeds"].to(dtype), ids.view(len(x), -1).to(dtype)], dim=-1))
-        if self.task_embedding is not None and task is None:
-            raise ValueError("this U-Net knows several tasks: pass task (B,), the row of each sample's task")
-        return Cond(temb, context, t, task, None if self.task_embedding is None else self.task_embedding(task), added)
+            # SDXL reads the pooled text, and six numbers: original size, crop corner, target size.
+            ids = self.encode(added["time_ids"].flatten(), self.config["addition_time_embed_dim"])
+            text = added["text_embeds"].to(ids.dtype)
+            temb = temb + self.add_embedding(torch.cat([text, ids.view(len(x), -1)], dim=-1))
+        task_emb = None
+        if self.task_embedding is not None:
+            if task is None:
+                raise ValueError("this U-Net has several tasks: pass task (B,), a row per sample")
+            task_emb = self.task_embedding(task)
+        return Cond(temb, context, t, task, task_emb, added)
 
-    def forward(self, x, t, context, task=None, added=None, return_features=False):
-        """x (B, Cin, H, W) noisy latents, with what is concatenated to them; t (B,) or a number; context (B, S, D) text states;
-        task (B,) rows; added: SDXL's dict. -> (B, Cout, H, W); with return_features also {"mid", "up"}, the outputs of the mid block
-        and of the last up block. H and W may be any size."""
-        cond = self.condition(x, t, context, task, added)
+    def embed_time(self, t, x):
+        """Embed a timestep, or one per sample -> t (B,) and the embedding (B, E)."""
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        return t, self.time_embedding(self.encode(t, self.config["block_out_channels"][0]))
 
-        def run(module, *inputs):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(module, *inputs, use_reentrant=False)
-            return module(*inputs)
+    def encode(self, numbers, width):
+        """Encode numbers in fp32, and cast then: in bf16, both 998 and 999 are 1000."""
+        c = self.config
+        waves = sinusoidal(numbers, width, c["flip_sin_to_cos"], c["freq_shift"])
+        return waves.to(self.conv_out.weight.dtype)
 
-        x = self.conv_in(x, cond)
-        skips = [x]
-        for block in self.down_blocks:
-            x, more = block(x, cond, run)
-            skips += more
-        mid = x = self.mid_block(x, cond, run)
-        for block in self.up_blocks:
-            x = block(x, cond, skips, run)
-        out = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return (out, {"mid": mid, "up": x}) if return_features else out
+    @staticmethod
+    def rename(key):
+        """Turn a parameter's name in a file into its name here (for hub.load_weights)."""
+        return key
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="unet", config=None, dtype=torch.float32, attach=lambda unet: unet):
-        """config: in place of the folder's own. dtype: of the parameters in memory. attach: gives the U-Net a method's parameters, which the
-        folder's weights then fill."""
+    def from_pretrained(cls, path_or_hub_id, subfolder="unet", dtype=torch.float32):
+        """Load a U-Net from a folder or from the hub, strictly.
+
+        dtype: of the parameters in memory. A U-Net that a method has changed has another class
+        name in its config.json: it is refused here, since as a plain one it would draw nonsense.
+        """
         folder = fetch(path_or_hub_id, subfolder)
-        config = config or read_json(folder / "config.json")
-        if (name := config.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
-            raise UserError(f"{folder} holds a {name}: sample.load_model opens it")
+        config = read_json(folder / "config.json")
+        name = config.get("_class_name", cls.diffusers_name)
+        if name != cls.diffusers_name:
+            raise UserError(f"{folder} holds a {name}, not a {cls.diffusers_name}; "
+                            "sample.load_model opens every kind of model")
         with torch.device("meta"), blaming(folder / "config.json"):
-            unet = attach(cls(config))
-        load_weights(unet, folder, dtype=dtype)
+            unet = cls(config)
+        load_weights(unet, folder, rename=cls.rename, dtype=dtype)
         return unet
 
     def save_pretrained(self, folder, dtype=None):
-        """Writes the unet/ folder itself. dtype: of the file's tensors, default the parameters' own."""
-        save_weights(self, folder, {"_class_name": "UNet2DConditionModel", **self.config}, dtype=dtype)
+        """Write the weights and config.json into a folder, as diffusers does.
+
+        dtype: of the tensors in the file; None keeps the type of the parameters.
+        """
+        save_weights(self, folder, {"_class_name": self.diffusers_name, **self.config}, dtype=dtype)
