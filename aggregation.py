@@ -1,475 +1,733 @@
-"""MT-Diffusion: several modalities in one forward process, decoded by heads (Chen et al., ICLR 2024, arXiv 2407.17571).
+"""MT-Diffusion: several modalities in one forward process (Chen et al., ICLR 2024,
+arXiv 2407.17571).
 
-Each step of the forward process adds, besides noise, what encoders make of the other modalities X = (x_1, .., x_M): a source picture, a
-masked one, a label, a representation. So z_t carries them all, and one network predicts its noise and, through a head each, the x_i.
+Each step of the forward process adds, besides noise, what encoders make of other modalities
+X = (x_1, .., x_M): a source picture, a masked one, a label, a representation. So z_t carries them
+all, and one network predicts its noise and, through one head each, the x_i.
 
-Known of the paper are its words, its formulas are not: [r] marks what is reconstructed, from the words, from Eq. 3 as others quote it, and by
-derivation; tests/test_aggregation.py checks Eq. 3 to 9 by other ways to compute them. a_t = alpha_t, ab_t = a_1 .. a_t, ab_0 = 1:
+The formulas were reconstructed from the paper's prose, from Eq. 3 as others quote it, and by the
+derivations below; tests/test_aggregation.py verifies each by another way to compute it. With
+a_t = alpha_t and ab_t = a_1 .. a_t, ab_0 = 1:
 
-    Eq. 1 [r]  q(z_t, X | z_{t-1}) = q(z_t | z_{t-1}, X) prod_i q(x_i)                   the modalities independent, and of no time
-    Eq. 2 [r]  -ELBO = KL(q(z_T | z_0, X) || p(z_T))  +  sum_{t>1} KL(q(z_{t-1} | z_t, z_0, X) || p(z_{t-1} | z_t))
-                       + sum_t sum_i KL(q(x_i) || p(x_i | z_t))  -  log p(z_0 | z_1)
-    Eq. 3 [r]  q(z_t | z_{t-1}, X) = N(sqrt(a_t) (z_{t-1} + A_t), (1 - a_t) I)           A_t = sum_i w_t^i E_i(x_i)
-    Eq. 4 [r]  q(z_t | z_0, X) = N(sqrt(ab_t) z_0 + C_t, (1 - ab_t) I)                   C_t = sqrt(a_t) (C_{t-1} + A_t), C_0 = 0; Eq. 7
-    Eq. 5, 9   q(z_{t-1} | z_t, z_0, X) = N(mu_t, s2_t I)                                s2_t = (1 - ab_{t-1}) (1 - a_t) / (1 - ab_t)
-          [r]  mu_t = (sqrt(ab_{t-1}) (1 - a_t) z_0 + sqrt(a_t) (1 - ab_{t-1}) z_t + (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t) / (1 - ab_t)
-                    = (z_t - (1 - a_t) / sqrt(1 - ab_t) eps) / sqrt(a_t) - A_t           DDPM's and one more term (Remark 2)
-    Eq. 6 [r]  L = E || eps - eps_theta(z_t, t) ||^2 + lambda sum_i KL(q(x_i) || p_theta(x_i | z_t)),   lambda = 0.1
-    Eq. 8 [r]  sqrt(a_t) w_t = k (1 - sqrt(a_t))  =>  C_t = k (1 - sqrt(ab_t)) E: the mean goes from z_0 to k E. `interpolating`, below
+    Eq. 1      q(z_t, X | z_{t-1}) = q(z_t | z_{t-1}, X) prod_i q(x_i)
+    Eq. 2      -ELBO = KL(q(z_T | z_0, X) || p(z_T))
+                       + sum_{t>1} KL(q(z_{t-1} | z_t, z_0, X) || p(z_{t-1} | z_t))
+                       + sum_t sum_i KL(q(x_i) || p(x_i | z_t)) - log p(z_0 | z_1)
+    Eq. 3      q(z_t | z_{t-1}, X) = N(sqrt(a_t) (z_{t-1} + A_t), (1 - a_t) I)
+               A_t = sum_i w_t^i E_i(x_i)
+    Eq. 4, 7   q(z_t | z_0, X) = N(sqrt(ab_t) z_0 + C_t, (1 - ab_t) I)
+               C_t = sqrt(a_t) (C_{t-1} + A_t),  C_0 = 0
+    Eq. 5, 9   q(z_{t-1} | z_t, z_0, X) = N(mu_t, s2_t I)
+               s2_t = (1 - ab_{t-1}) (1 - a_t) / (1 - ab_t)
+               mu_t = (z_t - (1 - a_t) / sqrt(1 - ab_t) eps) / sqrt(a_t) - A_t
+    Eq. 6      L = mean over z_0, X, t and eps of
+                   || eps - eps_theta(z_t, t) ||^2 + lambda sum_i KL(q(x_i) || p_theta(x_i | z_t))
+    Eq. 8      sqrt(a_t) w_t^i = k (1 - sqrt(a_t))  =>  C_t = k (1 - sqrt(ab_t)) E_i (our reading)
 
-Eq. 2: as DDPM's, with every p and q joint with X. By Bayes q(z_t | z_{t-1}, X) = q(z_{t-1} | z_t, z_0, X) q(z_t | z_0, X) / q(z_{t-1} | z_0, X);
-the quotients of all t telescope to q(z_T | z_0, X), and Eq. 1's product leaves one KL of x_i a step. Without X it is DDPM's bound.
-Eq. 4: Lemma 3 adds the noises, a_t (1 - ab_{t-1}) + (1 - a_t) = 1 - ab_t; the means sqrt(a_t) (sqrt(ab_{t-1}) z_0 + C_{t-1} + A_t).
-Eq. 5: Lemma 4 multiplies N(z; sqrt(ab_{t-1}) z_0 + C_{t-1}, 1 - ab_{t-1}) by N(z_t; sqrt(a_t) (z + A_t), 1 - a_t), as functions of z.
-Why -A_t: put z_0 = (z_t - C_t - sqrt(1 - ab_t) eps) / sqrt(ab_t) into mu_t. Since C_t / sqrt(a_t) = C_{t-1} + A_t, the terms in E are
-(1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t - (1 - a_t) (C_{t-1} + A_t) = -(1 - ab_t) A_t, over 1 - ab_t.
-Appendix D [r]: E = grad log p(y | z_t), w_t = -s s2_t is classifier guidance of scale s; E = eps(y) - eps, w_t = s (1 - a_t) / sqrt(a_t (1 - ab_t))
-classifier-free guidance.
+E_i encodes x_i. ||.||^2 is a mean over channels and positions, to which lambda = 0.1 belongs.
 
-In y_t = z_t - C_t all of this is plain DDPM. So v, where the network predicts it, is DDPM's of y: v = sqrt(ab_t) eps - sqrt(1 - ab_t) z_0, without E,
-and a known x is no more than a shift; what changes is what the network sees, z_t, and that it predicts every x_i.
+Eq. 2. As DDPM's bound, with every p and q joint with X. By Bayes' rule, q(z_t | z_{t-1}, X) =
+q(z_{t-1} | z_t, z_0, X) q(z_t | z_0, X) / q(z_{t-1} | z_0, X). The quotients of all t telescope to
+q(z_T | z_0, X), and the product of Eq. 1 leaves one KL term of x_i at each step.
+Eq. 4. The noises add up (Lemma 3): a_t (1 - ab_{t-1}) + (1 - a_t) = 1 - ab_t. So do the means:
+sqrt(a_t) (sqrt(ab_{t-1}) z_0 + C_{t-1} + A_t).
+Eq. 5. Lemma 4 multiplies two Gaussians in z: N(z; sqrt(ab_{t-1}) z_0 + C_{t-1}, 1 - ab_{t-1}) and
+N(z_t; sqrt(a_t) (z + A_t), 1 - a_t). The mean of the product, times 1 - ab_t, is
+    sqrt(ab_{t-1}) (1 - a_t) z_0 + sqrt(a_t) (1 - ab_{t-1}) z_t
+    + (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t.
+Written with eps, only -A_t remains of X: put z_0 = (z_t - C_t - sqrt(1 - ab_t) eps) /
+sqrt(ab_t) into it. Since C_t / sqrt(a_t) = C_{t-1} + A_t, the terms in E are (1 - a_t) C_{t-1}
+- a_t (1 - ab_{t-1}) A_t - (1 - a_t) (C_{t-1} + A_t) = -(1 - ab_t) A_t (Remark 2).
+Appendix D. E = grad log p(label | z_t) with w_t = -g s2_t is classifier guidance of scale g; E =
+eps(label) - eps with w_t = g (1 - a_t) / sqrt(a_t (1 - ab_t)) is classifier-free guidance.
 
-    Algorithm 1 [r]   z_T = C_T + noise; t = T..1: eps, {x_i} = net(z_t), x_i as given where it is; z_{t-1} = mu_t + sqrt(s2_t) noise: `sample`
-    Algorithm 2 [r]   draw (z_0, X), t, eps; C_t by the encoders, without gradient; z_t; one forward pass; a step on L: `joint_loss`
+In y_t = z_t - C_t all of this is plain DDPM. So v, where the network predicts it, is DDPM's of y,
+and a known x is no more than a shift. What changes is what the network sees, z_t, and that it
+predicts every x_i.
 
-The paper's variants: -U sees z_t alone, -X x beside it (`widen`); -M finds the label in the middle block, -E by a classifier; starred ones train
-some samples without x (`given`, `DROP`).
+The paper's variants: -U sees z_t alone, -X sees x beside it (`widen`). -M reads the label off the
+middle block, -E by a classifier. Starred ones train some samples without x.
 
-    python aggregation.py                  draws the forward process with and without aggregation, and prints coefficients
+What each task of data.TASKS means by z_0; x; E(x); head:
 
-Here t runs over 0..T-1 as in diffusion.py: alpha_bar[t] is ab_{t+1}, and t = -1 means clean. Letters: B batch, C channels, H W latent or
-picture, M modalities, T timesteps, K classes, D width of a representation.
+    translate   an emoji as Twitter draws it; as Google does; x itself; a copy of the output block
+    masked      a picture; it with square patches set to zero; x itself; the same without SiLU
+    label       a picture; its category; the U-Net reading the category's name (on pixels, its
+                class embedding); a linear layer on the middle block, or a classifier
+    repr        a picture; a vector of its caption or of the picture; the U-Net reading it as one
+                token; two layers on the middle block
+
+    python aggregation.py       draws the forward process with and without aggregation
+
+In code t runs over 0..T-1 as in diffusion.py: alpha_bar[t] is ab_{t+1}, and t = -1 means clean.
+Letters: B batch, C channels, H W latent or picture, M modalities, T timesteps, K classes, D width.
 """
 import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import adm
-from diffusion import learned_variance, randn
-from folders import HelpFormatter, UserError, blaming, command, save_weights
+from diffusion import randn, seeded
+from hub import Parser, UserError, command, replacing
 from unet import Cond, sinusoidal
 
-LAMBDA = 0.1  # Eq. 6
-DROP = 0.1    # [r] share of samples that train pure generation, without x, in the starred variants; the paper names no number
+LAMBDA = 0.1  # the weight of the heads in Eq. 6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights w_t. The paper's are not in the text, but that they are small "when t is small"; weights of order 1 would drown the unit noise
+# -------------------------------------------------------------------------------------------------
+# The weights w_t. The paper does not print them; its prose suggests that they are small "when t is
+# small". Weights of order 1 would drown the unit noise. The functions below are our choices.
+
+def on_cpu(numbers):
+    """Numbers -> a float64 tensor on the CPU, also where new tensors are made on another device."""
+    return torch.as_tensor(numbers, dtype=torch.float64, device="cpu").detach()
+
 
 def alphas(alpha_bar):
-    """alpha_bar (T,) -> a_t, ab_{t-1}, both (T,) in float64 on the CPU."""
-    ab = torch.as_tensor(alpha_bar).detach().cpu().double()
-    before = torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
+    """alpha_bar (T,) -> a_t and ab_{t-1}, both (T,) in float64 on the CPU."""
+    ab = on_cpu(alpha_bar)
+    before = torch.cat([ab.new_ones(1), ab[:-1]])
     return ab / before, before
 
 
 def vanishing(alpha_bar, k=1.0):
-    """w_t = k ab_{t-1} (1 - sqrt(a_t))  =>  c_t = k sqrt(ab_t) (1 - sqrt(ab_t)): zero at both ends, at most k/4; sampling starts from noise."""
+    """w_t = k ab_{t-1} (1 - sqrt(a_t)), so that c_t = k sqrt(ab_t) (1 - sqrt(ab_t)).
+
+    It is zero at both ends of a process that ends in pure noise, and at most k / 4. Where ab_T is
+    not quite zero, as with Stable Diffusion's betas, sampling starts from noise and a little of E.
+    """
     a, before = alphas(alpha_bar)
     return k * before * (1 - a.sqrt())
 
 
 def interpolating(alpha_bar, k=1.0):
-    """w_t = k (1 - sqrt(a_t)) / sqrt(a_t)  =>  c_t = k (1 - sqrt(ab_t)), Eq. 8. For x that are always given: sampling starts from k E."""
+    """w_t = k (1 - sqrt(a_t)) / sqrt(a_t), so that c_t = k (1 - sqrt(ab_t)): Eq. 8.
+
+    The mean goes from z_0 to k E. This is for x that is always known: sampling starts from k E.
+    """
     a, _ = alphas(alpha_bar)
     return k * (1 - a.sqrt()) / a.sqrt()
 
 
-def first(alpha_bar, k=1.0):
-    """w_1 = k alone  =>  c_t = k sqrt(ab_t): DDPM of z_0 + k E."""
-    w = torch.zeros_like(alphas(alpha_bar)[0])
-    w[0] = k
-    return w
-
-
 def zero(alpha_bar, k=1.0):
-    """DDPM, with heads or without; k has no effect."""
+    """w_t = 0: DDPM, with heads or without. The control without aggregation."""
     return torch.zeros_like(alphas(alpha_bar)[0])
 
 
-def designed(alpha_bar, c):
-    """The weights w_t = c_t / sqrt(a_t) - c_{t-1} of wanted coefficients c (T,), which at alpha_bar = 0 are 0."""
-    a, _ = alphas(alpha_bar)
-    c = torch.as_tensor(c).double()
-    return torch.where((a == 0) & (c == 0), 0.0, c / a.sqrt()) - torch.cat([c.new_zeros(1), c[:-1]])
+SCHEDULES = {schedule.__name__: schedule for schedule in (vanishing, interpolating, zero)}
 
 
-SCHEDULES = {f.__name__: f for f in (vanishing, interpolating, first, zero)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The process
 
 class Aggregation:
-    """The equations; `transition` and `posterior_from_eps` are for reading, sampling needs `posterior` alone.
+    """The equations of the forward process and its posterior.
 
-    alpha_bar (T,) decreasing; weights: (M, T), or M rows, each T numbers or any function of alpha_bar that returns them.
+    alpha_bar (T,), decreasing. weights: (M, T), or M rows, each T numbers or a function of
+    alpha_bar that returns them.
 
-    Tensors may be of any floating type; arithmetic and results are in fp32, or float64 for float64. z (B, C, H, W), E (M, B, C, H, W), zeros
-    for what is unknown, t a number or (B,). std and var come as (B or 1, 1, 1, 1).
+    Tensors may be of any floating type; coefficients are computed in float64, results are in fp32
+    (in float64 for float64). z is (B, C, H, W), E is (M, B, C, H, W) with zeros for what is
+    unknown, t is a number or (B,). std and var come as (B or 1, 1, 1, 1).
     """
 
     def __init__(self, alpha_bar, weights):
         a, _ = alphas(alpha_bar)
-        T, ab = len(a), torch.cat([a.new_ones(1), torch.as_tensor(alpha_bar).detach().cpu().double()])
-        w = [torch.as_tensor(row(alpha_bar) if callable(row) else row).detach().cpu().double() for row in weights]
-        if not ((ab.diff() < 0).all() and ab[-1] >= 0):
+        T = len(a)
+        ab = on_cpu(alpha_bar)
+        rows = [row(alpha_bar) if callable(row) else row for row in weights]
+        rows = [on_cpu(row) for row in rows]
+        self.ab = torch.cat([ab.new_ones(1), ab])                             # (T + 1,)
+        if not ((self.ab.diff() < 0).all() and self.ab[-1] >= 0):
             raise UserError("aggregation: alpha_bar must decrease, from below 1 to 0 or above")
-        if not w or any(row.shape != (T,) or not row.isfinite().all() for row in w):
-            raise UserError(f"aggregation: a modality's weights are {T} finite numbers, one a timestep (interpolating has none where betas end in "
-                            "pure noise)")
-        self.ab, self.w = ab, torch.cat([a.new_zeros(len(w), 1), torch.stack(w)], dim=1)    # (T + 1,) and (M, T + 1), row t + 1 is t
-        self.c = torch.zeros_like(self.w)                                                   # C_t = sum_i c_t^i E_i(x_i)
+        if not rows or any(row.shape != (T,) or not row.isfinite().all() for row in rows):
+            raise UserError(f"aggregation: the weights of a modality are {T} finite numbers, one a "
+                            "timestep (interpolating has none where betas end in pure noise)")
+        # Column t + 1 of the tables is timestep t, column 0 is clean.
+        self.w = torch.cat([ab.new_zeros(len(rows), 1), torch.stack(rows)], dim=1)  # (M, T + 1)
+        self.c = torch.zeros_like(self.w)                             # C_t = sum_i c_t^i E_i(x_i)
         for t in range(T):
-            self.c[:, t + 1] = a[t].sqrt() * (self.c[:, t] + self.w[:, t + 1])
+            self.c[:, t + 1] = a[t].sqrt() * (self.c[:, t] + self.w[:, t + 1])     # Eq. 4, 7
 
     def to(self, device):
-        for name in ("ab", "w", "c"):
-            setattr(self, name, getattr(self, name).to(device, torch.float32 if torch.device(device).type == "mps" else None))  # mps has no float64
+        # MPS has no float64.
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.ab = self.ab.to(device, dtype)
+        self.w = self.w.to(device, dtype)
+        self.c = self.c.to(device, dtype)
         return self
 
     def at(self, table, t):
-        """Timestep t of a table (.., T + 1) -> (.., B or 1, 1, 1, 1)"""
+        """Timestep t of a table (.., T + 1) -> (.., B or 1, 1, 1, 1)."""
         t = torch.as_tensor(t, device=table.device).reshape(-1)
         return table.index_select(-1, t + 1)[..., None, None, None]
 
     def between(self, t, r=None):
-        """-> ab_t, ab_r and a = ab_t / ab_r, the product of the alphas after r up to t; r is t - 1 if not given."""
-        ab, before = self.at(self.ab, t), self.at(self.ab, t - 1 if r is None else r)
+        """-> ab_t, ab_r and a = ab_t / ab_r, the product of the alphas after r (default t - 1)."""
+        ab = self.at(self.ab, t)
+        before = self.at(self.ab, t - 1 if r is None else r)
         return ab, before, ab / before
 
     def aggregate(self, E, t, table=None):
-        """C_t = sum_i c_t^i E_i (B, C, H, W); with the table w, A_t."""
+        """C_t = sum_i c_t^i E_i -> (B, C, H, W). With the table w: A_t."""
         if E.dim() != 5 or len(E) != len(self.c):
             raise ValueError(f"E is (M, B, C, H, W) with M = {len(self.c)}, not {tuple(E.shape)}")
         return (like(self.at(self.c if table is None else table, t), E) * E).sum(0)
 
     def transition(self, z, E, t):
-        """Eq. 3: z = z_{t-1} -> mean, std of z_t."""
+        """Eq. 3: z = z_{t-1} -> mean, std of z_t. Training and sampling need only its sums."""
         _, _, a = self.between(t)
-        return like(a.sqrt(), z) * (z + self.aggregate(E, t, self.w)), like((1 - a).sqrt(), z)
+        mean = like(a.sqrt(), z) * (z + self.aggregate(E, t, self.w))
+        return mean, like((1 - a).sqrt(), z)
 
     def marginal(self, z0, E, t):
         """Eq. 4 -> mean, std of z_t."""
         ab = self.at(self.ab, t)
-        return like(ab.sqrt(), z0) * z0 + self.aggregate(E, t), like((1 - ab).sqrt(), z0)
+        mean = like(ab.sqrt(), z0) * z0 + self.aggregate(E, t)
+        return mean, like((1 - ab).sqrt(), z0)
 
     def start(self, E, noise, t=None):
-        """The terminal law N(C_T, I), from which sampling starts: C_T + noise, or C_t where the first step visited is t < T - 1."""
-        return self.aggregate(E, self.ab.shape[0] - 2 if t is None else t) + noise
+        """Where sampling starts: z_T = C_T + noise, or C_t + noise where t < T - 1 comes first."""
+        return self.aggregate(E, len(self.ab) - 2 if t is None else t) + noise
 
     def posterior(self, z0, zt, E, t, r=None):
-        """Eq. 5, 9 -> mean, var of z_{t-1}, or of z_r for any r < t. DDPM's Eq. 7 of y_t, and C_r: Eq. 9's terms in E are C_r less
-        sqrt(a) (1 - ab_r) / (1 - ab_t) C_t. Where r < t - 1, a is the product of the alphas between."""
+        """Eq. 5, 9 -> mean, var of z_{t-1}, or of z_r for any r < t.
+
+        It is DDPM's Eq. 7 of y_t = z_t - C_t, and then C_r is added. Where r < t - 1, a is the
+        product of the alphas between.
+        """
         r = t - 1 if r is None else r
         ab, before, a = self.between(t, r)
-        from_z0, from_y = before.sqrt() * (1 - a) / (1 - ab), a.sqrt() * (1 - before) / (1 - ab)
-        mean = like(from_z0, zt) * z0 + like(from_y, zt) * (zt - self.aggregate(E, t)) + self.aggregate(E, r)
+        from_z0 = like(before.sqrt() * (1 - a) / (1 - ab), zt)
+        from_y = like(a.sqrt() * (1 - before) / (1 - ab), zt)
+        mean = from_z0 * z0 + from_y * (zt - self.aggregate(E, t)) + self.aggregate(E, r)
         return mean, like((1 - before) * (1 - a) / (1 - ab), zt)
 
     def posterior_from_eps(self, zt, eps, E, t):
-        """Eq. 5, 9 by the noise -> mean, var of z_{t-1}: DDPM's Eq. 11, less A_t. For alpha_bar_t > 0."""
+        """Eq. 5, 9 by the noise -> mean, var of z_{t-1}: DDPM's Eq. 11, less A_t; ab_t > 0.
+
+        This is the form that the paper prints. `sample` uses `posterior`, which is equal to it and
+        also steps over several timesteps.
+        """
         ab, before, a = self.between(t)
-        mean = like(1 / a.sqrt(), zt) * zt - like((1 - a) / (a * (1 - ab)).sqrt(), zt) * eps - self.aggregate(E, t, self.w)
+        mean = like(1 / a.sqrt(), zt) * zt - like((1 - a) / (a * (1 - ab)).sqrt(), zt) * eps
+        mean = mean - self.aggregate(E, t, self.w)
         return mean, like((1 - before) * (1 - a) / (1 - ab), zt)
 
     def ddim_step(self, zt, eps, E, t, r, sigma=0.0, noise=None, z0=None):
-        """DDIM Eq. 12 for y_t (the paper has DDPM alone) -> z_r for any r < t; without `noise` its mean. sigma 0 is deterministic, sigma^2 =
-        `posterior`'s var is DDPM. z0: where it does not follow from eps: at alpha_bar_t = 0, or clipped."""
+        """DDIM Eq. 12 for y_t -> z_r for any r < t; without `noise` its mean.
+
+        sigma = 0 is deterministic, and sigma^2 = `posterior`'s var is DDPM, the paper's only
+        sampler. z0: where it does not follow from eps, at ab_t = 0 or when it was clipped.
+        """
         ab, before, _ = self.between(t, r)
         if z0 is None:
-            z0 = like(1 / ab.sqrt(), zt) * (zt - self.aggregate(E, t)) - like(((1 - ab) / ab).sqrt(), zt) * eps
-        direction = (1 - before - torch.as_tensor(sigma).to(before) ** 2).clamp(min=0).sqrt()
+            y = zt - self.aggregate(E, t)
+            z0 = like(1 / ab.sqrt(), zt) * y - like(((1 - ab) / ab).sqrt(), zt) * eps
+        sigma2 = torch.as_tensor(sigma).to(before) ** 2
+        direction = (1 - before - sigma2).clamp(min=0).sqrt()
         mean = like(before.sqrt(), zt) * z0 + self.aggregate(E, r) + like(direction, zt) * eps
         return mean if noise is None else mean + sigma * noise.to(mean.dtype)
 
     def to_z0_eps(self, diffusion, prediction, zt, E, t):
-        """What the network predicts at z_t, the noise or v, -> z_0, eps: diffusion's conversion, of y_t = z_t - C_t. t (B,)"""
+        """The network's prediction at z_t, noise or v -> z_0, eps: diffusion's, of y_t. t (B,)"""
         return diffusion.to_x0_eps(prediction, zt - self.aggregate(E, t), t)
 
 
 def like(coefficient, z):
-    """A coefficient computed in float64, for z."""
+    """Cast a coefficient that was computed in float64 to the type that z computes in."""
     return coefficient.to(z.device, torch.promote_types(z.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoders x -> E(x) (B, C, H, W), without parameters of their own. A picture's is the identity, for x in the space of z: pixels, or latents
-# of the frozen VAE (data.Encoder), which are then also what its head predicts
-
-@torch.no_grad()
-def unet_encoding(unet, z, context=None, added=None):
-    """E(x) = U-Net(0, t = 0, x), its prediction -> (B, C, H, W); z: any tensor of that shape. x enters by cross-attention, context (B, S, D):
-    a label's text states, or a representation as one token, x[:, None]; in an adm.UNet2D, which has none, as added={"class_labels": (B,)}.
-
-    Training encodes with the weights of the moment, sampling with the averaged ones.
-    """
-    B, C = z.shape[:2]
-    zeros = torch.zeros(B, unet.config["in_channels"], *z.shape[2:], device=z.device, dtype=unet.conv_out.weight.dtype)
-    return unet(zeros, torch.zeros(B, device=z.device, dtype=torch.long), context, added=added)[:, :C]
-
-
-def each_class_once(encode, labels):
-    """encode(classes (n,)) -> (n, C, H, W); labels (B,) -> E (B, C, H, W), each class that occurs encoded once."""
-    classes, rows = labels.unique(return_inverse=True)
-    return encode(classes).index_select(0, rows)
-
-
-def expected(table, x):
-    """All classes' encodings (K, C, H, W) and labels x, (B,) or probabilities (B, K) -> E (B, C, H, W). mu_t is linear in eps and E, so their
-    means give its mean over p(z_0, x | z_t)."""
-    return table.index_select(0, x) if x.dim() == 1 else torch.einsum("bk,kchw->bchw", x.to(table.dtype), table)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads p_theta(x_i | z_t). features: the U-Net's "mid" and "up", and "picture", the z_0 that its output stands for
+# -------------------------------------------------------------------------------------------------
+# Heads p_theta(x_i | z_t). They read features of the U-Net: "mid" and "up", the outputs of its
+# middle and of its last block, and "picture", the z_0 that its output stands for.
 
 class ImageHead(nn.Module):
-    """A copy of the U-Net's output block; that of the masked pictures is described without SiLU."""
+    """A copy of the U-Net's output block; for masked pictures the paper has no SiLU in it."""
     probabilities = False
 
     def __init__(self, unet, channels, silu=True):
         super().__init__()
-        self.norm, self.conv, self.silu = copy.deepcopy(unet.conv_norm_out), copy.deepcopy(unet.conv_out), silu
-        self.conv.weight, self.conv.bias = (nn.Parameter(p.detach()[:channels].clone()) for p in (self.conv.weight, self.conv.bias))
-        self.conv.out_channels = channels                        # without those that tell a variance
+        self.norm = copy.deepcopy(unet.conv_norm_out)
+        self.conv = copy.deepcopy(unet.conv_out)
+        self.silu = silu
+        # Only the first channels: ADM's others describe a variance.
+        self.conv.weight = nn.Parameter(self.conv.weight.detach()[:channels].clone())
+        self.conv.bias = nn.Parameter(self.conv.bias.detach()[:channels].clone())
+        self.conv.out_channels = channels
 
-    def forward(self, features, t):                              # -> (B, C, H, W)
+    def forward(self, features, t):                                          # -> (B, C, H, W)
         h = self.norm(features["up"])
         return self.conv(F.silu(h) if self.silu else h)
 
 
 class LinearHead(nn.Module):
-    """MT-Diffusion-M: one linear layer on the middle block, averaged over positions [r]."""
+    """MT-Diffusion-M: one linear layer on the middle block, averaged over positions (ours)."""
     probabilities = True
 
     def __init__(self, unet, channels, classes):
         super().__init__()
-        self.linear = nn.Linear(unet.config["block_out_channels"][-1], classes)
+        self.linear = nn.Linear(unet.config["block_out_channels"][-1], len(classes))
 
-    def forward(self, features, t):                              # -> (B, K)
+    def forward(self, features, t):                                          # -> (B, K) logits
         return self.linear(features["mid"].mean(dim=(2, 3)))
 
 
 class VectorHead(nn.Module):
-    """Two layers on the middle block, averaged over positions [r]; the paper's width is 1024."""
+    """Two layers on the middle block, averaged over positions; the paper's width is 1024."""
     probabilities = False
 
     def __init__(self, unet, channels, width=1024):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(unet.config["block_out_channels"][-1], width), nn.ReLU(), nn.Linear(width, width))
+        inner = unet.config["block_out_channels"][-1]
+        self.net = nn.Sequential(nn.Linear(inner, width), nn.ReLU(), nn.Linear(width, width))
 
-    def forward(self, features, t):                              # -> (B, D)
+    def forward(self, features, t):                                          # -> (B, D)
         return self.net(features["mid"].mean(dim=(2, 3)))
 
 
 class Classifier(nn.Module):
-    """MT-Diffusion-E: guided-diffusion's classifier, the encoder half of ADM's U-Net and attention pooling, on the U-Net's output: on the picture
-    that can be reconstructed from it [r]. guided-diffusion's is 128 wide, 4 deep."""
+    """MT-Diffusion-E: guided-diffusion's classifier on the z_0 that the U-Net's output stands for.
+
+    It is the encoder half of ADM's U-Net with attention pooling; guided-diffusion's is 128 wide
+    and 4 deep. The paper puts it on "the output". Our reading is the picture that the output and
+    z_t stand for, z_0 + C_t / sqrt(ab_t): without x nobody can take C_t away.
+    """
     probabilities = True
 
     def __init__(self, unet, channels, classes, width=128, depth=4):
         super().__init__()
-        C, size, self.width, self.heads = 4 * width, unet.config["sample_size"], width, 4 * width // min(width, 64)
+        import adm
+        C = 4 * width
+        size = unet.config["sample_size"]
         net = adm.UNet2D(adm.CONFIGS["adm"] | dict(
-            block_out_channels=(width, 2 * width, 3 * width, C), layers_per_block=depth, attention_head_dim=min(width, 64),
-            in_channels=channels, sample_size=size, num_class_embeds=None))
-        self.conv_in, self.time_embedding, self.down_blocks, self.mid_block = net.conv_in, net.time_embedding, net.down_blocks, net.mid_block
-        self.norm, self.qkv, self.out = nn.GroupNorm(32, C), nn.Linear(C, 3 * C), nn.Linear(C, classes)
-        self.position = nn.Parameter(torch.randn((size // net.multiple) ** 2 + 1, C) / C ** 0.5)
+            block_out_channels=(width, 2 * width, 3 * width, C), layers_per_block=depth,
+            attention_head_dim=min(width, 64), in_channels=channels, sample_size=size,
+            num_class_embeds=None))
+        self.width = width
+        self.num_heads = C // min(width, 64)
+        self.conv_in = net.conv_in
+        self.time_embedding = net.time_embedding
+        self.down_blocks = net.down_blocks
+        self.mid_block = net.mid_block
+        self.norm = nn.GroupNorm(32, C)
+        self.qkv = nn.Linear(C, 3 * C)
+        self.out = nn.Linear(C, len(classes))
+        positions = (size // net.multiple) ** 2 + 1
+        self.position = nn.Parameter(torch.randn(positions, C) / C ** 0.5)
+        for module in self.modules():
+            # DTR routes the U-Net, and not what reads it.
+            vars(module).pop("routable_channels", None)
 
-    def forward(self, features, t):                              # -> (B, K)
-        cond = Cond(self.time_embedding(sinusoidal(t, self.width).to(self.norm.weight.dtype)), None, t, None, None, None)
-        x = self.conv_in(features["picture"].to(self.norm.weight.dtype), cond)
+    def forward(self, features, t):                                          # -> (B, K) logits
+        dtype = self.norm.weight.dtype
+        temb = self.time_embedding(sinusoidal(t, self.width).to(dtype))
+        cond = Cond(temb, None, t, None, None, None)
+        x = self.conv_in(features["picture"].to(dtype), cond)
         for block in self.down_blocks:
-            x, _ = block(x, cond, lambda module, *inputs: module(*inputs))
-        x = F.silu(self.norm(self.mid_block(x, cond, lambda module, *inputs: module(*inputs)))).flatten(2).transpose(1, 2)  # (B, L, C)
+            x = block(x, cond, [])                                           # skips lead nowhere
+        x = F.silu(self.norm(self.mid_block(x, cond)))
+        x = x.flatten(2).transpose(1, 2)                                     # (B, L, C)
         if len(self.position) != 1 + x.shape[1]:
-            raise UserError("the classifier reads only pictures of the size that it was made for")
+            raise UserError("the classifier reads only pictures of the size it was made for")
+        # The query is the mean over all positions; keys and values are all of them.
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.position
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, heads, 1 + L, C/heads)
-        return self.out(F.scaled_dot_product_attention(q[:, :, :1], k, v).flatten(1))      # the mean asks all positions
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        pooled = F.scaled_dot_product_attention(q[:, :, :1], k, v)       # (B, heads, 1, C/heads)
+        return self.out(pooled.flatten(1))
 
 
 HEADS = {"image": ImageHead, "linear": LinearHead, "classifier": Classifier, "vector": VectorHead}
+# The heads that suit a modality, the default first.
+HEADS_OF = {"source": ("image",), "masked": ("image",), "label": ("linear", "classifier"),
+            "repr": ("vector",)}
 
 
 class Heads(nn.ModuleDict):
-    """A head a modality, in the order of E's rows. modalities: name -> dict(kind=, a name in HEADS; weights=, one in SCHEDULES, and its k=;
-    options of the kind). channels: of z."""
+    """One head a modality, in the order of E's rows, and the process that they belong to.
 
-    def __init__(self, unet, modalities, channels):
+    modalities: name -> dict(kind=, a name in HEADS; weights=, a name in SCHEDULES, and its k=;
+    options of that kind of head). channels: of z. `diffusion` tells what the network predicts.
+    """
+
+    def __init__(self, unet, modalities, channels, diffusion):
         super().__init__()
-        self.config = dict(channels=channels, modalities={})
-        for name, asked in modalities.items():
-            with blaming(f"modality {name}"):
-                m = dict(weights="vanishing", k=1.0) | asked
-                if m.get("kind") not in HEADS or m["weights"] not in SCHEDULES:
-                    raise UserError(f"modality {name}: {asked}; the kinds are {', '.join(HEADS)}, the weights {', '.join(SCHEDULES)}")
-                self[name] = HEADS[m["kind"]](unet, channels, **{key: value for key, value in m.items() if key not in ("kind", "weights", "k")})
-            self.config["modalities"][name] = m
-        self.to(unet.conv_out.weight).requires_grad_(True)
+        self.channels = channels
+        self.diffusion = diffusion
+        schedules = []
+        for name, m in modalities.items():
+            options = {k: v for k, v in m.items() if k not in ("kind", "weights", "k")}
+            self[name] = HEADS[m["kind"]](unet, channels, **options)
+            schedules.append(SCHEDULES[m["weights"]](diffusion.alpha_bar, m["k"]))
+        self.process = Aggregation(diffusion.alpha_bar, schedules)
 
     def forward(self, features, t):
+        """What the U-Net computed at z_t -> {modality: its head's output}."""
+        if any(isinstance(head, Classifier) for head in self.values()):
+            # Of z_t, not of z_t - C_t, which would give x away.
+            z = features["z"][:, :self.channels]
+            features["picture"], _ = self.diffusion.to_x0_eps(features["out"], z, t)
         return {name: head(features, t) for name, head in self.items()}
 
-    def aggregation(self, alpha_bar):
-        return Aggregation(alpha_bar, [SCHEDULES[m["weights"]](alpha_bar, m["k"]) for m in self.config["modalities"].values()])
 
-    def save_pretrained(self, folder, dtype=None):
-        save_weights(self, folder, {"_class_name": "Heads", **self.config}, dtype=dtype)
+def add_heads(unet, modalities, channels, diffusion):
+    """Give a U-Net the heads of MT-Diffusion, in place, and return it.
 
-
-def add_heads(unet, modalities, channels):
-    """-> Heads for a U-Net, whose config.json records them under "aggregation"; add_heads(unet, **that) and load_weights make them again."""
+    Its forward then returns the prediction and {modality: output}. config.json records the heads
+    under "aggregation"; add_heads(unet, **config["aggregation"], diffusion=...) makes them again.
+    """
     if "aggregation" in unet.config:
-        raise UserError(f"this U-Net has heads already: {', '.join(unet.config['aggregation']['modalities'])}")
-    heads = Heads(unet, modalities, channels)
-    unet.config["aggregation"] = heads.config
-    unet.config.setdefault("_class_name", f"Joint{type(unet).__name__}")  # so that no other loader opens the folder and draws wrong pictures
-    return heads
-
-
-def widen(unet, channels):
-    """MT-Diffusion-X, eps_theta(z_t, t, x): input channels for x beside z_t, in place; their weights start at zero, so the network is what it was.
-    For pure generation x is all zeros."""
-    old = unet.conv_in
-    unet.conv_in = copy.deepcopy(old)
-    unet.conv_in.weight = nn.Parameter(torch.cat([old.weight.detach(), old.weight.new_zeros(len(old.weight), channels, 3, 3)], dim=1))
-    unet.conv_in.in_channels = unet.config["in_channels"] = old.in_channels + channels
+        names = ", ".join(unet.config["aggregation"]["modalities"])
+        raise UserError(f"this U-Net has heads already: {names}")
+    heads = Heads(unet, modalities, channels, diffusion)
+    unet.heads = heads.to(unet.conv_out.weight).requires_grad_(True)
+    unet.config["aggregation"] = dict(modalities=modalities, channels=channels)
+    # With a class name of its own, no other loader opens the folder and draws wrong pictures.
+    name = unet.config.get("_class_name", type(unet).__name__)
+    unet.config["_class_name"] = f"Joint{name}"
     return unet
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and sampling. network(z_t, t) -> prediction, features, as U-Nets return with return_features; it closes over its conditions
+def widen(unet, channels):
+    """MT-Diffusion-X, eps_theta(z_t, t, x): add input channels for x beside z_t, in place.
 
-def decode(diffusion, network, heads, z, t):
-    """One forward pass -> prediction, {modality: its head's output}."""
-    prediction, features = network(z, t)
-    picture, _ = diffusion.to_x0_eps(prediction, z, t)  # of z, not of z - C_t, which would tell x
-    return prediction, heads({**features, "picture": picture}, t)
+    Their weights start at zero, so the network is what it was. In pure generation x is all zeros.
+    """
+    old = unet.conv_in
+    unet.conv_in = copy.deepcopy(old)
+    extra = old.weight.new_zeros(len(old.weight), channels, 3, 3)
+    unet.conv_in.weight = nn.Parameter(torch.cat([old.weight.detach(), extra], dim=1))
+    unet.conv_in.in_channels = old.in_channels + channels
+    unet.config["in_channels"] = old.in_channels + channels
+    return unet
 
+
+def reads_x(unet):
+    """Whether x enters beside z_t, the paper's -X."""
+    return unet.config["in_channels"] > unet.config["aggregation"]["channels"]
+
+
+def prepare(model, task, modality, *, head=None, input="z", weights="vanishing", k=1.0, classes=()):
+    """Attach MT-Diffusion to a model that draws pictures from text, or from nothing.
+
+    head: a name in HEADS_OF[modality], by default the first. input: "z" (-U) or "x" (-X).
+    classes: the names of the label's classes. A model that has these heads already stays as it is.
+    """
+    unet = model.unet
+    config = dict(kind=head or HEADS_OF[modality][0], weights=weights, k=k)
+    if config["kind"] not in HEADS_OF[modality]:
+        raise UserError(f"--head {head}: the heads of {task} are {', '.join(HEADS_OF[modality])}")
+    if input == "x" and config["kind"] != "image":
+        raise UserError("--input x puts a picture beside z_t, and the other modality of "
+                        f"{task} is none")
+    width = unet.config.get("cross_attention_dim")
+    if task == "masked":
+        config["silu"] = False
+    if task == "label":
+        config["classes"] = list(classes)
+    if config["kind"] == "classifier":
+        # As deep as the U-Net, and no wider than guided-diffusion's.
+        first = unet.config["block_out_channels"][0]
+        config["width"] = min(128, max(32, first // 64 * 32))
+        config["depth"] = unet.config["layers_per_block"]
+    if task == "repr":
+        config["width"] = width
+    if unet.heads is not None:
+        if unet.config["aggregation"]["modalities"] != {modality: config} or (
+                reads_x(unet) != (input == "x")):
+            raise UserError(f"{model.path} has other heads, weights or inputs: "
+                            f"{unet.config['aggregation']['modalities']}")
+        return
+    if model.tasks not in (["t2i"], ["uncond"]):
+        raise UserError(f"{task} starts from a model that draws from text or from nothing, and "
+                        f"{model.path} knows {', '.join(model.tasks)}")
+    if task == "repr" and (width is None or vectors(model, [""]).shape[1] != width):
+        raise UserError("repr enters as one token of the U-Net's cross-attention: it needs a text "
+                        "encoder whose pooled state is as wide")
+    if task == "label" and not model.texts and (
+            unet.config["num_class_embeds"] != len(classes) + 1):
+        raise UserError("label enters a model on pixels by its class embedding, which this one "
+                        "lacks or has for other classes: use --model scratch")
+    channels = model.vae.config["latent_channels"]
+    if input == "x":
+        widen(unet, channels)
+    add_heads(unet, {modality: config}, channels, model.diffusion)
+
+
+# -------------------------------------------------------------------------------------------------
+# Encoders x -> E(x) (B, C, H, W), without parameters of their own. A picture, in the space of z,
+# is its own encoding. Everything else is read by the U-Net itself: E(x) = U-Net(0, t = 0, x).
+
+class Known(NamedTuple):
+    """What training knows of one modality."""
+    x: torch.Tensor      # pictures in the space of z (B, C, h, w), classes (B,), vectors (B, D)
+    E: torch.Tensor      # its encoding (B, C, h, w)
+    given: torch.Tensor  # (B,) of 0 and 1: samples with 0 train as if x were not there
+
+
+def predictor(net, unet, known, context, added):
+    """-> predict(z_t, t) -> prediction, {modality: output}, for `loss` and `sample`.
+
+    net: the U-Net, or what wraps it. known: {modality: Known}, of which -X reads x beside z_t; a
+    sample whose x is not given reads zeros. With a class embedding, z_t itself has no class.
+    """
+    beside = None
+    if reads_x(unet):
+        ((x, _, given),) = known.values()
+        beside = x * given[:, None, None, None]
+
+    def predict(z, t):
+        conditions = added
+        if unet.config.get("num_class_embeds"):
+            none = torch.full((len(z),), unet.config["num_class_embeds"] - 1, device=z.device)
+            conditions = dict(class_labels=none)
+        if beside is not None:
+            z = torch.cat([z, beside.to(z.dtype)], dim=1)
+        return net(z.to(unet.conv_out.weight.dtype), t, context, added=conditions)
+    return predict
+
+
+@torch.no_grad()
+def unet_encoding(unet, shape, context=None, added=None):
+    """E(x) = U-Net(0, t = 0, x) -> (B, C, h, w), by its prediction; shape: (C, h, w).
+
+    x enters by cross-attention as context (B, S, D), or as a class embedding by `added`. Training
+    encodes with the weights of the moment, sampling with the averaged ones.
+    """
+    weight = unet.conv_out.weight
+    B = len(context) if context is not None else len(added["class_labels"])
+    zeros = weight.new_zeros(B, unet.config["in_channels"], *shape[1:])
+    context = None if context is None else context.to(weight)
+    out = unet(zeros, torch.zeros(B, device=weight.device, dtype=torch.long), context, added=added)
+    out = out if torch.is_tensor(out) else out[0]
+    return out[:, :shape[0]].float()
+
+
+def encode_classes(model, numbers, shape):
+    """Classes (n,) -> E (n, C, h, w), from their names or, on pixels, the class embedding."""
+    if not model.texts:
+        return unet_encoding(model.unet, shape, added={"class_labels": numbers})
+    modality = model.unet.config["aggregation"]["modalities"]["label"]
+    names = [modality["classes"][number] for number in numbers.tolist()]
+    context, pooled = model.encode_text(names)
+    factor = model.vae.factor
+    added = model.added(pooled, shape[1] * factor, shape[2] * factor)
+    return unet_encoding(model.unet, shape, context, added)
+
+
+def encode_vectors(model, x, shape):
+    """Vectors (B, D) -> E (B, C, h, w); each enters as one token."""
+    _, pooled = model.encode_text([""])
+    pooled = None if pooled is None else pooled.expand(len(x), -1)
+    factor = model.vae.factor
+    added = model.added(pooled, shape[1] * factor, shape[2] * factor)
+    return unet_encoding(model.unet, shape, x[:, None], added)
+
+
+def encode_labels(model, labels, shape):
+    """Labels (B,) -> E (B, C, h, w). Each class that occurs is encoded once."""
+    classes, rows = labels.unique(return_inverse=True)
+    return encode_classes(model, classes, shape).index_select(0, rows)
+
+
+def expected_encoding(table, probabilities):
+    """All classes' encodings (K, C, h, w), probabilities (B, K) -> the mean E (B, C, h, w).
+
+    mu_t is linear in eps and in E, so their means give its mean over p(z_0, x | z_t).
+    """
+    return torch.einsum("bk,kchw->bchw", probabilities.to(table.dtype), table)
+
+
+@torch.no_grad()
+def vectors(model, captions):
+    """The representation x of pictures by their captions -> (B, D).
+
+    It is the frozen text encoder's pooled state. The paper takes CLIP's vector of the picture,
+    which lies in the same space where both towers of one CLIP are at hand.
+    """
+    tokenizer, encoder = model.texts[0]
+    return encoder(tokenizer(captions).to(model.unet.conv_out.weight.device))[2].float()
+
+
+@torch.no_grad()
+def encode_batch(model, encoder, batch, shape, device):
+    """What a training batch says of the other modality -> {name: Known}; {} without heads.
+
+    encoder: data.Encoder. shape: (C, h, w) of z_0.
+    """
+    if model.unet.heads is None:
+        return {}
+    (name,) = model.unet.heads
+    given = batch["keep"].to(device)
+    if name == "label":
+        x = torch.tensor(batch["x"], device=device)
+        return {name: Known(x, encode_labels(model, x, shape), given)}
+    if name == "repr":
+        x = vectors(model, batch["x"])
+        return {name: Known(x, encode_vectors(model, x, shape), given)}
+    x = encoder.modality(batch, device)
+    return {name: Known(x, x, given)}
+
+
+# -------------------------------------------------------------------------------------------------
+# Training
 
 def divergence(head, output, x):
-    """KL(q(x) || p_theta(x | z_t)) up to constants, (B,) in fp32: cross-entropy for labels x, (B,) or probabilities (B, K); for a Gaussian
-    around the output the mean squared error."""
+    """KL(q(x) || p_theta(x | z_t)) up to constants -> (B,) in fp32.
+
+    Cross-entropy for classes; for a Gaussian around the output, the mean squared error.
+    """
     if head.probabilities:
         return F.cross_entropy(output.float(), x, reduction="none")
     return (output.float() - x).square().flatten(1).mean(1)
 
 
-def joint_loss(diffusion, aggregation, network, heads, z0, t, noise, E, x, given=None, weight=LAMBDA,
-               objective=lambda denoising, prediction: denoising):
-    """Eq. 6, by Algorithm 2 -> the loss (B,), its terms {"denoising": (B,), modality: (B,)} before `weight`, lambda, and the prediction.
-    objective: what of the denoising term counts, where training weights it (Diffusion.objective); in y_t = z_t - C_t it is DDPM's.
+def loss(heads, predict, x0, known, noise, t, *, head_weight=LAMBDA, **weighting):
+    """Eq. 6 by Algorithm 2 -> the loss (B,) and its terms, {"denoising" or modality: (B,)}.
 
-    E (M, B, C, H, W) in the order of the heads, x {modality: its values}. given (M, B) of 0 and 1: what a sample does not have, or what was
-    dropped for the starred variants, has E = 0 and no KL, whatever its values. A modality that no sample has may be absent from x; its head's
-    gradient is zero.
+    predict(z_t, t) -> prediction, {modality: output}. known: {modality: Known}. weighting: options
+    of Diffusion.loss for the denoising term, which in y_t = z_t - C_t is DDPM's.
+
+    A sample whose x is not given has E = 0 and no KL, whatever its values; its KL term is NaN. A
+    modality that is absent from `known` has E = 0, and its head's gradient is zero.
     """
-    given = torch.ones(E.shape[:2], device=E.device) if given is None else given
-    E, out = E * given[..., None, None, None], []
+    E = [known[name].E * known[name].given[:, None, None, None] if name in known
+         else torch.zeros_like(x0) for name in heads]
+    # Eq. 4, as y_t + C_t: with w = 0 this is DDPM to the last bit.
+    z_t = heads.diffusion.add_noise(x0, noise, t) + heads.process.aggregate(torch.stack(E), t)
+    out, outputs = predict(z_t, t)
+    total = heads.diffusion.loss(out, x0, noise, t, **weighting)
+    terms = {"denoising": heads.diffusion.error(out, x0, noise, t)}
+    for name, output in outputs.items():
+        if name not in known:
+            total = total + 0 * output.float().flatten(1).sum(1)
+            continue
+        kl = divergence(heads[name], output, known[name].x)
+        given = known[name].given
+        total = total + head_weight * given * kl                                         # Eq. 6
+        terms[name] = torch.where(given > 0, kl, torch.nan)
+    return total, terms
 
-    def shifted(y, t):
-        out.extend(decode(diffusion, network, heads, y + aggregation.aggregate(E, t), t))
-        return out[0]
 
-    terms = {"denoising": diffusion.loss(shifted, z0, t, noise)}  # y_t is DDPM's
-    for row, (name, output) in zip(given, out[1].items()):
-        terms[name] = divergence(heads[name], output, x[name]) * row if name in x else 0 * output.float().flatten(1).sum(1)
-    return objective(terms["denoising"], out[0]) + weight * sum(terms[name] for name in heads), terms, out[0]
-
+# -------------------------------------------------------------------------------------------------
+# Sampling
 
 @torch.no_grad()
-def sample(diffusion, aggregation, network, heads, encoders, noise, known=None, z0=None, steps=50, sampler="ddim", eta=0.0, generators=None,
-           callback=None):
-    """Algorithm 1 -> z_0 (B, C, H, W), {modality: x}, both as given where they are.
+def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sampler="ddim",
+           eta=0.0, generators=None, callback=None):
+    """Algorithm 1 -> z_0 (B, C, H, W) and {modality: x}, those that are known as they are.
 
-    encoders: {modality: x -> E}. noise (B, C, H, W). known: {modality: x}, any of them; the others start at E = 0, then are what their heads say,
-    a picture, a representation or probabilities (B, K). z0: the picture itself, if that is known and the rest is wanted: z_t is then drawn
-    from Eq. 4, always with the same noise. sampler: ddim or ddpm; steps, eta, generators as in diffusion.py, but the last step ends at clean.
-    callback(i, t, z, z0, x) sees each step.
+    predict(z_t, t) -> prediction, {modality: output}. encoders: {modality: x -> E}. noise: of z_0's
+    shape. known: {modality: x}. The others start at E = 0, and then are what their heads say: a
+    picture, a representation, or probabilities (B, K). z0: the picture itself where that is known
+    and the rest is inferred; z_t is then drawn from Eq. 4, always with the same noise. For -X
+    without x, whose network reads zeros beside z_t, the encoder that is passed returns zeros.
+    sampler: ddim or ddpm. callback(i, t, z, z0, x) sees each step.
     """
-    known, visited = known or {}, diffusion.timesteps(steps) + [-1]
+    diffusion, process = heads.diffusion, heads.process
+    known = known or {}
+    visited = diffusion.timesteps(steps) + [-1]
     if sampler not in ("ddim", "ddpm") or not 0 <= eta <= 1:
-        raise UserError(f"sampler {sampler}, eta {eta}: joint sampling is by ddim, with eta from 0 to 1, or ddpm")
+        raise UserError(f"sampler {sampler}, eta {eta}: several modalities are drawn by ddim, with "
+                        "eta from 0 to 1, or by ddpm")
     if unknown := [name for name in known if name not in heads]:
-        raise UserError(f"this model was not trained on {', '.join(unknown)}; it knows {', '.join(heads)}")
+        raise UserError(f"this model was not trained on {', '.join(unknown)}; it knows "
+                        f"{', '.join(heads)}")
     fixed = {name: encoders[name](x) for name, x in known.items()}
     E = torch.stack([fixed.get(name, torch.zeros_like(noise)) for name in heads])
 
-    def on_the_way(t):
-        mean, std = aggregation.marginal(z0, E, t)
+    def noisy(t):
+        mean, std = process.marginal(z0, E, t)
         return mean + std * noise
 
-    z = aggregation.start(E, noise, visited[0]) if z0 is None else on_the_way(visited[0])
+    z = process.start(E, noise, visited[0]) if z0 is None else noisy(visited[0])
     for i, (t, r) in enumerate(zip(visited, visited[1:])):
         batch_t = torch.full((len(z),), t, dtype=torch.long, device=z.device)
-        prediction, outputs = decode(diffusion, network, heads, z, batch_t)
-        x = {name: known[name] if name in known else out.float().softmax(-1) if heads[name].probabilities else out.float()
-             for name, out in outputs.items()}
-        E = torch.stack([fixed[name] if name in fixed else encoders[name](x[name]) for name in heads])
-        z0_hat, eps = aggregation.to_z0_eps(diffusion, prediction.float(), z, E, batch_t)
-        mean, var = aggregation.posterior(z0_hat, z, E, t, r)
+        prediction, outputs = predict(z, batch_t)
+        x = {name: infer(heads[name], output) for name, output in outputs.items()} | known
+        E = torch.stack([fixed[name] if name in fixed else encoders[name](x[name])
+                         for name in heads])
+        z0_hat, eps = process.to_z0_eps(diffusion, prediction.float(), z, E, batch_t)
         if z0 is not None:
-            z, z0_hat = on_the_way(r), z0
+            z, z0_hat = noisy(r), z0
         elif sampler == "ddim":
-            z = aggregation.ddim_step(z, eps, E, t, r, eta * var.sqrt(), randn(z.shape, generators, z.device) if eta > 0 else None, z0_hat)
+            _, var = process.posterior(z0_hat, z, E, t, r)
+            fresh = randn(z.shape, generators, z.device) if eta > 0 else None
+            z = process.ddim_step(z, eps, E, t, r, sigma=eta * var.sqrt(), noise=fresh, z0=z0_hat)
         else:
-            beta, kind = like(1 - aggregation.between(t, r)[2], z), str(diffusion.config["variance_type"])
-            if "large" in kind:
-                var = beta
-            if "learned" in kind and r >= 0:
-                var = learned_variance(prediction[:, z.shape[1]:].float(), var.log(), beta.log()).exp()
-            z = mean + var.sqrt() * randn(z.shape, generators, z.device) if r >= 0 else mean
+            z, var = process.posterior(z0_hat, z, E, t, r)
+            if r >= 0:
+                beta = like(1 - process.between(t, r)[2], z)
+                var = diffusion.step_variance(prediction.float(), var, beta, z.shape[1])
+                z = z + var.sqrt() * randn(z.shape, generators, z.device)
         if callback is not None:
             callback(i, t, z, z0_hat, x)
     return z, x
 
 
+def infer(head, output):
+    """What a head says of x: probabilities, or the mean of its Gaussian."""
+    return output.float().softmax(-1) if head.probabilities else output.float()
+
+
+# -------------------------------------------------------------------------------------------------
+
 def main():
-    import argparse
-    import math
     from pathlib import Path
 
     from PIL import Image, ImageDraw
 
-    from data import STYLES, Sheet, on_white, to_pil, to_tensor
-    from diffusion import Diffusion, seeded
-    parser = argparse.ArgumentParser(description="Draw the forward process from one emoji in two styles, z_0 and x, and print its coefficients.",
-                                     formatter_class=HelpFormatter)
-    parser.add_argument("--emoji", default="dragon face", help="its name")
-    parser.add_argument("--k", type=float, default=1.0, help="scale of the weights")
-    parser.add_argument("--out", default="samples/aggregation.png", help="the picture")
+    from diffusion import Diffusion
+    from emoji import STYLES, load, on_white, sheet_picture, to_pil, to_tensor
+    parser = Parser("Draw the forward process of one emoji in two styles, z_0 and x.")
+    parser.add_argument("--emoji", default="dragon face", help="its name in emoji.json")
+    parser.add_argument("--k", type=float, default=1.0, help="scale of the weights w_t")
+    parser.add_argument("--out", default="samples/aggregation.png", help="where the picture goes")
     args = parser.parse_args()
-    emoji, out = {e.name: e for e in Sheet.load()}.get(args.emoji), Path(args.out)
-    if emoji is None or not math.isfinite(args.k) or out.suffix.lower() != ".png" or out.is_dir():
-        raise UserError(f"--emoji {args.emoji} --k {args.k} --out {out}: a name in assets/emoji/emoji.json, a finite number, a .png file")
-    x, z0 = (to_tensor(on_white(Sheet.picture(style, emoji.cells[None])))[None] for style in STYLES)
-    noise, alpha_bar = randn(z0.shape, seeded([0])), Diffusion.from_config({}).alpha_bar
-    side, times = 128, (0, 100, 200, 300, 400, 500, 600, 800, 999)
-    processes = {name: Aggregation(alpha_bar, [schedule(alpha_bar, args.k)]) for name, schedule in SCHEDULES.items()}
+    rows = {row.name: row for row in load()}
+    if args.emoji not in rows:
+        raise UserError(f"--emoji {args.emoji} is not a name in assets/emoji/emoji.json")
+    x, z0 = (to_tensor(on_white(sheet_picture(style, rows[args.emoji].cells[None])))[None]
+             for style in STYLES)
+    noise = randn(z0.shape, seeded([0]))
+    alpha_bar = Diffusion.from_config({}).alpha_bar
+    times = (0, 100, 200, 300, 400, 500, 600, 800, 999)
+    processes = {name: Aggregation(alpha_bar, [SCHEDULES[name](alpha_bar, args.k)])
+                 for name in ("zero", "vanishing", "interpolating")}
+
+    side = 128
     sheet = Image.new("RGB", (side * (1 + len(times)), 24 + 6 * side), "white")
-    draw, ink = ImageDraw.Draw(sheet), dict(fill="#222222", font_size=14)
-    for k, t in enumerate(times, 1):
-        draw.text((side * k + 6, 4), f"t = {t}", **ink)
-    for i, name in enumerate(("zero", "vanishing", "interpolating")):
-        top, left, title = 24 + 2 * side * i, x if i else z0, f"w: {name}" if i else "w = 0: DDPM"
-        steps = [processes[name].marginal(z0, x[None], t) for t in times]
-        rows = [left, *[mean for mean, _ in steps]], [torch.ones_like(z0), *[mean + std * noise for mean, std in steps]]
-        picture = to_pil(torch.cat([torch.cat(row, dim=3)[0] for row in rows], dim=1))
+    draw = ImageDraw.Draw(sheet)
+    ink = dict(fill="#222222", font_size=14)
+    for column, t in enumerate(times, 1):
+        draw.text((side * column + 6, 4), f"t = {t}", **ink)
+    for row, (name, process) in enumerate(processes.items()):
+        steps = [process.marginal(z0, x[None], t) for t in times]
+        means = torch.cat([z0 if name == "zero" else x, *[mean for mean, _ in steps]], dim=3)
+        noisy = [mean + std * noise for mean, std in steps]
+        draws = torch.cat([torch.ones_like(z0), *noisy], dim=3)
+        picture = to_pil(torch.cat([means, draws], dim=2)[0])
+        top = 24 + 2 * side * row
         sheet.paste(picture.resize((sheet.width, 2 * side), Image.NEAREST), (0, top))
-        draw.text((6, top + side + 6), f"{title}\n\nabove: {'x' if i else 'z_0'}, and\nthe mean of z_t\n\nhere: z_t", **ink)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out)
-    print(f"z_t = sqrt(ab_t) z_0 + c_t x + std_t noise; k = {args.k:g}, DDPM's linear betas\n{'t':>6}{'sqrt(ab_t)':>12}{'std_t':>8}   c_t:"
+        title = "w = 0: DDPM" if name == "zero" else f"w: {name}"
+        source = "z_0" if name == "zero" else "x"
+        text = f"{title}\n\nabove: {source}, and\nthe mean of z_t\n\nhere: z_t"
+        draw.text((6, top + side + 6), text, **ink)
+    with replacing(Path(args.out)) as beside:
+        sheet.save(beside, format="PNG")
+
+    print(f"z_t = sqrt(ab_t) z_0 + c_t x + std_t noise; k = {args.k:g}, DDPM's linear betas")
+    print(f"{'t':>6}{'sqrt(ab_t)':>12}{'std_t':>8}   c_t:"
           + "".join(f"{name:>15}" for name in processes))
     for t in times:
-        signal, std = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
-        print(f"{t:>6}{signal:>12.4f}{std:>8.4f}       " + "".join(f"{p.c[0, t + 1]:>15.4f}" for p in processes.values()))
-    print(f"{args.emoji} in two styles, t from left to right -> {out}")
+        signal = alpha_bar[t].sqrt()
+        std = (1 - alpha_bar[t]).sqrt()
+        coefficients = "".join(f"{p.c[0, t + 1]:>15.4f}" for p in processes.values())
+        print(f"{t:>6}{signal:>12.4f}{std:>8.4f}       {coefficients}")
+    print(f"{args.emoji} in two styles, t from left to right -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,286 +1,511 @@
-"""DeMe: decouple a diffusion model by timestep range, fine-tune one copy a range, merge their weights (Ma et al., CVPR 2025, arXiv 2410.06664).
+"""DeMe: fine-tune one copy of a diffusion model per timestep range, then merge their weights.
 
-    ranges    [ceil(i T / N), ceil((i + 1) T / N)),  i = 0..N-1
-    Eq. 5     || eps - eps_i(x_t, t) ||^2 + || eps_theta(x_t, t) - eps_i(x_t, t) ||^2         theta: the frozen pretrained network
-    Eq. 6     t uniform in range i with probability 1 - p, in [0, T) with probability p
-    Eq. 7     before merging, step t uses copy floor(t N / T): sample.py --ensemble
-    Eq. 8     theta_m = theta + sum_i w_i tau_i,   tau_i = theta_i - theta
+Ma et al., Decouple-Then-Merge, CVPR 2025, arXiv 2410.06664. Different timesteps pull the weights in
+different directions, so each copy trains on its own range, where it is not disturbed by the others.
+Adding up what the copies have learned gives one network again, as fast as the pretrained one.
 
-    python merge.py --base A --tuned B C D --weights .3 .3 .4 --out E         any folders in the Hugging Face layout
+    ranges   copy i learns t in [ceil(i T / N), ceil((i + 1) T / N)),   i = 0 .. N-1
+    Eq. 5    || eps - eps_i(x_t, t) ||^2 + || eps_theta(x_t, t) - eps_i(x_t, t) ||^2
+             (train.py adds up the two; the second is `consistency_loss`)
+    Eq. 6    t is uniform in range i with probability 1 - p, in [0, T) with probability p
+    Eq. 7    before merging, copy floor(t N / T) makes step t: sample.py --ensemble
+    Eq. 8    theta_m = theta + sum_i w_i tau_i,   tau_i = theta_i - theta
+             channel projection of features F: P(F) = W F; the paper's W is P in this file
 
-Letters: N copies, T timesteps, C channels, P projection.
+theta is the frozen pretrained network. We differ from the paper and its official code in four
+points. Every sample decides for itself whether it is drawn globally; there a whole batch does, and
+mirrors its second half. The second term of Eq. 5 compares what the networks predict, which for the
+miniature is v, not the noise. Projections, where train.py is asked for them, follow convolutions by
+default, where they fold into the weights exactly. And where the paper only says "grid search", we
+search one weight after the other.
+
+    python merge.py                                        prints where the copies' timesteps fall
+    python merge.py --base A --tuned B C --weights .5 .5 --out D
+    python merge.py --search --base A --tuned B C --task t2i --out D
+
+Letters: N copies, T timesteps, B batch, C channels, M held-out examples, P projection.
 """
-import argparse
 import copy
-import json
+import functools
+import itertools
 import math
-import os
 import shutil
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
-from safetensors import safe_open
+from safetensors.torch import save_file
 
-from folders import HelpFormatter, UserError, command, fetch, new_folder, read_json, weight_files, write_file, write_json
+from hub import (Parser, UserError, blaming, command, fetch, open_weights, pick_device, read_json,
+                 replacing, weight_files, write_json)
 
-WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
-PARTS = ("unet", "heads", "vae", "text_encoder", "text_encoder_2", "image_encoder", *WITHOUT_WEIGHTS)
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-         "F8_E4M3": 1, "F8_E5M2": 1}  # bytes, by safetensors' names
-METHODS = ("moe", "routing", "projections", "aggregation")  # keys of a config.json that record what is attached; absent: nothing
-# keys of a config.json that say nothing of the weights' meaning
-NOT_THE_NETWORK = {"dtype", "torch_dtype", "transformers_version", "architectures", "use_cache", "sample_size", "bos_token_id", "eos_token_id",
-                   "pad_token_id"}
+# Keys of a U-Net's config.json that record an attached method; absent or null: it is not attached.
+METHODS = dict(moe=None, routing=None, aggregation=None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fine-tuning one copy
+# -------------------------------------------------------------------------------------------------
+# Decoupling: what the training of one copy needs
 
 def timestep_ranges(T, n):
-    """N ranges [start, end) that cover 0..T-1, such that t lies in number floor(t N / T), as Eq. 7 chooses."""
+    """Cut 0 .. T-1 into n ranges [start, end). Timestep t lies in number floor(t n / T), Eq. 7."""
     if not 1 <= n <= T:
-        raise UserError(f"{n} timestep ranges: from 1 to {T}")
-    return [(-(-i * T // n), -(-(i + 1) * T // n)) for i in range(n)]
+        raise UserError(f"{n} timestep ranges are not possible: from 1 to {T} are")
+    # The first t with t n / T >= i. The paper's i T / N is the same where N divides T.
+    edges = [-(-i * T // n) for i in range(n + 1)]
+    return list(zip(edges, edges[1:]))
 
 
-def sample_timesteps(t_range, T, p_global, rng, size, antithetic=False):
-    """Eq. 6 -> (size,) timesteps, from a NumPy generator. Each sample draws for itself whether it is global.
+def sample_timesteps(t_range, T, p_global, rng, size):
+    """Draw timesteps for one copy (Eq. 6) -> (size,) integers, from the NumPy generator `rng`.
 
-    antithetic: as the official code does, one draw for the whole batch, and the second half mirrors the first (high + low - 1 - t).
+    t_range: (start, end) of the copy. p_global: the paper's p, 0.3 in the official code. The global
+    draws keep a copy from forgetting the rest, so that it stays close enough to merge.
     """
     start, end = t_range
     if not (0 <= start < end <= T and 0 <= p_global <= 1):
-        raise UserError(f"timestep range {start} {end} with a global share of {p_global}: 0 <= start < end <= {T}, the share from 0 to 1")
-    everywhere = rng.random(1 if antithetic else size) < p_global
-    low, high = np.where(everywhere, 0, start), np.where(everywhere, T, end)
-    if not antithetic:
-        return rng.integers(low, high)
-    half = rng.integers(low, high, size=size - size // 2)
-    return np.concatenate([half, high + low - 1 - half])[:size]
+        raise UserError(f"timestep range {start} {end} with a global share of {p_global}: it takes "
+                        f"0 <= start < end <= {T} and a share from 0 to 1")
+    # One coin per sample. The official code throws one per batch, and mirrors half of the batch.
+    everywhere = rng.random(size) < p_global                                    # (size,) of bool
+    low = np.where(everywhere, 0, start)
+    high = np.where(everywhere, T, end)
+    return rng.integers(low, high)                                              # high is excluded
 
 
 def consistency_loss(prediction, teacher):
-    """Eq. 5's second term per sample: predictions (B, ...) of the copy and of the frozen pretrained network -> (B,), in fp32. Of whatever the
-    network predicts: the noise in the paper; of v it is the noise's over alpha_bar, as in the first term."""
+    """Compare the predictions (B, C, H, W) of a copy and of the frozen pretrained network -> (B,).
+
+    The second term of Eq. 5, in fp32. Where the networks predict v, it is the squared difference of
+    the noises that they imply, divided by alpha_bar, and so is the first term.
+    """
+    # The paper weighs both terms alike, so the best prediction lies half way between the mean noise
+    # at x_t and what the teacher says.
     return (prediction.float() - teacher.float()).square().flatten(1).mean(1)
 
 
+# -------------------------------------------------------------------------------------------------
+# Channel projections: the paper finds that tuning on one range changes features along channels
+
 class ProjectedConv2d(nn.Conv2d):
-    """A convolution followed by P (C, C), the channel projection, which starts as the identity: P (W * x + b) = (P W) * x + P b."""
+    """A convolution K and then P (C, C) on its channels: P (K * x + b) = (P K) * x + P b."""
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # a P near the identity is lost in half precision
+        # bf16 has no number between 1 and 1.008: a P near the identity would be lost.
+        with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.folded()
         return self._conv_forward(x, weight, bias)
 
     def folded(self):
-        return (self.projection @ self.weight.flatten(1)).view_as(self.weight), self.projection @ self.bias
+        """Multiply the projection into the convolution -> its weight and bias."""
+        weight = self.projection @ self.weight.flatten(1)                       # (C, C_in k k)
+        return weight.view_as(self.weight), self.projection @ self.bias
 
 
-class BlockProjection:
-    """Mixed into a block of the U: its output passes P, the tensors for the skips do not."""
-
-    def forward(self, *inputs):
-        out = super().forward(*inputs)
-        return (self.projection(out[0]), out[1]) if isinstance(out, tuple) else self.projection(out)
+def project_output(block, inputs, out):
+    """Pass the output (B, C, H, W) of a block through its projection, after its skips have left."""
+    return block.projection(out)
 
 
 def add_projections(unet, placement="convolutions"):
-    """Give a U-Net channel projections in place, and return it.
+    """Give a U-Net channel projections in place, each the identity at first, and return it.
 
-    "convolutions": after the second convolution of each residual block (before its sum) and after each down- and upsampling convolution, where
-        they fold exactly.
-    "blocks": the official code's, after each down, mid and up block. They do not fold (skips leave before them): the network keeps them,
-        config.json records them, and copies merge with them.
+    "convolutions": after the second convolution of each residual block, before its sum, and after
+    each convolution that halves or doubles the size. fold_projections removes them exactly.
+    "blocks": as in the official code, after each down, mid and up block. These do not fold, because
+    the skips leave before them. The network keeps them, and they are merged like all weights.
     """
-    if placement == "blocks":
-        if "_class_name" in unet.config:  # something is attached
-            raise UserError(f"projections after blocks are for a plain U-Net, not for a {unet.config['_class_name']}")
-        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-            channels, like = block.resnets[-1].conv2.out_channels, unet.conv_out.weight
-            block.__class__ = type(f"Projected{type(block).__name__}", (BlockProjection, type(block)), {})
-            block.projection = nn.Conv2d(channels, channels, 1, bias=False, device=like.device, dtype=like.dtype)
-            nn.init.dirac_(block.projection.weight)
-        unet.config |= {"projections": "blocks", "_class_name": f"Projected{type(unet).__name__}"}
+    if placement == "convolutions":
+        for name, module in unet.named_modules():
+            if name.endswith((".conv2", "samplers.0.conv")) and type(module) is nn.Conv2d:
+                # The convolution keeps its parameters and their names; P comes beside them.
+                module.__class__ = ProjectedConv2d
+                module.projection = nn.Parameter(torch.eye(module.out_channels).to(module.weight))
         return unet
-    for name, module in unet.named_modules():
-        if name.endswith((".conv2", "samplers.0.conv")) and type(module) is nn.Conv2d:
-            module.__class__ = ProjectedConv2d
-            module.projection = nn.Parameter(torch.eye(module.out_channels, device=module.weight.device, dtype=module.weight.dtype))
+
+    if any(unet.config.get(key) for key in (*METHODS, "projections")):
+        raise UserError("projections after blocks are for a plain U-Net, and this one has a method "
+                        "attached already")
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        channels = block.resnets[-1].conv2.out_channels
+        block.projection = nn.Conv2d(channels, channels, 1, bias=False).to(unet.conv_out.weight)
+        nn.init.dirac_(block.projection.weight)
+        block.register_forward_hook(project_output)
+    # Under a class name of its own, no other loader opens the folder and draws wrong pictures.
+    unet.config["projections"] = "blocks"
+    unet.config["_class_name"] = f"Projected{type(unet).__name__}"
     return unet
 
 
 @torch.no_grad()
 def fold_projections(unet):
-    """-> a copy with the projections multiplied into the convolutions: the U-Net it was before `add_projections`, with other weights."""
+    """Copy a U-Net, with the projections after convolutions multiplied into their weights."""
     unet = copy.deepcopy(unet)
     for module in unet.modules():
         if type(module) is ProjectedConv2d:
+            # What remains is the U-Net as it was before add_projections, with other weights.
             module.weight.data, module.bias.data = module.folded()
             del module.projection
             module.__class__ = nn.Conv2d
     return unet
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Merging
+# -------------------------------------------------------------------------------------------------
+# Merging: Eq. 8 on state dicts, and the search for its weights
 
-def task_vector(base, tuned):
-    """tau = tuned - base, state dicts -> a dict of fp32 tensors. UserError names a missing key or another shape, and integers that differ."""
-    for key in sorted(base.keys() ^ tuned.keys()):
-        raise UserError(f"the models have different parts: {key} is only in the {'base' if key in base else 'tuned one'}")
-    for key, value in base.items():
-        if value.shape != tuned[key].shape:
-            raise UserError(f"the models differ in the shape of {key}: {tuple(value.shape)} and {tuple(tuned[key].shape)}")
-        if not value.is_floating_point() and not torch.equal(value, tuned[key]):
-            raise UserError(f"{key} holds integers, and they differ: there is nothing between them")
-    return {key: tuned[key].float() - value.float() for key, value in base.items() if value.is_floating_point()}
+def check_shapes(base, other, name):
+    """Raise a UserError at the first tensor that two models do not share, in name and in shape."""
+    for key in sorted(base.keys() | other.keys()):
+        ours, theirs = [tuple(state[key].shape) if key in state else "none"
+                        for state in (base, other)]
+        if ours != theirs:
+            raise UserError(f"{name} and the base are different networks: the shape of {key} is "
+                            f"{theirs}, in the base {ours}")
+
+
+def task_vector(base, tuned, name="the tuned model"):
+    """Subtract two state dicts: tau = tuned - base -> dict of fp32 tensors.
+
+    Integers have no average: they must be equal, and do not enter tau. Where they differ, or names
+    or shapes do, a UserError says which tensor of `name` is at fault.
+    """
+    check_shapes(base, tuned, name)
+    tau = {}
+    for key, theta in base.items():
+        theta_i = tuned[key]
+        if theta.is_floating_point() and theta_i.is_floating_point():
+            tau[key] = theta_i.float() - theta.float()                          # Eq. 8
+        elif theta.dtype != theta_i.dtype or not torch.equal(theta, theta_i):
+            raise UserError(f"{name}: {key} holds other integers than the base, or integers where "
+                            "the base has fractions; these have no average")
+    return tau
 
 
 def merge(base, vectors, weights):
-    """Eq. 8: state dict, list of N task vectors of its floating-point tensors, N weights -> state dict of the base's types; sums in fp32."""
-    if len(vectors) != len(weights) or not all(map(math.isfinite, weights)):
-        raise UserError(f"{len(weights)} weights for {len(vectors)} models: as many, and finite")
-    shapes = {key: value.shape for key, value in base.items() if value.is_floating_point()}
-    for vector in vectors:
-        if different := sorted(key for key in shapes.keys() | vector.keys() if key not in vector or shapes.get(key) != vector[key].shape):
-            raise UserError(f"a task vector is not of this model: {different[0]} is missing, unknown or of another shape")
-    merged = dict(base)
-    for key in shapes:
-        total = base[key].float()
-        for w, vector in zip(weights, vectors):
-            total = total + w * vector[key]
-        merged[key] = total.to(base[key].dtype)
-    return merged
+    """Add weighted task vectors to a state dict (Eq. 8) -> state dict in the base's types.
 
-
-def spelling(part):
-    """What turns the older key names of a part into those that are written today; None drops a key."""
-    if part == "vae":
-        from vae import older_attention_names
-        return older_attention_names
-    if part.startswith("text_encoder") or part == "image_encoder":
-        from clip import prefixed
-        return lambda key: prefixed(key, "vision_model." if part == "image_encoder" else "text_model.")
-    return str
-
-
-def places(folder, rename=str):
-    """key -> file, the key there, dtype and shape, of a folder's safetensors."""
-    found = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as f:
-            found |= {rename(key): (file, key, f.get_slice(key).get_dtype(), f.get_slice(key).get_shape()) for key in f.keys()}
-    return {key: place for key, place in found.items() if key is not None}
-
-
-def read(found, key):
-    """{key: tensor}, or {} where it is not. The file is opened anew: a mapped file's pages count as memory until it is closed."""
-    if key not in found:
-        return {}
-    file, own, *_ = found[key]
-    with safe_open(file, framework="pt") as f:
-        return {key: f.get_tensor(own).clone()}
-
-
-def merge_files(base, tuned, weights, out, rename=str):
-    """Eq. 8 on the weights in folders, into the file `out`, tensor by tensor: one tensor of each model in memory at a time.
-
-    safetensors' own save_file wants them all, and copies them; the format is 8 bytes for the header's length, the header, the tensors' bytes.
+    base: state dict. vectors: iterable of N dicts from task_vector. weights: N numbers, which need
+    not sum to 1. Tensors of integers stay the base's.
     """
-    first, others = places(base, rename), [places(folder, rename) for folder in tuned]
-    keys = sorted(set(first).union(*others), key=lambda key: (-SIZES[first[key][2]] if key in first else 0, key))  # so that all lie aligned
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key in keys:
-        if key in first:
-            _, _, dtype, shape = first[key]
-            start, end = end, end + SIZES[dtype] * math.prod(shape)
-            header[key] = dict(dtype=dtype, shape=shape, data_offsets=[start, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(out, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for key in keys:
-            own = read(first, key)
-            merged = merge(own, [task_vector(own, read(found, key)) for found in others], weights)[key]
-            f.write(merged.contiguous().flatten().view(torch.uint8).numpy())
+    # Copies differ from the base in the last digits: in half precision the sums would lose them.
+    sums = {key: theta.to(torch.float32, copy=True)
+            for key, theta in base.items() if theta.is_floating_point()}
+    for w, tau in itertools.zip_longest(weights, vectors):
+        if w is None or tau is None or not math.isfinite(w):
+            raise UserError("merging takes exactly one finite weight for each tuned model")
+        check_shapes(sums, tau, "a task vector")
+        for key, total in sums.items():
+            total += w * tau[key]                                               # Eq. 8
+    return base | {key: total.to(base[key].dtype) for key, total in sums.items()}
 
 
 def search_weights(score, n, grid=tuple(i / 10 for i in range(11)), rounds=5):
-    """Coordinate search for the weights of Eq. 8, from 1/N each -> weights, their score.
+    """Search the weights of Eq. 8 one coordinate after the other, from 1/N each -> weights, score.
 
-    score(tuple of N weights) -> float, lower is better: held-out loss, FID, anything. A round tries the whole grid for one weight after
-    another; the search ends when a round changes nothing. The paper searches a grid, and says no more.
+    score: takes a tuple of n weights and returns a number, lower is better: a held-out loss, FID,
+    anything. A round tries the whole grid for one weight after another; the search ends when a
+    round changes nothing. The full grid for the paper's N = 4 would take 11^4 = 14,641 scores.
     """
-    scores, best = {}, (1 / n,) * n
+    # The grid meets many points again. Weights that ruin the network lose against all others.
+    @functools.cache
+    def finite_score(weights):
+        value = score(weights)
+        return value if math.isfinite(value) else math.inf
 
-    def known(weights):
-        if weights not in scores:
-            value = score(weights)
-            scores[weights] = value if math.isfinite(value) else math.inf
-        return scores[weights]
-
+    best = (1 / n,) * n
     for _ in range(rounds):
         before = best
         for i in range(n):
-            best = min([best, *[best[:i] + (w,) + best[i + 1:] for w in grid]], key=known)
+            neighbours = [best[:i] + (w,) + best[i + 1:] for w in grid]
+            best = min([best, *neighbours], key=finite_score)
         if best == before:
             break
-    return best, known(best)
+    return best, finite_score(best)
+
+
+def compare_arms(losses, examples, n, T, seed=0):
+    """Search the weights on one half of the examples, and measure every arm on the other half.
+
+    losses: takes n weights and a list of examples, returns the losses (M,) of the network that
+    these weights merge. examples: dicts with "task" and "t", an even number for each task.
+
+    Returns the weights, the timesteps (M/2,) of the reported half, and {arm: losses (M/2,)}.
+    """
+    # Of two examples that neighbour in t, a coin gives one to the search, the other to the report.
+    examples = sorted(examples, key=lambda example: (example["task"], example["t"]))
+    pairs = np.arange(len(examples)).reshape(-1, 2)
+    halves = np.random.default_rng(seed).permuted(pairs, axis=1).T                 # (2, M/2)
+    searched, reported = [[examples[i] for i in half] for half in halves]
+    weights, _ = search_weights(lambda weights: losses(weights, searched).mean(), n)
+
+    t = np.array([int(example["t"]) for example in reported])
+    # All arms but the ensemble are points of Eq. 8: zeros give the base, a single 1 gives one copy.
+    copies = np.stack([losses(one_hot, reported) for one_hot in np.eye(n)])        # (N, M/2)
+    arms = {"before": losses((0,) * n, reported)}
+    arms |= {f"copy {i}": values for i, values in enumerate(copies)}
+    arms["ensemble (Eq. 7)"] = copies[t * n // T, np.arange(len(t))]
+    arms["merged, 1/N each"] = losses((1 / n,) * n, reported)
+    arms["merged, searched"] = losses(weights, reported)
+    return weights, t, arms
+
+
+# -------------------------------------------------------------------------------------------------
+# Merging model folders, part by part
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder",
+         "tokenizer", "tokenizer_2", "scheduler")
+# The file that says what a part means; config.json for the others. In a tokenizer, a word's id is
+# its row in the text encoder's table.
+FILES = dict(tokenizer="vocab.json", tokenizer_2="vocab.json", scheduler="scheduler_config.json")
+# These keys of a scheduler, here with their defaults, decide what a network's output means.
+SCHEDULE = dict(prediction_type="epsilon", num_train_timesteps=1000, beta_schedule="linear",
+                beta_start=0.0001, beta_end=0.02, trained_betas=None, rescale_betas_zero_snr=False)
+# These keys of a config.json say nothing about the weights, nor do those with an underscore.
+# Projections after blocks show in the names of the tensors.
+IMMATERIAL = {"projections", "sample_size", "dtype", "torch_dtype", "transformers_version",
+              "architectures", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+# Words in the names of tensors: attention before diffusers 0.17, and a prefix that comes and goes.
+RENAMED = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
+PREFIXES = ("text_model", "vision_model")
+
+
+def find_parts(path_or_hub_id):
+    """Find the parts of a model -> its model_index.json as a dict, and {part: folder on this disk}.
+
+    The index may name another model as "base", to which the remaining parts belong. The older
+    repositories of pixel networks (google/ddpm-cifar10-32) have no folders, all lies at their top.
+    """
+    root = fetch(path_or_hub_id, "")
+    index = read_json(root / "model_index.json")
+    flat = (root / "diffusion_pytorch_model.safetensors").is_file()
+    on_hub = not Path(path_or_hub_id).is_dir()
+    folders = {}
+    with blaming(root / "model_index.json"):
+        # A base is a folder beside this one, or a hub id.
+        if base := index.pop("base", None):
+            folders = find_parts(root / base if (root / base).is_dir() else base)[1]
+        for part in PARTS:
+            if flat and part in ("unet", "scheduler"):
+                folders[part] = root
+            elif (root / part).is_dir() or on_hub and (index.get(part) or [None])[0]:
+                folders[part] = fetch(path_or_hub_id, part)
+    return index, folders
+
+
+def meaning(part, folder):
+    """Read what decides about the meaning of a part's weights, as a dict."""
+    # Schedulers of another class, or with another spacing of the steps, draw with the same network.
+    config = {**METHODS, **SCHEDULE, **read_json(folder / FILES.get(part, "config.json"))}
+    return {key: config[key] for key in SCHEDULE} if part == "scheduler" else config
+
+
+def check_meaning(base, tuned, names):
+    """Raise a UserError at a key that two configs share with different values, by their names."""
+    for key in base.keys() & tuned.keys() - IMMATERIAL:
+        ours = base[key]
+        theirs = tuned[key]
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            check_meaning(ours, theirs, names)
+        elif ours != theirs and not key.startswith("_"):
+            raise UserError(f"{names} have no meaningful average: {key} is {theirs!r} and {ours!r}")
+
+
+def matching_parts(base, tuned):
+    """Find the parts of the base and of its copies, and check that an average has a meaning.
+
+    Returns the merged model's index, and {part: its folders, of the base and of the N copies}.
+    What a copy lacks is the base's.
+    """
+    index, parts = find_parts(base)
+    if not parts:
+        raise UserError(f"{base} holds none of {', '.join(PARTS)}: there is nothing to merge")
+    folders = {part: [folder] for part, folder in parts.items()}
+    for path in tuned:
+        their_index, theirs = find_parts(path)
+        for part, folder in parts.items():
+            other = theirs.get(part, folder)
+            check_meaning(meaning(part, folder), meaning(part, other), f"{other} and {folder}")
+            folders[part].append(other)
+        # Projections after blocks, which the base lacks, show in the index of the copies.
+        index |= their_index
+    for key, value in index.items():
+        if isinstance(value, list) and key not in parts:
+            # A safety checker, say, which is not copied, so that no loader looks for it.
+            index[key] = [None, None]
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False
+    return index, folders
+
+
+class Place(NamedTuple):
+    """Where a tensor lies on disk."""
+    file: Path
+    key: str        # its name in the file
+    shape: tuple
+
+
+def find_tensors(folder):
+    """Find the weights in a folder -> {today's name: Place}."""
+    places = {}
+    for file in weight_files(folder):
+        with open_weights(file) as tensors:
+            for key in tensors.keys():
+                words = [RENAMED.get(word, word) for word in key.split(".") if word not in PREFIXES]
+                # position_ids, the list 0, 1, 2 .., is stored in older files only.
+                if words[-1] != "position_ids":
+                    shape = tensors.get_slice(key).get_shape()
+                    places[".".join(words)] = Place(file, key, tuple(shape))
+    return places
+
+
+def check_finite(tensor, name):
+    """Raise a UserError where a tensor holds infinity or not-a-number, as then its sum does too."""
+    if not tensor.float().sum().isfinite():
+        raise UserError(f"{name} is not finite everywhere")
+
+
+def read_tensor(place):
+    """Read one tensor. The file is closed at once: its mapped pages would count as our memory."""
+    with open_weights(place.file) as tensors, blaming(place.file):
+        tensor = tensors.get_tensor(place.key).clone()
+        check_finite(tensor, f"{place.file}: {place.key}")
+    return tensor
+
+
+def merge_weights(base, tuned, weights):
+    """Merge the weights in folders (Eq. 8) -> state dict under the keys of the base's files.
+
+    Tensor by tensor: memory holds the merged weights, and one tensor of each model.
+    """
+    ours, *copies = [find_tensors(folder) for folder in (base, *tuned)]
+    # The base's tensors become the merged ones in place, so that memory is not fragmented.
+    state = {name: read_tensor(place) for name, place in ours.items()}
+    for theirs in copies:
+        for name in theirs.keys() - state.keys():
+            # The pretrained network has no projections after blocks: there they are the identity.
+            if name.endswith(".projection.weight") and len(theirs[name].shape) == 4:
+                state[name] = nn.init.dirac_(torch.empty(theirs[name].shape))
+    for folder, theirs in zip(tuned, copies):
+        check_shapes(state, theirs, folder)
+    for name, theta in state.items():
+        vectors = (task_vector({name: theta}, {name: read_tensor(theirs[name])}, folder)
+                   for folder, theirs in zip(tuned, copies))
+        theta.copy_(merge({name: theta}, vectors, weights)[name])
+        check_finite(theta, f"{name} of {base}, merged with these weights,")
+    return {ours[name].key if name in ours else name: theta for name, theta in state.items()}
 
 
 def merge_folders(base, tuned, weights, out):
-    """Eq. 8 on model folders or hub ids, part by part; what a tuned folder lacks, and what has no weights, is the base's. Nothing is written
-    under `out` before all is done."""
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists; choose another --out")
-    if len(weights) != len(tuned):
-        raise UserError(f"{len(weights)} weights for {len(tuned)} models: give as many")
+    """Merge models in the Hugging Face layout (Eq. 8), part by part, into the new folder `out`.
 
-    def read_index(path):
-        root = fetch(path, "")
-        index = read_json(root / "model_index.json")
-        return index, [part for part in PARTS if ((root / part).is_dir() if Path(path).is_dir() else (index.get(part) or [None])[0])]
-
-    (index, parts), theirs = read_index(base), [read_index(path)[1] for path in tuned]
-    if not parts:
-        raise UserError(f"{base} holds none of {', '.join(PARTS)}: there is nothing to merge")
-    for part in ("safety_checker", "feature_extractor", "image_encoder"):
-        if part in index and part not in parts:  # not copied, so that nobody looks for it
-            index |= {part: [None, None]} | ({"requires_safety_checker": False} if part == "safety_checker" else {})
-    with new_folder(out) as beside:
-        if "base" in index and (Path(base) / index["base"]).exists():  # where the other parts are, as seen from the new place
-            index["base"] = os.path.relpath(Path(base) / index["base"], out)
-        for part in parts:
-            folder = fetch(base, part)
-            others = [fetch(path, part) if part in own else folder for path, own in zip(tuned, theirs)]
-            shutil.copytree(folder, beside / part, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", "*.part"))
-            if part in WITHOUT_WEIGHTS:
+    base, tuned: folders or hub ids. Nothing appears at `out` before all is done.
+    """
+    index, folders = matching_parts(base, tuned)
+    with replacing(out) as merged:
+        for part, (folder, *others) in folders.items():
+            if part.startswith("tokenizer"):
+                shutil.copytree(folder, merged / part)
                 continue
-            name = ("model" if weight_files(folder)[0].name.startswith("model") else "diffusion_pytorch_model") + ".safetensors"
-            config = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_") and k not in NOT_THE_NETWORK}
-            for other in others:
-                told = read_json(other / "config.json")
-                if differ := [k for k in (*METHODS, *config) if (k in told or k in METHODS) and told.get(k) != config.get(k)]:
-                    raise UserError(f"{other} and {folder} are different networks: {differ[0]} = {told.get(differ[0])!r} and "
-                                    f"{config.get(differ[0])!r}")
-            write_file(beside / part / name, lambda path: merge_files(folder, others, weights, path, spelling(part)))
-        write_json(beside / "model_index.json", index)
+            name = FILES.get(part, "config.json")
+            write_json(merged / part / name, read_json(folder / name) | read_json(others[0] / name))
+            if part != "scheduler":
+                # The names of transformers and of diffusers, without their variants and shards.
+                stem = "model" if "encoder" in part else "diffusion_pytorch_model"
+                state = merge_weights(folder, others, weights)
+                with replacing(merged / part / f"{stem}.safetensors") as file:
+                    save_file(state, file, metadata={"format": "pt"})
+        write_json(merged / "model_index.json", index)
+
+
+# -------------------------------------------------------------------------------------------------
+# Commands
+
+def check_order(copies, T):
+    """Raise a UserError where a copy was tuned for another range than its place among them says.
+
+    train.py records the range in arguments.json; folders without one are trusted.
+    """
+    for path, t_range in zip(copies, timestep_ranges(T, len(copies))):
+        file = Path(path) / "arguments.json"
+        recorded = read_json(file).get("t_range") if file.is_file() else None
+        if recorded not in (None, list(t_range)):
+            raise UserError(f"{path} was tuned for timesteps {recorded}, not for {list(t_range)}: "
+                            "name all copies, in the order of their ranges")
+
+
+def search(args):
+    """Search the weights for --base and --tuned, print every arm's losses, merge."""
+    import train
+    from sample import load_model
+    matching_parts(args.base, args.tuned)  # what cannot be merged is refused before the search
+    device = pick_device(args.device)
+    model = load_model(args.base, device=device)
+    T = model.diffusion.T
+    n = len(args.tuned)
+    check_order(args.tuned, T)
+    copies = [load_model(path).unet for path in args.tuned]
+    if "projections" in copies[0].config.keys() - model.unet.config.keys():
+        add_projections(model.unet, "blocks")
+    base = {key: theta.cpu().clone() for key, theta in model.unet.state_dict().items()}
+    vectors = [task_vector(base, unet.state_dict(), path) for unet, path in zip(copies, args.tuned)]
+
+    def losses(weights, examples):
+        model.unet.load_state_dict(merge(base, vectors, weights))
+        return train.held_out_losses(model, model.unet, examples, device, batch_size=16)
+
+    # A multiple of 2 N, so that each range has as many examples in one half as in the other.
+    count = math.ceil(max(args.eval_size, 1) / (2 * n)) * 2 * n
+    tasks = args.task.split(",") if args.task else model.tasks
+    examples = train.held_out_examples(tasks, args.data, model, count)
+    print(f"searching; each try measures {count // 2} held-out examples per task", flush=True)
+    weights, t, arms = compare_arms(losses, examples, n, T, args.seed)
+    merge_folders(args.base, args.tuned, weights, args.out)
+
+    print(f"mean loss of the {len(t)} others, by timestep")
+    ranges = [f"{low} to {high - 1}" for low, high in timestep_ranges(T, n)]
+    print(" " * 20, *[f"{name:>12}" for name in ranges], "     all")
+    for arm, values in arms.items():
+        means = [values[t * n // T == i].mean() for i in range(n)]
+        print(f"{arm:<20}", *[f"{mean:>12.4f}" for mean in means], f"{values.mean():>8.4f}")
+    print(f"weights {weights}; saved in {args.out}")
+
+
+def demonstrate():
+    """Print into which ranges the timesteps of four copies fall (Eq. 6)."""
+    print("share of each copy's timesteps in each of the ranges, with p = 0.3")
+    for t_range in timestep_ranges(1000, 4):
+        t = sample_timesteps(t_range, 1000, 0.3, np.random.default_rng(0), 10_000)
+        print(f"{t_range!s:<12}", np.bincount(t // 250) / len(t))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Merge fine-tuned copies of a model: base + sum of w_i (tuned_i - base).",
-                                     formatter_class=HelpFormatter)
-    parser.add_argument("--base", required=True, help="folder in the Hugging Face layout, or hub id")
-    parser.add_argument("--tuned", required=True, nargs="+", help="folders or hub ids, N of them")
-    parser.add_argument("--weights", required=True, nargs="+", type=float, help="N weights; the paper searches 0 to 1, and they need not sum to 1")
-    parser.add_argument("--out", required=True, help="new folder")
+    if len(sys.argv) == 1:
+        return demonstrate()
+    parser = Parser("Merge fine-tuned copies of a model: base + sum of w_i (tuned_i - base).")
+    parser.add_argument("--base", required=True, help="pretrained model, a folder or hub id")
+    parser.add_argument("--tuned", required=True, nargs="+",
+                        help="copies of it, folders or hub ids, in the order of their ranges")
+    parser.add_argument("--out", required=True, help="new folder for the merged model")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--weights", nargs="+", type=float,
+                     help="one weight per copy; they need not sum to 1")
+    how.add_argument("--search", action="store_true",
+                     help="find the weights on one half of the held-out examples")
+    group = parser.add_argument_group("search")
+    group.add_argument("--task", help="tasks to measure, with commas; default: all of the model's")
+    group.add_argument("--data", help="folder with the data; default: the built-in pictures")
+    group.add_argument("--eval-size", type=int, default=64, help="held-out examples per task")
+    group.add_argument("--seed", type=int, default=0, help="random seed that splits the examples")
+    group.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
     args = parser.parse_args()
-    merge_folders(args.base, args.tuned, args.weights, args.out)
-    print(f"{args.base} + " + " + ".join(f"{w:g} ({path} - base)" for w, path in zip(args.weights, args.tuned)) + f" -> {args.out}")
+    if Path(args.out).exists():
+        raise UserError(f"{args.out} exists; choose another --out")
+    if args.search:
+        search(args)
+    else:
+        merge_folders(args.base, args.tuned, args.weights, args.out)
 
 
 if __name__ == "__main__":

@@ -1,293 +1,486 @@
-"""MTU: a pretrained text-to-image U-Net upcycled to many tasks (Chavhan et al., ICML 2025, arXiv 2503.11905).
+"""MTU: a pretrained text-to-image U-Net becomes one network for many tasks.
 
-Every feed-forward network is cut into N experts that a router mixes by task; norms before the experts and the input
-convolution exist once per task. Everything else is shared and frozen.
+Chavhan et al., ICML 2025, arXiv 2503.11905. Every feed-forward layer is cut into N experts, and a
+router mixes them by task:
 
-    Eq. 1    w_i = softmax(g(e_task; theta_r))_i       FFN(x) = sum_i w_i E_i(x)        i = 1..N
+    Eq. 1    w_i = softmax(g(e_task; theta_r))_i      FFN(x) = sum_i w_i E_i(x)      i = 1..N
+    Eq. 2    L = sum over tasks of E || eps - f_theta(Psi_C([z_t, E(c_I)]), c_T, t) ||^2
 
-Experts stay in the dense layout: expert i is slice i of the inner width, so the sum over experts is the dense FFN with its inner
-activations multiplied by w_i, one elementwise product more than the pretrained network. For a fixed task it folds into plain weights.
+e_task is a learned vector of the task, the same for all layers. Each layer has a router g of its
+own, two linear maps with a ReLU between them. Besides, each task has its own layer norms before the
+experts (Psi_L) and its own input convolution (Psi_C). All of these train. Attention, residual
+blocks, time embedding and output convolution are shared by the tasks and stay frozen. Eq. 2, where
+E(c_I) is the encoded source picture and c_T the text, is the training step in train.py; the squared
+norm for one sample is Diffusion.error.
 
-    python moe.py                          parameters and FLOPs of Stable Diffusion 1.5 before and after
-    python moe.py --model assets/tiny-mtu  the same for a folder, and its router weights
+No loop over experts is needed. Expert E_i(x) = V_i h_i(x) + b_i owns slice i of the inner
+activations h of the dense layer and the matching columns of its output matrix V, so that
 
-Letters: B batch, L positions, C channels, E experts, T tasks, H inner width of one expert, D width of the task embedding.
+    sum_i w_i E_i(x) = V [w_1 h_1(x), ..., w_N h_N(x)] + sum_i w_i b_i
+
+which is the pretrained layer with its inner activations multiplied by w. By default the activations
+are also divided by G (ours): the weights start at 1/N, and so training starts at the pretrained
+network. `init="literal"` leaves that out, as the paper does. For a fixed task w is
+constant and can be multiplied into V, and an ordinary U-Net remains: `fold`.
+
+    python moe.py                            parameters and FLOPs of Stable Diffusion 1.5, upcycled
+    python moe.py --model assets/tiny-mtu    the same of a model, and its router weights
+    python moe.py --fold edit --model assets/tiny-mtu --out edit-only
+
+Letters: B batch, L positions, C channels, N experts (index i), S tasks, H inner width of an expert,
+D width of e_task, G = H / inner width of the dense layer.
 """
+import copy
 import math
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from folders import HelpFormatter, UserError, command, fetch, read_json
-from unet import CONFIGS, BasicTransformerBlock, UNet
+from hub import Parser, UserError, command, read_json, replacing, write_text
+from unet import CONFIGS, BasicTransformerBlock, Conv2d, FeedForward, LayerNorm, UNet
 
-TASKS = ("t2i", "edit", "sr", "inpaint")  # data.TASKS' names; a method does not import the data
+TASKS = ("t2i", "edit", "sr", "inpaint")  # the names in data.TASKS
+
+# Parts of parameter names: the tables that have a row per task, and what `trainable` lets train.
+TABLES = ("conv_in.", "task_embedding.", ".norm3.")
+LAYERS = {"list": ".ff.", "all": "", "self": ".attn1.", "cross": ".attn2.", "ffn": ".ff."}
+
+
+def repeated(tensor, count):
+    """Return a parameter of `count` rows, each a copy of the tensor."""
+    return nn.Parameter(tensor.detach().expand(count, *tensor.shape).clone())
+
+
+def filled(module, weight, bias):
+    """Give a module copies of these values as its parameters, and return it."""
+    module.weight = nn.Parameter(weight.clone())
+    module.bias = nn.Parameter(bias.clone())
+    return module
 
 
 class TaskLayerNorm(nn.Module):
-    """Psi_L: the norm before the experts, one row of scale and shift per task, shared by the experts."""
+    """Psi_L: the layer norm before the experts, with a scale and a shift for each task.
+
+    The experts share it. The paper's Fig. 3 could also mean one norm per expert; one per task fits
+    its parameter count better.
+    """
 
     def __init__(self, norm, num_tasks):
         super().__init__()
-        self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
-        self.weight = nn.Parameter(norm.weight.detach().expand(num_tasks, -1).clone())   # (T, C)
-        self.bias = nn.Parameter(norm.bias.detach().expand(num_tasks, -1).clone())
+        self.eps = norm.eps
+        self.weight = repeated(norm.weight, num_tasks)                          # (S, C)
+        self.bias = repeated(norm.bias, num_tasks)
 
-    def forward(self, x, cond):
-        x = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        weight, bias = (F.embedding(cond.task, rows)[:, None].to(x.dtype) for rows in (self.weight, self.bias))  # (B, 1, C)
+    def forward(self, x, cond):                                                 # (B, L, C)
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        # F.embedding takes rows. The backward of indexing by cond.task is not deterministic on CPU.
+        weight = F.embedding(cond.task, self.weight)[:, None].to(x.dtype)       # (B, 1, C)
+        bias = F.embedding(cond.task, self.bias)[:, None].to(x.dtype)
         return torch.addcmul(bias, x, weight)
+
+    def fold(self, row):
+        """Return the norm of one task as an ordinary LayerNorm."""
+        return filled(LayerNorm(self.weight.shape[1], self.eps), self.weight[row], self.bias[row])
 
 
 class TaskConv(nn.Module):
-    """psi_task: the 3 x 3 input convolution, one per task. Weights of channels that a task does not have are zero and stay so."""
+    """psi_task: the 3 x 3 input convolution, one for each task.
+
+    Text-to-image reads the noisy latent, the other tasks a source's latent besides. All rows are
+    as wide as the widest; the weights of channels that a task lacks are zero and stay zero.
+    """
 
     def __init__(self, conv, in_channels, latent_channels):
         super().__init__()
-        C, base = conv.weight.shape[:2]
+        C, base_channels = conv.weight.shape[:2]
         weight = conv.weight.detach().new_zeros(len(in_channels), C, max(in_channels), 3, 3)
         for row, channels in zip(weight, in_channels):
-            # A base as wide as the task (InstructPix2Pix, say) keeps its weights; otherwise all but the noisy latent's start at zero.
-            shared = base if channels == base else latent_channels
-            row[:, :shared] = conv.weight.detach()[:, :shared]
-        self.weight = nn.Parameter(weight)                                                # (T, C, Cin, 3, 3)
-        self.bias = nn.Parameter(conv.bias.detach().expand(len(in_channels), -1).clone())  # (T, C)
+            # A base as wide as the task (InstructPix2Pix) keeps all of its weights. Otherwise the
+            # source's channels start at zero, as InstructPix2Pix itself began.
+            pretrained = base_channels if channels == base_channels else latent_channels
+            row[:, :pretrained] = conv.weight.detach()[:, :pretrained]
+        self.weight = nn.Parameter(weight)                                      # (S, C, Cin, 3, 3)
+        self.bias = repeated(conv.bias, len(in_channels))                       # (S, C)
         self.in_channels = list(in_channels)
 
     def forward(self, x, cond):
-        (B, channels, height, width), (C, widest) = x.shape, self.weight.shape[1:3]
+        B, channels, height, width = x.shape
+        C, widest = self.weight.shape[1:3]
         if channels not in self.in_channels:
-            raise UserError(f"the U-Net's input has {channels} channels; its tasks have {', '.join(map(str, sorted(set(self.in_channels))))}")
+            raise UserError(f"the U-Net's input has {channels} channels; its tasks have "
+                            f"{sorted(set(self.in_channels))}")
         x = F.pad(x, (0, 0, 0, 0, 0, widest - channels))
-        channel = torch.arange(widest, device=x.device)
-        has = torch.stack([channel < n for n in self.in_channels]).to(x.dtype)            # (T, Cin)
-        x = x * F.embedding(cond.task, has)[:, :, None, None]
-        # One convolution per sample is a matrix product of that sample's 3 x 3 patches with its task's row.
-        patches = F.unfold(x, 3, padding=1)                                               # (B, 9 Cin, H W)
+        # In a mixed batch a task's weights must get no gradient from channels that it lacks.
+        numbers = torch.arange(widest, device=x.device)
+        present = torch.stack([numbers < n for n in self.in_channels]).to(x.dtype)  # (S, Cin)
+        x = x * F.embedding(cond.task, present)[:, :, None, None]
+        # One convolution per sample: its 3 x 3 patches times the weights of its task.
+        patches = F.unfold(x, 3, padding=1)                                     # (B, 9 Cin, H W)
         weight = F.embedding(cond.task, self.weight.flatten(1)).view(B, C, -1).to(x.dtype)
-        out = torch.baddbmm(F.embedding(cond.task, self.bias)[..., None].to(x.dtype), weight, patches)
-        return out.view(B, C, height, width)
+        bias = F.embedding(cond.task, self.bias)[..., None].to(x.dtype)
+        return torch.baddbmm(bias, weight, patches).view(B, C, height, width)
+
+    def fold(self, row):
+        """Return the convolution of one task as an ordinary Conv2d."""
+        channels = self.in_channels[row]
+        conv = Conv2d(channels, self.weight.shape[1], 3, padding=1)
+        return filled(conv, self.weight[row, :, :channels], self.bias[row])
 
 
 class ExpertFeedForward(nn.Module):
-    """Eq. 1 for a GEGLU feed-forward network; `net` keeps the pretrained names, its inner width holds E experts of width H side by side."""
+    """Eq. 1 on a GEGLU feed-forward layer, whose weights stay where they are in `net`.
 
-    def __init__(self, ff, num_experts, init, expert_width, top_k, task_dim, router_dim):
+    A unit of GEGLU is a product, value times gelu(gate): an expert takes the same units of both.
+    """
+
+    def __init__(self, ff, num_experts, *, init, expert_width, top_k, task_dim, router_dim):
         super().__init__()
-        self.net, self.num_experts, self.top_k = ff.net, num_experts, top_k
-        project, out = ff.net[0].proj, ff.net[2]
-        inner = out.in_features
-        H = round(inner * expert_width)
-        if H * num_experts != inner:                       # the paper's G: wider or narrower experts than d_FFN / N
-            units = torch.arange(num_experts * H) % inner  # expert i takes H units from i H on, around the end
-            project.weight = nn.Parameter(project.weight.detach()[torch.cat([units, inner + units])])  # the same units of value and gate
-            project.bias = nn.Parameter(project.bias.detach()[torch.cat([units, inner + units])])
-            # Equal copies of a unit would get equal gradients for ever: their output weights part at random, around the same mean.
-            weight = out.weight.detach()[:, units]
-            part = 0.1 * weight * torch.randn_like(weight)
-            total = torch.zeros_like(out.weight).index_add(1, units.to(weight.device), part)
-            copies = torch.zeros(inner).index_add(0, units, torch.ones(len(units))).to(weight)
-            out.weight = nn.Parameter(weight + part - (total / copies)[:, units])
-            project.out_features, out.in_features = 2 * len(units), len(units)
-        self.out_bias = nn.Parameter(out.bias.detach().expand(num_experts, -1).clone())  # (E, C): a copy each, since sum_i w_i = 1
+        self.net = ff.net
+        self.num_experts = num_experts
+        self.top_k = top_k
+        out = ff.net[2]
+        G = 1 / num_experts if expert_width is None else expert_width
+        if (copies := round(num_experts * G)) > 1:
+            widen(ff, copies)
+        # Every expert has the whole output bias: the weights sum to 1, so it comes out once.
+        self.out_bias = repeated(out.bias, num_experts)                         # (N, C): b_i
         out.bias = None
-        # Uniform weights 1/N count every unit N G times, each with 1/N. Times 1/G, on the activations, the dense network is back.
-        self.scale = 1 / expert_width if init == "preserve" else 1.0
+        # At step 0 w_i = 1/N, and each unit of the dense layer occurs N G times. So the paper's
+        # plain copy ("literal") gives G times the dense output, bias apart: a quarter of it for
+        # N = 4, of which the paper says nothing. "preserve" divides by G.
+        self.scale = 1 / G if init == "preserve" else 1.0
         device = out.weight.device
         self.router = nn.Sequential(nn.Linear(task_dim, router_dim, device=device), nn.ReLU(),
                                     nn.Linear(router_dim, num_experts, device=device))
-        if top_k in (None, num_experts):  # uniform at first; but tied weights would send every task to the same k experts
+        if top_k in (None, num_experts):
+            # Zeros make the weights uniform. With a smaller top_k they would all be tied, and every
+            # task would take the same experts.
             nn.init.zeros_(self.router[2].weight)
             nn.init.zeros_(self.router[2].bias)
 
     def weights(self, task_embedding):
-        """task_embedding (B, D) -> w (B, E), rows sum to 1. Eq. 1, left."""
+        """Compute w of Eq. 1: task_embedding (B, D) -> (B, N), whose rows sum to 1."""
         w = self.router(task_embedding).float().softmax(dim=-1)
         if self.top_k is not None:
             best = w.topk(self.top_k, dim=-1)
-            w = torch.zeros_like(w).scatter(-1, best.indices, best.values / best.values.sum(dim=-1, keepdim=True))
+            shares = best.values / best.values.sum(dim=-1, keepdim=True)
+            w = torch.zeros_like(w).scatter(-1, best.indices, shares)
         return w
 
-    def forward(self, x, cond):
-        h = self.net[0](x)                                                   # (B, L, E H)
-        w = self.weights(cond.task_emb).to(h.dtype)
-        h = h * (self.scale * w).repeat_interleave(h.shape[-1] // self.num_experts, dim=-1)[:, None]
-        return F.linear(h, self.net[2].weight) + (w @ self.out_bias.to(w.dtype))[:, None]
+    def factors(self, w):
+        """Compute the factor of each inner unit: w (..., N) -> (..., N H)."""
+        H = self.net[2].in_features // self.num_experts
+        return (self.scale * w).repeat_interleave(H, dim=-1)
+
+    def forward(self, x, cond):                                                 # (B, L, C)
+        h = self.net[0](x)                                                      # (B, L, N H)
+        w = self.weights(cond.task_emb).to(h.dtype)                             # (B, N)
+        h = h * self.factors(w)[:, None]                                        # w_i h_i(x)
+        bias = w @ self.out_bias.to(w.dtype)                                    # sum_i w_i b_i
+        return F.linear(h, self.net[2].weight) + bias[:, None]
+
+    def fold(self, task_embedding):
+        """Return Eq. 1 for one task, e_task (1, D), as an ordinary FeedForward."""
+        w = self.weights(task_embedding)[0].to(self.out_bias.dtype)
+        ff = FeedForward(self.out_bias.shape[1])
+        if ff.net[2].in_features != self.net[2].in_features:
+            raise UserError("experts whose widths add up to more than the dense layer's make no "
+                            "ordinary U-Net: they do not fold")
+        ff.net[0] = self.net[0]
+        filled(ff.net[2], self.net[2].weight * self.factors(w), w @ self.out_bias)
+        return ff
 
 
-def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", expert_width=None, top_k=None, in_channels=None, task_dim=None,
-            router_dim=None):
-    """Upcycle a pretrained U-Net in place and return it. Only the paper's list trains afterwards: experts, routers, task
-    embedding, task norms and task convolutions.
+def widen(ff, copies):
+    """Put copies of a feed-forward layer's units beside each other, in place.
 
-    init: "preserve" equals the dense network at step 0, where no top_k drops experts; "literal" is the paper's plain copy, whose FFN
-    outputs start at G times the dense ones, 1/N by default. expert_width: the paper's G = d_expert / d_FFN, default 1/N; where N G > 1 the
-    copies of a unit part a little in both, or they would stay equal for ever. top_k: keep the k largest weights, renormalised (an ablation).
-    in_channels: per task; default 4 for "t2i" (the latent's), 8 for image-to-image tasks, which an InstructPix2Pix base has already; the
-        mask and the masked picture of a 9-channel inpainting base are left behind.
-    task_dim, router_dim: widths of the task embedding and of the routers' hidden layer; default the text width, 768 for SD 1.5 and at most,
-    which gives the paper's printed 158M trainable and 869M in all, and its 2.6B in all for SDXL (the paper states neither; its 1.5B trainable
-    for SDXL would need routers of 2048, and these 2.9B in all).
+    The paper's Table 4 has experts whose widths add up to more than the dense layer, N G > 1; how
+    they start it does not say. Here expert i takes the H units from number i H on.
     """
-    config, latent = unet.config, unet.config["out_channels"]
+    project, out = ff.net[0].proj, ff.net[2]
+    # The rows of the projection are the inner units' values, then their gates.
+    weight = project.weight.detach().unflatten(0, (2, -1))
+    project.weight = nn.Parameter(weight.repeat(1, copies, 1).flatten(0, 1))
+    bias = project.bias.detach().unflatten(0, (2, -1))
+    project.bias = nn.Parameter(bias.repeat(1, copies).flatten())
+    # Equal copies would get equal gradients for ever. Random changes of their output weights, whose
+    # mean over a unit's copies is zero, part them and leave the layer's output as it is.
+    weight = out.weight.detach()[:, None].repeat(1, copies, 1)                  # (C, copies, inner)
+    noise = 0.1 * weight * torch.randn_like(weight)
+    weight = weight + noise - noise.mean(dim=1, keepdim=True)
+    out.weight = nn.Parameter(weight.flatten(1))
+    project.out_features *= copies
+    out.in_features *= copies
+
+
+def transformer_blocks(unet):
+    """List the blocks whose feed-forward layers MTU cuts: 16 in SD 1.5, 70 in SDXL."""
+    return [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+
+
+def upcycle(unet, tasks=TASKS, num_experts=4, init="preserve", *, expert_width=None, top_k=None,
+            in_channels=None, task_dim=None, router_dim=None, added=()):
+    """Upcycle a pretrained U-Net in place, freeze what the paper freezes, and return it.
+
+    init: "preserve" equals the pretrained network at step 0 (unless top_k drops experts); "literal"
+        is the paper's plain copy. See ExpertFeedForward.
+    expert_width: the paper's G = d_expert / d_FFN; by default 1/N, which keeps the size.
+    top_k: how many of the largest weights stay, renormalised (an ablation of the paper).
+    in_channels: task -> input channels; by default 4 for "t2i" and 8 for others. An inpainting
+        base, which has 9, loses its mask and its masked picture.
+    task_dim, router_dim: widths of e_task and of the routers' hidden layer. The paper states
+        neither. The default, the width of the text but at most 768, gives the printed 158M
+        trainable and 869M in all for SD 1.5, and 2.6B in all for SDXL; the printed 1.5B trainable
+        for SDXL cannot be had within these 2.6B.
+    added: tasks that add_task added. upcycle(unet, **config["moe"]) rebuilds a saved network.
+    """
+    config = unet.config
+    blocks = transformer_blocks(unet)
     if "moe" in config:
-        raise UserError(f"this U-Net is upcycled already, to {', '.join(config['moe']['tasks'])}; add_task adds another")
-    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
+        raise UserError(f"this U-Net is upcycled already, to {', '.join(config['moe']['tasks'])}; "
+                        "add_task adds another")
     if not blocks:
-        raise UserError("this U-Net has no feed-forward networks to cut experts from; MTU upcycles Stable Diffusion's")
-    width = 1 / max(num_experts, 1) if expert_width is None else expert_width
-    k = num_experts if top_k is None else top_k
-    if (num_experts < 1 or not 0 < width < math.inf or init not in ("preserve", "literal") or not 1 <= k <= num_experts
-            or not tasks or isinstance(tasks, str) or len(set(tasks)) < len(tasks)):
-        raise UserError(f"cannot upcycle with num_experts={num_experts}, expert_width={expert_width}, init={init!r}, top_k={top_k}, "
-                        f"tasks={tasks!r}: at least one expert, its width above 0, init preserve or literal, top_k within 1..num_experts, "
-                        "a list of unique task names")
-    task_dim, router_dim = (dim or min(768, config["cross_attention_dim"]) for dim in (task_dim, router_dim))
-    channels = {task: (in_channels or {}).get(task, latent if task == "t2i" else 2 * latent) for task in tasks}
-    if min(channels.values()) < latent or not set(in_channels or ()) <= set(tasks):
-        raise UserError(f"in_channels={in_channels}: names of {', '.join(tasks)}, each with at least the {latent} channels of the noisy latent")
-    for inner in {block.ff.net[2].in_features for block in blocks}:
-        copies = width * num_experts
-        if not math.isclose(inner * width, round(inner * width)) or (init == "preserve" and not math.isclose(copies, round(copies))):
-            raise UserError(f"{num_experts} experts of width {width:g} x {inner} do not cut the FFN evenly; choose num_experts that "
-                            f"divides {inner}, and for init=preserve num_experts x expert_width a whole number")
+        raise UserError("this U-Net has no feed-forward layers to cut experts from; MTU upcycles "
+                        "Stable Diffusion's")
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+    latent = config["out_channels"]
+    channels = {task: latent if task == "t2i" else 2 * latent for task in tasks}
+    width = min(768, config["cross_attention_dim"])
+    experts = dict(num_experts=num_experts, init=init, expert_width=expert_width, top_k=top_k,
+                   task_dim=task_dim or width, router_dim=router_dim or width)
+    moe = dict(experts, tasks=tasks, in_channels=channels | (in_channels or {}),
+               added=list(added))
+    check(moe, latent, {block.ff.net[2].in_features for block in blocks})
+
     for block in blocks:
         block.norm3 = TaskLayerNorm(block.norm3, len(tasks))
-        block.ff = ExpertFeedForward(block.ff, num_experts, init, width, top_k, task_dim, router_dim)
-    unet.conv_in = TaskConv(unet.conv_in, list(channels.values()), latent)
-    unet.task_embedding = nn.Embedding(len(tasks), task_dim, device=unet.conv_in.weight.device)
+        block.ff = ExpertFeedForward(block.ff, **experts)
+    unet.conv_in = TaskConv(unet.conv_in, list(moe["in_channels"].values()), latent)
+    device = unet.conv_in.weight.device
+    unet.task_embedding = nn.Embedding(len(tasks), moe["task_dim"], device=device)
     nn.init.normal_(unet.task_embedding.weight)
-    config["_class_name"] = "UpcycledUNet"  # so that no other loader opens the folder and draws wrong pictures
-    config["moe"] = dict(tasks=list(tasks), num_experts=num_experts, init=init, expert_width=expert_width, top_k=top_k,
-                         in_channels=channels, task_dim=task_dim, router_dim=router_dim)
-    return freeze(unet)
+    config["moe"] = moe
+    # A class name of its own, so that no other program opens the folder and draws wrong pictures.
+    config["_class_name"] = "Upcycled" + config.get("_class_name", type(unet).__name__)
+    return trainable(unet)
 
 
-def freeze(unet):
-    """The paper's list trains, everything else is frozen (attention, residual blocks, time embedding, output convolution). Once `add_task` has
-    added a task, only the tables with a row per task train."""
-    unet.requires_grad_(False)
-    for module in unet.modules():
-        if isinstance(module, (TaskLayerNorm, TaskConv) if unet.config["moe"].get("added") else (TaskLayerNorm, TaskConv, ExpertFeedForward)):
-            module.requires_grad_(True)
-    unet.task_embedding.requires_grad_(True)
+def check(moe, latent, inner_widths):
+    """Raise a UserError if these settings, which config.json records, do not fit this U-Net."""
+
+    def whole(number):
+        return 0 < number < math.inf and math.isclose(number, round(number))
+
+    tasks, N, channels = moe["tasks"], moe["num_experts"], moe["in_channels"]
+    G = 1 / max(N, 1) if moe["expert_width"] is None else moe["expert_width"]
+    fits = (
+        tasks and len(set(tasks)) == len(tasks) and channels.keys() == set(tasks)
+        and min(channels.values()) >= latent
+        and N >= 1 and whole(N * G) and all(whole(inner * G) for inner in inner_widths)
+        and moe["top_k"] in (None, *range(1, N + 1)) and moe["init"] in ("preserve", "literal")
+    )
+    if not fits:
+        raise UserError(
+            f"cannot upcycle with {moe}: tasks are unique names; in_channels has each of them with "
+            f"at least the {latent} channels of the noisy latent; at least one expert cuts the "
+            f"{inner_widths} units of a layer evenly, and num_experts x expert_width is a whole "
+            "number; top_k lies within 1..num_experts; init is preserve or literal")
+
+
+def trainable(unet, which="list"):
+    """Set requires_grad for what trains, and return the U-Net.
+
+    which: "list" is the paper's: experts, routers, e_task, task norms and task convolutions.
+        "self", "cross" and "ffn" tune one kind of layer, as in the paper's Table 1. In an
+        upcycled U-Net the parts that tell the tasks apart train as well: the tables with a row
+        per task, and the routers. "all" is everything.
+
+    Once add_task has added a task, "list" is the tables alone, so that older tasks do not change.
+    """
+    moe = unet.config.get("moe")
+    parts = (LAYERS[which],)
+    if moe:
+        parts += (*TABLES, ".ff.router.")
+        if which == "list" and moe["added"]:
+            parts = TABLES
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
     return unet
 
 
 def task_index(unet, task):
-    """The row of a task, given by name or index."""
+    """Return the row of a task, given by its name or its row."""
     if "moe" not in unet.config:
         raise UserError(f"this U-Net is not upcycled and has no row for a task {task!r}")
     tasks = unet.config["moe"]["tasks"]
     if task in tasks:
         return tasks.index(task)
-    if isinstance(task, int) and 0 <= task < len(tasks):
+    if task in range(len(tasks)):
         return task
     raise UserError(f"unknown task {task!r}; this model knows {', '.join(tasks)}")
 
 
 def add_task(unet, task, like):
-    """Add a task that starts as a copy of `like`. Only the tables with a row per task train afterwards, also once saved and loaded again, and
-    only rows of tasks in the batch get a gradient: train it alone, without weight decay on these tables (as train.py), and the other tasks stay
-    as they are."""
-    row, moe = task_index(unet, like), unet.config["moe"]
+    """Add a task in place, as a copy of the task `like`, and return the U-Net.
+
+    Only rows of tasks in the batch get a gradient. So train the new task alone, and without weight
+    decay on the tables (train.py), and the other tasks do not change by a bit.
+    """
+    row = task_index(unet, like)
+    moe = unet.config["moe"]
     if task in moe["tasks"]:
         raise UserError(f"this model has a task {task!r} already")
-    for table in [m for m in unet.modules() if isinstance(m, (TaskLayerNorm, TaskConv))] + [unet.task_embedding]:
-        for name, value in table.named_parameters():
-            setattr(table, name, nn.Parameter(torch.cat([value.detach(), value.detach()[row:row + 1]])))
+    for name, table in list(unet.named_parameters()):
+        if any(part in name for part in TABLES):
+            module, _, parameter = name.rpartition(".")
+            table = torch.cat([table.detach(), table.detach()[row:row + 1]])
+            setattr(unet.get_submodule(module), parameter, nn.Parameter(table))
     unet.task_embedding.num_embeddings += 1
     unet.conv_in.in_channels.append(unet.conv_in.in_channels[row])
-    moe["tasks"] = [*moe["tasks"], task]
-    moe["in_channels"] = {**moe["in_channels"], task: moe["in_channels"][moe["tasks"][row]]}
-    moe["added"] = [*moe.get("added", []), task]
-    return freeze(unet)
+    moe["tasks"].append(task)
+    moe["in_channels"][task] = unet.conv_in.in_channels[row]
+    moe["added"].append(task)
+    return trainable(unet)
 
 
 @torch.no_grad()
 def fold(unet, task):
-    """The mixture for one task as an ordinary U-Net (routed, if this one is): w goes into the FFNs' output layers, norms and convolution
-    lose their other rows. Saves as a diffusers unet/ folder. Experts with N G != 1 change the FFNs' width and do not fold."""
-    moe, row = unet.config["moe"], task_index(unet, task)
-    if not math.isclose(moe["num_experts"] * (moe["expert_width"] or 1 / moe["num_experts"]), 1):
-        raise UserError(f"{moe['num_experts']} experts of width {moe['expert_width']:g} make FFNs of another width than an ordinary "
-                        "U-Net's: they do not fold")
-    channels = moe["in_channels"][moe["tasks"][row]]
-    state = dict(unet.state_dict())
-    embedding = state.pop("task_embedding.weight")[row:row + 1]
-    state["conv_in.weight"], state["conv_in.bias"] = state["conv_in.weight"][row, :, :channels], state["conv_in.bias"][row]
-    for name, module in unet.named_modules():
-        if isinstance(module, TaskLayerNorm):
-            state[f"{name}.weight"], state[f"{name}.bias"] = state[f"{name}.weight"][row], state[f"{name}.bias"][row]
-        elif isinstance(module, ExpertFeedForward):
-            w = module.weights(embedding)[0].to(embedding.dtype)
-            columns = (module.scale * w).repeat_interleave(module.net[2].in_features // len(w))
-            state[f"{name}.net.2.weight"] = state[f"{name}.net.2.weight"] * columns
-            state[f"{name}.net.2.bias"] = w @ state.pop(f"{name}.out_bias")
-            for key in [key for key in state if key.startswith(f"{name}.router.")]:
-                del state[key]
-    config = {k: v for k, v in unet.config.items() if k not in ("moe", "routing", "_class_name")}
-    with torch.device("meta"):
-        folded = UNet({**config, "in_channels": channels})
-    folded.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
-    if "routing" in unet.config:
-        from routing import add_routing
-        add_routing(folded, **unet.config["routing"])
-    return folded.train(unet.training)
+    """Return the mixture for one task, by name or row, as an ordinary U-Net; `unet` stays.
+
+    Other methods stay attached: a routed network folds into a routed one. Without any, the result
+    saves as a unet/ folder of diffusers.
+    """
+    row = task_index(unet, task)
+    folded = copy.deepcopy(unet)
+    e_task = unet.task_embedding.weight[row:row + 1]                            # (1, D)
+    with torch.device("meta"):  # a new module takes no memory before it gets its parameters
+        for block in transformer_blocks(folded):
+            block.norm3 = block.norm3.fold(row)
+            block.ff = block.ff.fold(e_task)
+        folded.conv_in = folded.conv_in.fold(row)
+    folded.task_embedding = None
+    config = folded.config
+    del config["moe"]
+    config["in_channels"] = folded.conv_in.in_channels
+    name = config.pop("_class_name").replace("Upcycled", "")
+    if name != "UNet":
+        config["_class_name"] = name
+    return folded.train(unet.training).requires_grad_(True)
 
 
-def from_pretrained(path_or_hub_id, subfolder="unet", config=None, dtype=torch.float32):
-    """A U-Net that `upcycle` made and `save_pretrained` saved. config: in place of the folder's own. dtype: of the parameters in memory."""
-    config = dict(config or read_json(fetch(path_or_hub_id, subfolder) / "config.json"))
-    moe = dict(config.pop("moe"))
-    added = moe.pop("added", None)
-    config.pop("_class_name", None)
-    unet = UNet.from_pretrained(path_or_hub_id, subfolder, config, dtype, attach=lambda unet: upcycle(unet, **moe))
-    if added:
-        unet.config["moe"]["added"] = added
-    return freeze(unet)
+# -------------------------------------------------------------------------------------------------
+# Commands
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: {kind}{base_model}
+---
+The task `{task}` of a model that was upcycled from `{base}` (MTU, arXiv 2503.11905), with its
+experts folded into plain weights.
+
+{licence}
+
+```python
+from diffusers import {pipeline}
+from PIL import Image
+
+pipe = {pipeline}.from_pretrained("{folder}")
+picture = pipe("your words here", {arguments}).images[0]
+```
+
+In the project that trained it: `python sample.py --task {task} --model {folder}`.
+"""
+
+
+def base_of(model):
+    """Return the hub id or the folder from which a loaded model was upcycled."""
+    arguments = Path(model.path) / "arguments.json"
+    if arguments.is_file():
+        # The folder of a run of train.py: its base is what --model was.
+        return read_json(arguments)["model"]
+    base = model.index.get("base", model.path)
+    beside = Path(model.path) / base
+    return str(beside.resolve()) if beside.exists() else base
+
+
+def write_task(task, path, out):
+    """Write one task of an upcycled model as a folder that diffusers opens, with a model card."""
+    from data import ASSETS
+    from sample import load_model, pipeline_index, scales
+    if Path(out).exists():
+        raise UserError(f"{out} exists; choose another --out")
+    model = load_model(path)
+    plain = copy.copy(model)
+    plain.unet = fold(model.unet, task)
+    if name := plain.unet.config.get("_class_name"):
+        raise UserError(f"{path} folds into a {name}, which no other program knows")
+    text, image = scales(model, task, None, None)
+    plain.index = {**pipeline_index(plain), "_guidance": {task: (text, image)}}
+
+    kind, arguments = "text-to-image", f"guidance_scale={text}"
+    if plain.tasks != ["t2i"]:
+        kind, size = "image-to-image", (model.native_size, model.native_size)
+        arguments += (f', image_guidance_scale={image},\n               '
+                      f'image=Image.open("source.png").convert("RGB").resize({size})')
+    base = base_of(model)
+    licence = f"Its licence is the licence of `{base}`."
+    # The hub links a card to its base. A folder on this disk means nothing there.
+    base_model = "" if Path(base).exists() else f"\nbase_model: {base}"
+    if ASSETS in Path(base).resolve().parents:
+        base = f"assets/{Path(base).name}"
+        licence = ("It learned from pictures of Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0); "
+                   "assets/README.md of the project names their makers.")
+    card = CARD.format(kind=kind, base_model=base_model, task=task, base=base, licence=licence,
+                       pipeline=plain.index["_class_name"], folder=Path(out).name,
+                       arguments=arguments)
+    with replacing(out) as folder:
+        plain.save(folder)
+        write_text(folder / "README.md", card)
+    print(f"{task} of {path} -> {out}")
+
+
+def print_size(label, unet, task=None):
+    """Print parameters and FLOPs of a U-Net, in one row; task: the row of an upcycled one."""
+    from train import count_flops
+    total = sum(p.numel() for p in unet.parameters())
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    flops = count_flops(unet, task)
+    print(f"{label:<22}{total / 1e6:>12.2f}M{trained / 1e6:>12.2f}M{flops / 1e9:>12.2f}G")
 
 
 def main():
-    import argparse
-
-    from watch import flops
-    parser = argparse.ArgumentParser(description="Parameters, FLOPs and experts before and after upcycling.",
-                                     formatter_class=HelpFormatter)
-    parser.add_argument("--model", default="sd15", help=f"{', '.join(CONFIGS)} (shapes only), or a folder or hub id")
-    parser.add_argument("--num-experts", type=int, help="N, of a model that is not upcycled yet; default 4")
+    parser = Parser("Count an upcycled U-Net's parameters and FLOPs, or write one task of a model.")
+    parser.add_argument("--model", default="sd15",
+                        help=f"one of {', '.join(CONFIGS)} (shapes only), a folder or a hub id")
+    parser.add_argument("--fold", metavar="TASK", help="task to write as an ordinary model folder")
+    parser.add_argument("--out", help="folder for --fold")
     args = parser.parse_args()
+    if bool(args.fold) != bool(args.out):
+        raise UserError("--fold TASK and --out FOLDER go together")
+    if args.fold:
+        return write_task(args.fold, args.model, args.out)
+
     if args.model in CONFIGS:
         with torch.device("meta"):
             unet = UNet(CONFIGS[args.model])
     else:
-        config = read_json(fetch(args.model, "unet") / "config.json")
-        config.pop("routing", None)  # DTR's masks have no weights, and no share in these numbers
-        unet = from_pretrained(args.model, config=config) if "moe" in config else UNet.from_pretrained(args.model, config=config)
-    if "moe" in unet.config and args.num_experts is not None:
-        raise UserError(f"--num-experts is for models that are not upcycled; {args.model} has {unet.config['moe']['num_experts']}")
-
-    def row(name, unet, task=None):
-        total, trained = (sum(p.numel() for p in unet.parameters() if p.requires_grad or not only) for only in (False, True))
-        print(f"{name:<22}{total / 1e6:>12.2f}M{trained / 1e6:>12.2f}M{flops(unet, task) / 1e9:>12.2f}G")
-
-    size = unet.config["sample_size"]
-    print(f"{args.model:<22}{'parameters':>13}{'trainable':>13}{'FLOPs':>13}   one forward, {size} x {size} latent")
+        from sample import load_model
+        unet = load_model(args.model).unet
+    print(f"{args.model:<22}   parameters    trainable        FLOPs   of one forward pass")
     if "moe" not in unet.config:
-        row("dense", unet)
-        upcycle(unet, num_experts=4 if args.num_experts is None else args.num_experts)
-    for i, task in enumerate(unet.config["moe"]["tasks"]):
-        row(f"{unet.config['moe']['num_experts']} experts, {task}", unet, i)
-    if unet.conv_out.weight.device.type != "meta":
-        print("\nrouter weights (Eq. 1), a row per feed-forward network, a column per expert")
-        tasks = unet.config["moe"]["tasks"]
-        print(" " * 34 + "".join(f"{task:<{6 * unet.config['moe']['num_experts'] + 2}}" for task in tasks))
+        print_size("dense", unet)
+        upcycle(unet)
+    tasks = unet.config["moe"]["tasks"]
+    for row, task in enumerate(tasks):
+        print_size(task, unet, row)
+    if args.model not in CONFIGS:
+        print(f"\nrouter weights (Eq. 1), those of {', '.join(tasks)} side by side")
         for name, module in unet.named_modules():
-            if isinstance(module, ExpertFeedForward):
-                weights = module.weights(unet.task_embedding.weight)
-                print(f"{name.replace('.transformer_blocks', '').replace('attentions.', ''):<34}"
-                      + "  ".join("".join(f"{w:6.2f}" for w in row) for row in weights.tolist()))
+            if hasattr(module, "router"):
+                w = module.weights(unet.task_embedding.weight).flatten()
+                print(f"{name:<54}" + " ".join(f"{share:.2f}" for share in w.tolist()))
 
 
 if __name__ == "__main__":

@@ -1,145 +1,159 @@
-"""DTR, denoising task routing: every timestep sees its own window of channels (Park et al., ICLR 2024, arXiv 2310.07138).
+"""DTR, denoising task routing: every timestep sees its own window of each block's channels.
 
-    m[t, c] = 1  for  start(t) <= c < start(t) + C_b,   start(t) = round((C - C_b) (t / (T - 1))^alpha),   C_b = floor(beta C)
+Park et al., ICLR 2024, arXiv 2310.07138. A network that denoises at T noise levels learns T tasks.
+DTR tells it which of them are alike, without a parameter: near timesteps share most of their
+channels, distant ones few.
+
     z_{l+1} = z_l + Block_l(m_t * z_l)
 
-Near timesteps share most channels, distant ones few: a prior on which denoising tasks are alike, without a parameter. t is the original
-timestep, 0..T-1, also where sampling visits only some. The control R-TR draws the C_b channels of each timestep and block at random.
+    the official code, t = 0..T-1, c = 0..C-1:
+        start(t) = round((C - C_b) (t / (T - 1))^alpha),  C_b = floor(beta C)
+        m[t, c] = 1  where  start(t) <= c < start(t) + C_b,  else 0
 
-The paper's networks are DiT and ADM (adm.py; that its attention, a residual block as well, is masked alike is our reading). In Stable
-Diffusion's U-Net each residual block is treated as ADM's and each transformer block as DiT's: the mask meets what enters the update, the skip
-path stays whole, each mask is built for its block's own width. Behind the norm a masked channel is no longer zero (a mean is subtracted, a bias
-added), so no product can be left out: routing does not make sampling faster.
+    the paper, t = 1..T, c = 1..C:
+        edge(t) = round((C - C_b) (t / T)^alpha)
+        m[t, c] = 1  where  edge(t - 1) < c <= edge(t) + C_b,  else 0
 
-    python routing.py                      draws both masks (timestep x channel) and prints how much timesteps share
+This file computes the first. The two differ by a channel at an edge of the window at DiT's widths,
+and by two at the widest blocks of a U-Net: the code's window is always C_b channels wide, and the
+paper's is a little wider where it moves fast. t is the original timestep, also where sampling
+visits only some. The control R-TR draws C_b channels at random.
 
-Letters: B batch, L positions, C channels, T timesteps.
+Where the mask goes: official code exists for DiT only, whose block masks its input once and adds
+every update to the unmasked z. Masking the input of a residual block's update in ADM's and in
+Stable Diffusion's U-Net, with a skip path that stays whole, is our reading of the paper, and so is
+the masking of ADM's attention; Stable Diffusion's transformer block is treated as DiT's.
+
+One thing is different in a U-Net. A residual block of the upward path reads [backbone, skip] side
+by side: at low t the window hides skip channels only, at the highest t backbone channels only,
+whereas all channels of DiT are alike. And everywhere a norm follows the mask, after which hidden
+channels are no longer zero. So no product can be left out, and a routed network is not faster.
+
+    python routing.py         draws both masks and prints how much the timesteps share
+
+Letters: B batch, L positions, C channels, C_b channels that a timestep sees, T timesteps.
 """
+import functools
+import math
+
 import torch
 import torch.nn as nn
 
-from folders import HelpFormatter, UserError, command
-from unet import BasicTransformerBlock, ResnetBlock2D
-from vae import Attention
+from hub import Parser, UserError, command, replacing
 
 MODES = ("dtr", "random")
 
 
 def task_masks(t, num_channels, alpha=4.0, beta=0.8, num_steps=1000):
-    """t (B,) timesteps in [0, num_steps), fractions taken to the nearest -> masks (B, num_channels) of 0. and 1., in fp32.
+    """Compute the masks of a batch of timesteps: t (B,) -> (B, num_channels) of 0. and 1., in fp32.
 
-    As the official code draws them. alpha > 1 moves the window little at low t and much at high t; beta is the share of channels.
+    t: timesteps in [0, num_steps); a fraction counts as the nearest whole one.
+    alpha: above 1, the window moves little at low t and much at high t.
+    beta: the share of the channels that a timestep sees.
     """
     width = int(num_channels * beta)                                            # C_b
-    start = ((t.float().round() / (num_steps - 1)) ** alpha * (num_channels - width)).round()[:, None]
+    share = (t.float().round() / (num_steps - 1)) ** alpha
+    start = (share * (num_channels - width)).round()[:, None]                   # (B, 1)
     c = torch.arange(num_channels, device=t.device)
     return ((c >= start) & (c < start + width)).float()
 
 
 def random_masks(num_channels, beta=0.8, num_steps=1000, seed=0, block=0):
-    """R-TR: for each timestep floor(beta C) channels at random -> (T, num_channels) bool, a function of seed and block."""
+    """Draw R-TR's masks: floor(beta C) channels for each timestep -> (T, num_channels) of bool.
+
+    The draw is a function of seed and block, so it needs no place in a checkpoint.
+    """
     generator = torch.Generator().manual_seed(seed * 100_003 + block)
-    order = torch.rand(num_steps, num_channels, generator=generator).argsort(dim=1)
-    return order < int(num_channels * beta)
+    # On the CPU even where a model is built on the meta device: no file holds these values.
+    values = torch.rand(num_steps, num_channels, generator=generator, device="cpu")
+    return values.argsort(dim=1) < int(num_channels * beta)
 
 
-class Mask(nn.Module):
-    """The mask of one block's input, without parameters and without a place in checkpoints."""
+class RandomMask(nn.Module):
+    """Look up R-TR's masks of one block: t (B,) -> (B, C)."""
 
-    def __init__(self, num_channels, block, alpha, beta, mode, num_steps, seed):
+    def __init__(self, table):
         super().__init__()
-        if int(num_channels * beta) < 1:
-            raise UserError(f"routing with beta = {beta:g} leaves none of a block's {num_channels} channels; take a larger beta")
-        self.num_channels, self.alpha, self.beta, self.num_steps = num_channels, alpha, beta, num_steps
-        self.register_buffer("table", random_masks(num_channels, beta, num_steps, seed, block) if mode == "random" else None, persistent=False)
+        self.register_buffer("table", table, persistent=False)                  # (T, C)
 
     def forward(self, t):
-        """t (B,) -> (B, C)"""
-        if self.table is None:
-            return task_masks(t, self.num_channels, self.alpha, self.beta, self.num_steps)
         return self.table.index_select(0, t.round().long())
 
 
-class RoutedResnetBlock2D(ResnetBlock2D):
-    """out = skip(x) + update(m * x)"""
+class Routed:
+    """A mix-in: `add_routing` gives a block the class (Routed, its old class).
 
-    def forward(self, x, cond):                                                 # (B, C, H, W)
-        m = self.mask(cond.t).to(x.dtype)[:, :, None, None]
-        return self.skip(x) + self.update(m * x, cond)
+    So super().forward is the plain block. The paper's z is x here.
+    """
 
-
-class RoutedAttention(Attention):
-    """ADM's attention: out = x + update(m * x)"""
-
-    def forward(self, x, cond):                                                 # (B, C, H, W)
-        m = self.mask(cond.t).to(x.dtype)[:, :, None, None]
-        return x + self.update(m * x)
-
-
-class RoutedTransformerBlock(BasicTransformerBlock):
-    """r = m * x, then r = r + update(r) for each update in turn, out = r + (1 - m) * x: x plus the updates, the first of which sees m * x."""
-
-    def forward(self, x, cond):                                                 # (B, L, C)
-        m = self.mask(cond.t).to(x.dtype)[:, None]
+    def forward(self, x, cond):                          # pictures (B, C, H, W), tokens (B, L, C)
+        m = self.mask(cond.t).to(x.dtype)                                       # (B, C)
+        m = m[:, :, None, None] if x.dim() == 4 else m[:, None]
+        if hasattr(self, "skip"):
+            # A residual block's skip path may change width and size, and is never masked.
+            return self.skip(x) + self.update(m * x, cond)
+        # The official DiT block. It ends as m x + its updates, and (1 - m) x makes m x whole again.
         return super().forward(m * x, cond) + (1 - m) * x
 
 
-ROUTED = {  # class of a block -> its routed class, the width of its input
-    ResnetBlock2D: (RoutedResnetBlock2D, lambda block: block.norm1.num_channels),
-    Attention: (RoutedAttention, lambda block: block.group_norm.num_channels),
-    BasicTransformerBlock: (RoutedTransformerBlock, lambda block: block.norm1.normalized_shape[0]),
-}
+def add_routing(network, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0):
+    """Route a network in place, and return it.
 
-
-def add_routing(unet, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0):
-    """Route a U-Net in place and return it. mode: "dtr", or "random" for R-TR, whose draw `seed` fixes. beta 1 is the plain network.
-
-    Upcycled U-Nets can be routed and routed ones upcycled. Parameters keep their names; config.json records the routing.
+    mode: "dtr", or "random" for R-TR, whose draw `seed` fixes; each block has a draw of its own.
+    beta = 1 is the plain network. Every block that has `routable_channels` is routed, with masks
+    for that many channels. Parameters keep their names; config.json records the routing.
     """
-    if "routing" in unet.config:
-        raise UserError(f"this U-Net is routed already: {unet.config['routing']}")
-    if not 0 < beta <= 1 or not 0 < alpha < float("inf") or mode not in MODES or num_steps < 2:
-        raise UserError(f"cannot route with alpha={alpha}, beta={beta}, mode={mode!r}, num_steps={num_steps}: "
-                        f"alpha above 0, beta in (0, 1], mode {' or '.join(MODES)}, at least 2 timesteps")
-    device = unet.conv_out.weight.device
-    blocks = [(m, kind) for m in unet.modules() for kind in ROUTED if isinstance(m, kind)]
-    masks = [Mask(ROUTED[kind][1](m), i, alpha, beta, mode, num_steps, seed) for i, (m, kind) in enumerate(blocks)]
-    for (block, kind), mask in zip(blocks, masks):
-        block.__class__, block.mask = ROUTED[kind][0], mask.to(device)
-    unet.config["routing"] = dict(alpha=alpha, beta=beta, mode=mode, num_steps=num_steps, seed=seed)
-    unet.config.setdefault("_class_name", f"Routed{type(unet).__name__}")  # so that no other loader opens the folder and draws wrong pictures
-    return unet
+    if "routing" in network.config:
+        raise UserError(f"this network is routed already: {network.config['routing']}")
+    blocks = [module for module in network.modules() if hasattr(module, "routable_channels")]
+    narrowest = min(block.routable_channels for block in blocks)
+    if (not 1 <= beta * narrowest <= narrowest or not 0 < alpha < math.inf
+            or mode not in MODES or num_steps < 2):
+        raise UserError(f"cannot route with alpha={alpha}, beta={beta}, mode={mode!r}, "
+                        f"num_steps={num_steps}: alpha is above 0, beta in (0, 1] and leaves one "
+                        f"of {narrowest} channels, mode {' or '.join(MODES)}, num_steps above 1")
+    window = dict(alpha=alpha, beta=beta, num_steps=num_steps)
+    device = next(network.parameters()).device
+    for i, block in enumerate(blocks):
+        kind = type(block)
+        block.__class__ = type(f"Routed{kind.__name__}", (Routed, kind), {})
+        C = block.routable_channels
+        if mode == "dtr":
+            block.mask = functools.partial(task_masks, num_channels=C, **window)
+        else:
+            table = random_masks(C, beta, num_steps, seed=seed, block=i)
+            block.mask = RandomMask(table if device.type == "meta" else table.to(device))
+    network.config["routing"] = dict(mode=mode, seed=seed, **window)
+    # A class name of its own, so that no other program opens the folder and draws without masks.
+    name = network.config.get("_class_name", type(network).__name__)
+    network.config["_class_name"] = f"Routed{name}"
+    return network
 
 
 def main():
-    import argparse
-    from pathlib import Path
-
     from PIL import Image
-    parser = argparse.ArgumentParser(description="Draw the masks and print how much timesteps share.",
-                                     formatter_class=HelpFormatter)
-    parser.add_argument("--channels", type=int, default=320, help="C, a block's input width")
-    parser.add_argument("--alpha", type=float, default=4.0, help="the window moves with t to this power (the paper: 4)")
-    parser.add_argument("--beta", type=float, default=0.8, help="share of channels that a timestep sees (the paper: 0.8)")
-    parser.add_argument("--out", default="samples/routing.png", help="the picture")
+    parser = Parser("Draw the masks of DTR and R-TR, and print how much timesteps share.")
+    parser.add_argument("--channels", type=int, default=320, help="width C of a block's input")
+    parser.add_argument("--alpha", type=float, default=4.0, help="exponent of the window's motion")
+    parser.add_argument("--beta", type=float, default=0.8, help="share of channels per timestep")
+    parser.add_argument("--out", default="samples/routing.png", help="file for the picture")
     args = parser.parse_args()
-    if args.channels < 1 or not 0 < args.beta <= 1 or not 0 < args.alpha < float("inf") or int(args.channels * args.beta) < 1:
-        raise UserError(f"--channels {args.channels} --alpha {args.alpha} --beta {args.beta}: channels at least 1, alpha above 0, beta in "
-                        "(0, 1] and leaving a channel")
-    T = 1000
-    both = {"dtr": task_masks(torch.arange(T), args.channels, args.alpha, args.beta, T),
-            "random": random_masks(args.channels, args.beta, T).float()}
-    out = Path(args.out)
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise UserError(f"--out {out}: pictures are written as .png files")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    border = torch.full((T, 8), 0.5)
-    Image.fromarray((torch.cat([both["dtr"], border, both["random"]], dim=1).T * 255).byte().numpy()).save(out)
-    print("share of channels in common (1: the same window)")
-    print(f"{'t':>6}{'t + 1':>9}{'t + 10':>9}{'t + 100':>9}{'t + 400':>9}   then the same for random masks")
-    for t in (0, 200, 400, 599):
-        print(f"{t:>6}" + "   ".join("".join(f"{(m[t] * m[t + d]).sum() / m[t].sum():>9.3f}" for d in (1, 10, 100, 400)) for m in both.values()))
-    print(f"timesteps from left (t = 0) to right, channels from top to bottom, dtr above random -> {out}")
+    if not 1 <= args.beta * args.channels <= args.channels or not 0 < args.alpha < math.inf:
+        raise UserError("--alpha must be above 0, and --beta in (0, 1] must leave a channel")
+    dtr = task_masks(torch.arange(1000), args.channels, args.alpha, args.beta)  # (T, C)
+    random = random_masks(args.channels, args.beta).float()
+
+    print("share of channels that timesteps t and t + d have in common")
+    print("masks      t    d = 1   d = 10  d = 100  d = 400")
+    for name, masks in ("dtr", dtr), ("random", random):
+        for t in (0, 200, 400, 599):
+            shares = masks[[t + 1, t + 10, t + 100, t + 400]] @ masks[t] / masks[t].sum()
+            print(f"{name:<7}{t:>5}" + "".join(f"{share:>9.3f}" for share in shares))
+    border = torch.full((1000, 8), 0.5)
+    picture = torch.cat([dtr, border, random], dim=1).T * 255
+    with replacing(args.out) as file:
+        Image.fromarray(picture.byte().numpy()).save(file, format="PNG")
+    print(f"{args.out}: t from left to right, channels from top to bottom, dtr above random")
 
 
 if __name__ == "__main__":

@@ -1,675 +1,1180 @@
-"""MT-Diffusion: the closed forms against the chain, Gaussians and integrals; DDPM at w = 0; Eq. 6; Algorithm 1; heads and encoders."""
+"""MT-Diffusion: the closed forms against the chain, Gaussians and integrals; DDPM at w = 0; Eq. 6;
+Algorithm 1; heads and encoders; and its tasks, as the commands train them and draw with them."""
 import json
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from conftest import call
+from PIL import Image
+from safetensors.torch import load_file
+from torch import allclose, equal
 
+import adm
 import aggregation
-from adm import CONFIGS as ADM, UNet2D
-from aggregation import (SCHEDULES, Aggregation, add_heads, designed, each_class_once, expected, interpolating, joint_loss, sample,
-                         unet_encoding, vanishing, widen)
-from diffusion import Diffusion, ddim, ddpm, seeded
-from folders import UserError, load_weights
+import data
+import emoji
+import sample
+import train
+from aggregation import Aggregation, Known, add_heads, alphas, expected_encoding, interpolating
+from aggregation import vanishing, zero
+from data import ASSETS, TASKS, Encoder, builtin, to_pil
+from diffusion import Diffusion, UncertaintyWeight, ddim, ddpm, seeded
+from hub import UserError, write_json
+from merge import merge_folders
+from routing import add_routing
+from sample import draw_modalities, load_model
 from unet import CONFIGS, UNet
 
-BETAS = {"linear": {}, "sd": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
-         "cosine": dict(beta_schedule="squaredcos_cap_v2")}
-SMALL = dict(CONFIGS["tiny"], block_out_channels=(32, 64, 64), cross_attention_dim=24, sample_size=8)
+BETAS = {"linear": {}, "cosine": dict(beta_schedule="squaredcos_cap_v2"),
+         "sd": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)}
+SMALL = CONFIGS["tiny"] | dict(block_out_channels=(32, 64, 64), cross_attention_dim=24,
+                               sample_size=8)
+PIXELS = adm.CONFIGS["adm-tiny"] | dict(num_class_embeds=None)
+SOURCE = dict(kind="image", weights="vanishing", k=1.0)
+LABEL = dict(kind="linear", classes=["a", "b", "c"], weights="vanishing", k=1.0)
+CLASSIFIER = LABEL | dict(kind="classifier", width=32, depth=1)
 
 
-def diffusion(name="linear", **changes):
-    return Diffusion.from_config(BETAS[name] | dict(clip_sample=False, timestep_spacing="trailing") | changes)
+def diffusion(betas="linear", **changes):
+    config = dict(clip_sample=False, timestep_spacing="trailing")
+    return Diffusion.from_config(BETAS[betas] | config | changes)
 
 
-def short(T=40):
+def short():
     """A schedule of few steps that ends near noise."""
-    return diffusion(num_train_timesteps=T, beta_end=0.3)
+    return diffusion(num_train_timesteps=40, beta_end=0.3)
 
 
-def process(alpha_bar, M=3, seed=0):
-    """Weights of no particular form, as large as beta."""
-    g = torch.Generator().manual_seed(seed)
-    return Aggregation(alpha_bar, (torch.rand(M, len(alpha_bar), generator=g) - 0.3) * (1 - aggregation.alphas(alpha_bar)[0]))
+def zero_snr():
+    """The miniature's own schedule, whose last step is pure noise."""
+    return diffusion("sd", rescale_betas_zero_snr=True, prediction_type="v_prediction")
 
 
-def draw(M=3, B=4, C=2, side=3, dtype=torch.float64):
-    g = torch.Generator().manual_seed(1)
-    z0, zt, noise, *E = torch.randn(3 + M, B, C, side, side, generator=g, dtype=torch.float64).to(dtype)
+def process(alpha_bar, M=3):
+    """A process whose weights have no particular form, and are as large as beta."""
+    random = torch.rand(M, len(alpha_bar), generator=seeded([0])[0]) - 0.3
+    return Aggregation(alpha_bar, random * (1 - alphas(alpha_bar)[0]))
+
+
+def tensors(M=3, B=4, side=3, dtype=torch.float64):
+    """z_0, z_t, noise (B, 2, side, side) and E (M, B, 2, side, side), all independent."""
+    z0, zt, noise, *E = torch.randn(3 + M, B, 2, side, side, generator=seeded([1])[0],
+                                    dtype=torch.float64).to(dtype)
     return z0, zt, noise, torch.stack(E)
 
 
 def constants(alpha_bar, t):
-    """alpha_t, ab_t, ab_{t-1} in float64, by Python."""
-    ab, before = alpha_bar[t].item(), alpha_bar[t - 1].item() if t > 0 else 1.0
+    """alpha_t, ab_t and ab_{t-1} in float64, by Python."""
+    ab = alpha_bar[t].item()
+    before = alpha_bar[t - 1].item() if t > 0 else 1.0
     return ab / before, ab, before
 
 
 # ---- Eq. 3, 4, 7, 8: transition, marginal, weights ----
 
-@pytest.mark.parametrize("name", BETAS)
-def test_the_marginal_is_the_chain_of_transitions(name):
-    d, (z0, _, _, E) = diffusion(name), draw()
-    p, mean, var = process(d.alpha_bar), z0, torch.zeros(())
+@pytest.mark.parametrize("betas", BETAS)
+def test_the_marginal_is_the_chain_of_transitions(betas):
+    d = diffusion(betas)
+    p = process(d.alpha_bar)
+    z0, _, _, E = tensors()
+    mean = z0
+    var = torch.zeros(())
     for t in range(d.T):
         mean, std = p.transition(mean, E, t)
         var = constants(d.alpha_bar, t)[0] * var + std ** 2
         if t % 111 == 0:
-            m, s = p.marginal(z0, E, t)
-            assert torch.allclose(m, mean, atol=1e-9) and torch.allclose(s ** 2, var, atol=1e-9)
-    m, s = p.marginal(z0, E, -1)
-    assert torch.equal(m, z0) and s == 0
+            closed, std = p.marginal(z0, E, t)
+            assert allclose(closed, mean, atol=1e-9) and allclose(std ** 2, var, atol=1e-9)
+    clean, std = p.marginal(z0, E, -1)
+    assert equal(clean, z0) and std == 0
 
 
-def test_monte_carlo():
-    d, n, T = short(), 200_000, 20
-    p, z0, E = Aggregation(d.alpha_bar, [lambda a: interpolating(a, 0.8)]), 0.6, torch.full((1, 1, 1, 1, 1), -1.3)
-    z = torch.full((n, 1, 1, 1), z0)
-    for t in range(T):
-        before = z
-        mean, std = p.transition(z, E.expand(1, n, 1, 1, 1), t)
-        z = mean + std * torch.randn_like(z)
-    mean, std = p.marginal(torch.full((1, 1, 1, 1), z0), E, T - 1)
-    assert abs(z.mean() - mean) < 6e-3 and abs(z.var() - std ** 2) < 6e-3 and mean < 0.2
-    slope = ((z - z.mean()) * (before - before.mean())).mean() / z.var()  # the regression of z_{t-1} on z_t is the posterior
-    offset = before.mean() - slope * z.mean()
-    (at0, var), (at1, _) = (p.posterior(torch.full((1, 1, 1, 1), z0), torch.full((1, 1, 1, 1), y), E, T - 1) for y in (0.0, 1.0))
-    assert abs(slope - (at1 - at0)) < 6e-3 and abs(offset - at0) < 6e-3 and abs((before - offset - slope * z).var() - var) < 3e-3
+def everything(p, z0, zt, eps, E, t):
+    """All that a process computes."""
+    return [*p.marginal(z0, E, t), *p.transition(z0, E, t), *p.posterior(z0, zt, E, t),
+            *p.posterior_from_eps(zt, eps, E, t), p.ddim_step(zt, eps, E, t, t - 1, 0.001, eps),
+            p.start(E, eps, t)]
 
 
 def test_a_timestep_of_each_sample_is_its_own():
-    d, (z0, zt, eps, E) = diffusion(), draw()
-    p, t = process(d.alpha_bar), torch.tensor([0, 5, 400, 999])
-    for f in (lambda z0, zt, eps, E, t: p.marginal(z0, E, t), lambda z0, zt, eps, E, t: p.posterior(z0, zt, E, t),
-              lambda z0, zt, eps, E, t: p.posterior_from_eps(zt, eps, E, t), lambda z0, zt, eps, E, t: p.transition(z0, E, t),
-              lambda z0, zt, eps, E, t: (p.ddim_step(zt, eps, E, t, t - 1),) * 2):
-        together, spread = f(z0, zt, eps, E, t)
-        for i in range(4):
-            alone, one = f(z0[i:i + 1], zt[i:i + 1], eps[i:i + 1], E[:, i:i + 1], int(t[i]))
-            assert torch.equal(together[i:i + 1], alone) and torch.equal(spread[i:i + 1], one)
-
-
-@pytest.mark.parametrize("name", BETAS)
-def test_named_weights_have_their_closed_coefficients(name):
-    ab = diffusion(name).alpha_bar.double()
-    s, k = ab.sqrt(), 0.7
-    for name, c in dict(vanishing=k * s * (1 - s), interpolating=k * (1 - s), first=k * s, zero=0 * s).items():
-        schedule = SCHEDULES[name]
-        p = Aggregation(ab, [schedule(ab, k)])
-        assert torch.allclose(p.c[0, 1:], c, atol=1e-9) and p.c[0, 0] == 0
-        assert torch.allclose(designed(ab, c), schedule(ab, k), atol=1e-9)
-
-
-@pytest.mark.parametrize("name, w, last, most", [
-    ("linear", lambda a, t: 1 + 0 * t, 114, 240), ("sd", lambda a, t: 1 + 0 * t, 228, 347), ("cosine", lambda a, t: 1 + 0 * t, 0.24, 421),
-    ("linear", lambda a, t: t, 98, 98), ("sd", lambda a, t: t, 166, 166), ("cosine", lambda a, t: t, 0.21, 173),
-    ("linear", lambda a, t: 1 - a, 1.96, 1.96), ("sd", lambda a, t: 1 - a, 1.85, 1.85), ("cosine", lambda a, t: 1 - a, 0.07, 1.87),
-    ("linear", "interpolating", 0.99, 0.99), ("sd", "interpolating", 0.93, 0.93), ("cosine", "interpolating", 1.00, 1.00),
-    ("linear", "vanishing", 0.006, 0.25), ("sd", "vanishing", 0.064, 0.25), ("cosine", "vanishing", 0.000, 0.25)])
-def test_sizes_of_the_coefficient(name, w, last, most):
-    """c_T and its maximum over t, for weights that are functions of alpha_t and t / T; any function of alpha_bar will do."""
-    ab = diffusion(name).alpha_bar
-    w = SCHEDULES[w] if isinstance(w, str) else (lambda w: lambda ab: w(aggregation.alphas(ab)[0], torch.arange(1, 1001) / 1000))(w)
-    c = Aggregation(ab, [w]).c[0]
-    digits = {True: 3, False: 2 if last < 10 else 0}[isinstance(last, float) and last < 0.01 or last == 0.064]
-    assert round(c[-1].item(), digits) == last and abs(c.max().item() - most) <= 0.005 * max(1, most)
-
-
-def test_weights_of_inverse_design_reproduce_any_coefficient():
-    ab = diffusion().alpha_bar
-    wanted = torch.sin(torch.arange(1000) / 100).double()
-    assert torch.allclose(Aggregation(ab, [lambda ab: designed(ab, wanted)]).c[0, 1:], wanted, atol=1e-9)
-    zero_snr = diffusion("sd", rescale_betas_zero_snr=True, prediction_type="v_prediction").alpha_bar
-    wanted[-1] = 0
-    assert torch.allclose(Aggregation(zero_snr, [designed(zero_snr, wanted)]).c[0, 1:], wanted, atol=1e-9)
-
-
-def test_the_terminal_law():
-    z0, _, noise, E = draw(M=1)
-    for name in ("linear", "cosine"):  # vanishing: what is left of x is as small as what is left of z_0
-        p = Aggregation(diffusion(name).alpha_bar, [vanishing])
-        assert (p.start(E, noise) - noise).abs().max() < 0.01 * E.abs().max() and p.c[0, 1] < 1e-3 and p.c.max() > 0.249
-    p = Aggregation(diffusion("sd").alpha_bar, [interpolating])
-    shift = p.start(E, noise) - noise
-    assert torch.allclose(shift, p.marginal(0 * z0, E, 999)[0], atol=1e-12) and torch.allclose(shift, 0.93 * E[0], rtol=0.01)
-    assert torch.allclose(p.start(E, noise, 500), p.marginal(0 * z0, E, 500)[0] + noise, atol=1e-12)
-    zero_snr = diffusion("sd", rescale_betas_zero_snr=True, prediction_type="v_prediction").alpha_bar
-    assert torch.equal(Aggregation(zero_snr, [vanishing]).start(E, noise), noise)  # a_T = 0 forgets x as it forgets z_0
-
-
-# ---- Eq. 5, 9: posterior, DDIM ----
-
-@pytest.mark.parametrize("name", BETAS)
-def test_the_posterior_is_a_product_of_gaussians(name):
-    d, (z0, zt, eps, E) = diffusion(name), draw()
-    p = process(d.alpha_bar)
-    for t in (1, 2, 37, 500, 900, 980):
-        a, ab, before = constants(d.alpha_bar, t)
-        A, C_before = ((table[:, t + shift].view(3, 1, 1, 1, 1) * E).sum(0) for table, shift in ((p.w, 1), (p.c, 0)))
-        C = math.sqrt(a) * (C_before + A)
-        m1, v1, v2 = math.sqrt(before) * z0 + C_before, 1 - before, 1 - a   # Lemma 4: prior, and likelihood N(z_t; sqrt(a) (z + A), v2)
-        precision = 1 / v1 + a / v2
-        mu = (m1 / v1 + math.sqrt(a) * (zt - math.sqrt(a) * A) / v2) / precision
-        mean, var = p.posterior(z0, zt, E, t)
-        assert torch.allclose(mean, mu, atol=1e-9) and torch.allclose(var, torch.tensor(1 / precision).double(), rtol=1e-9)
-        printed = (math.sqrt(before) * (1 - a) * z0 + math.sqrt(a) * (1 - before) * zt + (1 - a) * C_before - a * (1 - before) * A) / (1 - ab)
-        assert torch.allclose(mean, printed, atol=1e-9)                     # Eq. 9 as the header has it
-        zt_of = math.sqrt(ab) * z0 + C + math.sqrt(1 - ab) * eps
-        by_z0, by_eps = p.posterior(z0, zt_of, E, t), p.posterior_from_eps(zt_of, eps, E, t)
-        assert torch.allclose(by_z0[0], by_eps[0], atol=1e-7) and torch.equal(by_z0[1], by_eps[1])
-        ddpm_mean = (zt_of - (1 - a) / math.sqrt(1 - ab) * eps) / math.sqrt(a)
-        assert torch.allclose(by_eps[0], ddpm_mean - A, atol=1e-9)          # Remark 2: one more term, with no factor
-
-
-def test_the_posterior_by_integration():
-    d, t = short(), 12
-    p, (a, _, before) = process(d.alpha_bar, M=1), constants(d.alpha_bar, t)
-    z0, zt, e = 0.4, -0.9, 1.7
-    z = torch.linspace(-6, 6, 20_001, dtype=torch.float64)
-    density = torch.exp(-(z - math.sqrt(before) * z0 - p.c[0, t] * e) ** 2 / (2 * (1 - before))
-                        - (zt - math.sqrt(a) * (z + p.w[0, t + 1] * e)) ** 2 / (2 * (1 - a)))
-    mu = (z * density).sum() / density.sum()
-    mean, var = p.posterior(*(torch.full((1, 1, 1, 1), y, dtype=torch.float64) for y in (z0, zt)), torch.full((1, 1, 1, 1, 1), e).double(), t)
-    assert abs(mean - mu) < 1e-8 and abs(var - ((z - mu) ** 2 * density).sum() / density.sum()) < 1e-8
-
-
-def test_posteriors_over_several_steps_compose():
-    d, (z0, zt, _, E) = short(), draw()
-    p, r, s, t = process(d.alpha_bar), 5, 17, 30
-    mean, var = p.posterior(z0, zt, E, t, s)
-    twice, spread = p.posterior(z0, mean, E, s, r)
-    slope = p.posterior(z0, mean + 1, E, s, r)[0] - twice
-    direct, total = p.posterior(z0, zt, E, t, r)
-    assert torch.allclose(twice, direct, atol=1e-12) and torch.allclose(spread + slope ** 2 * var, total, atol=1e-12)
-    assert torch.equal(p.posterior(z0, zt, E, t, -1)[0], z0) and p.posterior(z0, zt, E, t, -1)[1] == 0
-
-
-@pytest.mark.parametrize("name", BETAS)
-def test_ddim_with_the_true_noise_and_x_returns_z0(name):
-    d, (z0, _, eps, E) = diffusion(name), draw(dtype=torch.float32)
-    p = process(d.alpha_bar)
-    for t, r in ((700, 699), (700, 300), (300, 40), (40, 0), (5, -1), (700, -1)):
-        mean, std = p.marginal(z0, E, t)
-        mean_r, std_r = p.marginal(z0, E, r)
-        assert torch.allclose(p.ddim_step(mean + std * eps, eps, E, t, r), mean_r + std_r * eps, atol=1e-4)
-    z = p.marginal(z0, E, 700)[0] + p.marginal(z0, E, 700)[1] * eps
-    for t, r in ((700, 400), (400, 100), (100, -1)):
-        z = p.ddim_step(z, eps, E, t, r)
-    assert torch.allclose(z, z0, atol=1e-4)
-
-
-def test_ddim_with_the_posteriors_variance_is_the_posterior():
-    d, (z0, _, eps, E) = diffusion(), draw()
-    p = process(d.alpha_bar)
-    for t in (1, 60, 999):
-        zt = sum(y * eps if i else y for i, y in enumerate(p.marginal(z0, E, t)))
-        mean, var = p.posterior(z0, zt, E, t)
-        assert torch.allclose(p.ddim_step(zt, eps, E, t, t - 1, var.sqrt()), mean, atol=1e-9)
-        noise = torch.randn_like(zt)
-        assert torch.allclose(p.ddim_step(zt, eps, E, t, t - 1, var.sqrt(), noise), mean + var.sqrt() * noise, atol=1e-9)
-    assert not torch.allclose(p.ddim_step(zt, eps, E, t, t - 1), mean, atol=1e-3)
-
-
-def test_appendix_d():
-    """The gradient of a classifier as E, and the U-Net's difference, give the two guidances."""
-    d, (_, zt, eps, E) = short(), draw(M=1)
-    t, s, zero = 20, 3.0, Aggregation(d.alpha_bar, [SCHEDULES["zero"]])
-    a, ab, _ = constants(d.alpha_bar, t)
-    plain, var = zero.posterior_from_eps(zt, eps, E, t)
-    w = torch.zeros(1, d.T, dtype=torch.float64)
-    w[0, t] = -s * var
-    assert torch.allclose(Aggregation(d.alpha_bar, w).posterior_from_eps(zt, eps, E, t)[0], plain + s * var * E[0], atol=1e-12)
-    w[0, t] = s * (1 - a) / math.sqrt(a * (1 - ab))
-    guided = zero.posterior_from_eps(zt, eps + s * (E[0] - eps), E, t)[0]
-    assert torch.allclose(Aggregation(d.alpha_bar, w).posterior_from_eps(zt, eps, E - eps, t)[0], guided, atol=1e-12)
+    p = process(diffusion().alpha_bar)
+    z0, zt, eps, E = tensors()
+    t = torch.tensor([0, 5, 400, 999])
+    together = everything(p, z0, zt, eps, E, t)
+    for i in range(4):
+        row = slice(i, i + 1)
+        alone = everything(p, z0[row], zt[row], eps[row], E[:, row], int(t[i]))
+        assert all(equal(a[row], b) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_fp32(dtype):
-    d, tensors = diffusion(), draw(dtype=dtype)
-    p, t = process(d.alpha_bar), torch.tensor([3, 200, 600, 950])
-    for half, full in zip(*(
-            [*p.marginal(z0, E, t), *p.posterior(z0, zt, E, t), *p.posterior_from_eps(zt, eps, E, t), *p.transition(z0, E, t), p.start(E, eps),
-             p.ddim_step(zt, eps, E, t, t - 2, 0.001, eps)] for z0, zt, eps, E in (tensors, [y.float() for y in tensors]))):
-        assert half.dtype == torch.float32 and torch.equal(half, full)
+    p = process(diffusion().alpha_bar)
+    t = torch.tensor([3, 200, 600, 950])
+    halves = tensors(dtype=dtype)
+    full = everything(p, *[y.float() for y in halves], t)
+    for a, b in zip(everything(p, *halves, t), full, strict=True):
+        assert a.dtype == torch.float32 and equal(a, b)
+
+
+@pytest.mark.parametrize("betas", BETAS)
+def test_named_weights_have_their_closed_coefficients(betas):
+    ab = diffusion(betas).alpha_bar.double()
+    s = ab.sqrt()
+    for weights, c in ((vanishing, s * (1 - s)), (interpolating, 1 - s), (zero, 0 * s)):
+        p = Aggregation(ab, [weights(ab, 0.7)])
+        assert allclose(p.c[0, 1:], 0.7 * c, atol=1e-9) and p.c[0, 0] == 0
+
+
+@pytest.mark.parametrize("betas, c", [("linear", "114 240"), ("cosine", "0 421"),
+                                      ("sd", "228 347")])
+def test_weights_of_order_1_drown_the_unit_noise(betas, c):
+    """c_T and the largest c_t; weights may be any function of alpha_bar."""
+    p = Aggregation(diffusion(betas).alpha_bar, [torch.ones_like])
+    assert f"{p.c[0, -1]:.0f} {p.c.max():.0f}" == c
+
+
+def test_the_law_at_the_end():
+    z0, _, noise, E = tensors(M=1)
+    for betas in ("linear", "cosine"):
+        # What is left of x is as small as what is left of z_0.
+        p = Aggregation(diffusion(betas).alpha_bar, [vanishing])
+        assert (p.start(E, noise) - noise).abs().max() < 0.01 * E.abs().max()
+        assert p.c[0, 1] < 1e-3 and p.c.max() > 0.249
+    p = Aggregation(diffusion("sd").alpha_bar, [interpolating])
+    assert allclose(p.start(E, noise), p.marginal(0 * z0, E, 999)[0] + noise, atol=1e-12)
+    assert allclose(p.start(E, noise) - noise, 0.93 * E[0], rtol=0.01)
+    assert allclose(p.start(E, noise, 500), p.marginal(0 * z0, E, 500)[0] + noise, atol=1e-12)
+    # a_T = 0 forgets x as it forgets z_0.
+    assert equal(Aggregation(zero_snr().alpha_bar, [vanishing]).start(E, noise), noise)
+
+
+# ---- Eq. 5, 9: posterior, DDIM ----
+
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("t", [1, 2, 37, 500, 900, 980])
+def test_the_posterior_is_a_product_of_gaussians(betas, t):
+    d = diffusion(betas)
+    p = process(d.alpha_bar)
+    z0, zt, eps, E = tensors()
+    a, ab, before = constants(d.alpha_bar, t)
+    A = (p.w[:, t + 1].view(3, 1, 1, 1, 1) * E).sum(0)
+    C_before = (p.c[:, t].view(3, 1, 1, 1, 1) * E).sum(0)
+    # Lemma 4: the prior N(m, v) of z_{t-1}, and the likelihood of z_t.
+    m = math.sqrt(before) * z0 + C_before
+    v = 1 - before
+    precision = 1 / v + a / (1 - a)
+    mu = (m / v + math.sqrt(a) * (zt - math.sqrt(a) * A) / (1 - a)) / precision
+    mean, var = p.posterior(z0, zt, E, t)
+    assert allclose(mean, mu, atol=1e-9) and abs(var * precision - 1) < 1e-9
+    # As the header of aggregation.py has it.
+    of_x = (1 - a) * C_before - a * (1 - before) * A
+    header = math.sqrt(before) * (1 - a) * z0 + math.sqrt(a) * (1 - before) * zt + of_x
+    assert allclose(mean, header / (1 - ab), atol=1e-9)
+    # Remark 2: by the noise it is DDPM's mean and one more term, with no factor.
+    C = math.sqrt(a) * (C_before + A)
+    zt = math.sqrt(ab) * z0 + C + math.sqrt(1 - ab) * eps
+    by_eps, same_var = p.posterior_from_eps(zt, eps, E, t)
+    assert allclose(p.posterior(z0, zt, E, t)[0], by_eps, atol=1e-7) and equal(var, same_var)
+    ddpm_mean = (zt - (1 - a) / math.sqrt(1 - ab) * eps) / math.sqrt(a)
+    assert allclose(by_eps, ddpm_mean - A, atol=1e-9)
+
+
+def test_posteriors_over_several_steps_compose():
+    p = process(short().alpha_bar)
+    z0, zt, _, E = tensors()
+    mean, var = p.posterior(z0, zt, E, 30, 17)
+    twice, spread = p.posterior(z0, mean, E, 17, 5)
+    slope = p.posterior(z0, mean + 1, E, 17, 5)[0] - twice
+    direct, total = p.posterior(z0, zt, E, 30, 5)
+    assert allclose(twice, direct, atol=1e-12)
+    assert allclose(spread + slope ** 2 * var, total, atol=1e-12)
+    clean, var = p.posterior(z0, zt, E, 30, -1)
+    assert equal(clean, z0) and var == 0
+
+
+@pytest.mark.parametrize("betas", BETAS)
+def test_ddim_with_the_true_noise_and_x_returns_z0(betas):
+    p = process(diffusion(betas).alpha_bar)
+    z0, _, eps, E = tensors(dtype=torch.float32)
+
+    def noisy(t):
+        mean, std = p.marginal(z0, E, t)
+        return mean + std * eps
+
+    for t, r in ((700, 699), (700, 300), (300, 40), (40, 0), (5, -1), (700, -1)):
+        assert allclose(p.ddim_step(noisy(t), eps, E, t, r), noisy(r), atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [1, 60, 999])
+def test_ddim_with_the_posteriors_variance_is_the_posterior(t):
+    p = process(diffusion().alpha_bar)
+    z0, noise, eps, E = tensors()
+    mean, std = p.marginal(z0, E, t)
+    zt = mean + std * eps
+    mean, var = p.posterior(z0, zt, E, t)
+    step = partial(p.ddim_step, zt, eps, E, t, t - 1)
+    assert allclose(step(var.sqrt()), mean, atol=1e-9)
+    assert allclose(step(var.sqrt(), noise), mean + var.sqrt() * noise, atol=1e-9)
+    assert t < 999 or not allclose(step(), mean, atol=1e-3)
+
+
+def test_appendix_d():
+    """The gradient of a classifier as E, and the U-Net's difference, give the two guidances."""
+    d = short()
+    _, zt, eps, E = tensors(M=1)
+    t, s = 20, 3.0
+    a, ab, _ = constants(d.alpha_bar, t)
+    plain = Aggregation(d.alpha_bar, [zero])
+    mean, var = plain.posterior_from_eps(zt, eps, E, t)
+    w = torch.zeros(1, d.T, dtype=torch.float64)
+    w[0, t] = -s * var
+    by_classifier, _ = Aggregation(d.alpha_bar, w).posterior_from_eps(zt, eps, E, t)
+    assert allclose(by_classifier, mean + s * var * E[0], atol=1e-12)
+    w[0, t] = s * (1 - a) / math.sqrt(a * (1 - ab))
+    guided, _ = plain.posterior_from_eps(zt, eps + s * (E[0] - eps), E, t)
+    classifier_free, _ = Aggregation(d.alpha_bar, w).posterior_from_eps(zt, eps, E - eps, t)
+    assert allclose(classifier_free, guided, atol=1e-12)
 
 
 # ---- a network, its heads, Eq. 6 ----
 
 class Toy(nn.Module):
-    """Stands for a U-Net: smooth in z, different at each t."""
-    config = dict(block_out_channels=(32, 5), in_channels=2, out_channels=2, sample_size=8)
+    """Stands for a U-Net: smooth in z, different at each t. Called as predict(z_t, t)."""
 
     def __init__(self):
         super().__init__()
-        self.conv_norm_out, self.conv_out, self.scale = nn.GroupNorm(1, 2), nn.Conv2d(2, 2, 3, padding=1), nn.Parameter(torch.tensor(0.7))
+        self.config = dict(block_out_channels=(32, 5), in_channels=2, sample_size=8)
+        self.conv_norm_out = nn.GroupNorm(1, 2)
+        self.conv_out = nn.Conv2d(2, 2, 3, padding=1)
+        self.scale = nn.Parameter(torch.tensor(0.7))
 
     def forward(self, z, t):
-        h = torch.tanh(self.scale * z.roll(1, -1) - 0.2 * z + torch.sin(t.float() / 90).view(-1, 1, 1, 1))
-        return h, {"mid": h.mean(1, keepdim=True).expand(-1, 5, -1, -1), "up": z}
+        wave = torch.sin(t.float() / 90).view(-1, 1, 1, 1)
+        h = torch.tanh(self.scale * z.roll(1, -1) - 0.2 * z + wave)
+        mid = h.mean(1, keepdim=True).expand(-1, 5, -1, -1)
+        return h, self.heads(dict(z=z, out=h, mid=mid, up=z), t)
 
 
-def toy(**modalities):
-    net = Toy()
-    net.config = dict(Toy.config)
-    modalities = modalities or {"source": dict(kind="image"), "label": dict(kind="linear", classes=3)}
-    return net, add_heads(net, modalities, 2)
+def toy(d, weights="vanishing", **modalities):
+    """A network that knows source and label, or the given modalities -> it and its heads."""
+    modalities = modalities or dict(source=SOURCE, label=LABEL)
+    modalities = {name: m | dict(weights=weights) for name, m in modalities.items()}
+    net = add_heads(Toy(), modalities, 2, d)
+    return net, net.heads
 
 
-def batch(M=2, B=6):
-    z0, _, noise, E = draw(M, B, side=8, dtype=torch.float32)
-    return z0, noise, E, torch.tensor([3, 100, 250, 500, 800, 999])[:B], {"source": 0.5 * z0, "label": torch.arange(B) % 3}
+def toy_batch():
+    """z_0, noise, t, what is known of source and label, and their E."""
+    z0, _, noise, E = tensors(2, 6, side=8, dtype=torch.float32)
+    x = dict(source=0.5 * z0, label=torch.arange(6) % 3)
+    known = {name: Known(x[name], e, torch.ones(6)) for name, e in zip(x, E)}
+    return z0, noise, torch.tensor([3, 100, 250, 500, 800, 999]), known, E
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_w_0_is_ddpms_loss_exactly(kind):
-    (net, heads), (z0, noise, E, t, x), d = toy(), batch(), diffusion(prediction_type=kind)
-    p = Aggregation(d.alpha_bar, [SCHEDULES["zero"]] * 2)
-    loss, terms, _ = joint_loss(d, p, net, heads, z0, t, noise, E, x, weight=0.0)
-    plain = d.loss(lambda z, t: net(z, t)[0], z0, t, noise)
-    assert torch.equal(terms["denoising"], plain) and torch.equal(loss, plain)
-    assert torch.allclose(p.marginal(z0, E, t)[0] + p.marginal(z0, E, t)[1] * noise, d.add_noise(z0, noise, t), atol=1e-6)
+    d = diffusion(prediction_type=kind)
+    net, heads = toy(d, weights="zero")
+    z0, noise, t, known, _ = toy_batch()
+    loss, terms = aggregation.loss(heads, net, z0, known, noise, t, head_weight=0.0)
+    plain = d.error(net(d.add_noise(z0, noise, t), t)[0], z0, noise, t)
+    assert equal(terms["denoising"], plain) and equal(loss, plain)
 
 
-def test_the_joint_loss_is_equation_6():
-    (net, heads), (z0, noise, E, t, x), d = toy(), batch(), diffusion()
-    p = heads.aggregation(d.alpha_bar)
-    loss, terms, prediction = joint_loss(d, p, net, heads, z0, t, noise, E, x)
-    mean, std = p.marginal(z0, E, t)
-    eps, features = net(mean + std * noise, t)
-    source = heads["source"].conv(nn.functional.silu(heads["source"].norm(features["up"])))
-    log_p = heads["label"].linear(features["mid"].mean((2, 3))).log_softmax(-1)
-    written = [(eps - noise).square().mean((1, 2, 3)), (source - x["source"]).square().mean((1, 2, 3)), -log_p[torch.arange(6), x["label"]]]
-    for term, by_hand in zip((terms["denoising"], terms["source"], terms["label"]), written):
-        assert torch.allclose(term, by_hand, atol=1e-5)
-    assert torch.allclose(loss, written[0] + 0.1 * (written[1] + written[2]), atol=1e-5) and torch.allclose(prediction, eps, atol=1e-5)
-    soft = nn.functional.one_hot(x["label"], 3).float()
-    assert torch.allclose(joint_loss(d, p, net, heads, z0, t, noise, E, x | {"label": soft})[1]["label"], terms["label"], atol=1e-6)
+def test_the_loss_is_equation_6():
+    net, heads = toy(diffusion())
+    z0, noise, t, known, E = toy_batch()
+    loss, terms = aggregation.loss(heads, net, z0, known, noise, t)
+    mean, std = heads.process.marginal(z0, E, t)
+    z = mean + std * noise
+    eps, _ = net(z, t)
+    source = heads["source"].conv(F.silu(heads["source"].norm(z)))
+    middle = eps.mean((1, 2, 3))[:, None].expand(-1, 5)
+    log_p = heads["label"].linear(middle).log_softmax(-1)
+    by_hand = dict(denoising=(eps - noise).square().mean((1, 2, 3)),
+                   source=(source - known["source"].x).square().mean((1, 2, 3)),
+                   label=-log_p[torch.arange(6), known["label"].x])
+    assert terms.keys() == by_hand.keys()
+    assert all(allclose(terms[name], by_hand[name], atol=1e-5) for name in terms)
+    both = by_hand["source"] + by_hand["label"]
+    assert allclose(loss, by_hand["denoising"] + 0.1 * both, atol=1e-5)
 
 
 def test_what_is_not_given_is_pure_generation():
     """The starred variants: a dropped modality adds nothing to z_t and nothing to the loss."""
-    (net, heads), (z0, noise, E, t, x), d = toy(), batch(), diffusion()
-    p, given = heads.aggregation(d.alpha_bar), torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0]]).float()
-    loss, terms, _ = joint_loss(d, p, net, heads, z0, t, noise, E, x, given)
-    whole = joint_loss(d, p, net, heads, z0, t, noise, E, x)[1]
-    plain = d.loss(lambda z, t: net(z, t)[0], z0, t, noise)
-    pure = torch.tensor([3, 5])
-    assert torch.equal(loss[pure], plain[pure]) and torch.equal(terms["denoising"][0], whole["denoising"][0])
-    assert (terms["source"] == 0).tolist() == (given[0] == 0).tolist() and (terms["label"] == 0).tolist() == (given[1] == 0).tolist()
-    assert not torch.allclose(loss[1:3], plain[1:3], atol=1e-6)
+    d = diffusion()
+    net, heads = toy(d)
+    z0, noise, t, known, _ = toy_batch()
+    _, whole = aggregation.loss(heads, net, z0, known, noise, t)
+    rows = dict(source=[1.0, 1, 0, 0, 1, 0], label=[1.0, 0, 1, 0, 0, 0])
+    known = {name: k._replace(given=torch.tensor(rows[name])) for name, k in known.items()}
+    loss, terms = aggregation.loss(heads, net, z0, known, noise, t)
+    plain = d.loss(net(d.add_noise(z0, noise, t), t)[0], z0, noise, t)
+    assert equal(loss[[3, 5]], plain[[3, 5]]) and not allclose(loss[1:3], plain[1:3], atol=1e-6)
+    assert equal(terms["denoising"][0], whole["denoising"][0])
+    assert all(equal(terms[name].isnan(), k.given == 0) for name, k in known.items())
 
 
 def test_a_head_whose_modality_is_absent_gets_a_gradient_of_zero():
-    (net, heads), (z0, noise, E, t, x), d = toy(), batch(), diffusion()
-    p, losses = heads.aggregation(d.alpha_bar), []
-    for present, given in (({"source": x["source"]}, torch.tensor([[1.0] * 6, [0.0] * 6])), (x, torch.tensor([[1.0] * 6, [0.0] * 6]))):
-        net.zero_grad(), heads.zero_grad()
-        loss = joint_loss(d, p, net, heads, z0, t, noise, E, present, given)[0]
-        losses.append(loss)
-        loss.sum().backward()
-        assert all(q.grad is not None and (q.grad == 0).all() for q in heads["label"].parameters())
-        assert all(q.grad is not None and (q.grad != 0).any() for q in heads["source"].parameters())
-    assert torch.equal(*losses)
-
-
-def test_the_encoder_gets_no_gradient_and_the_network_does():
-    unet, d = UNet(SMALL), diffusion()
-    heads = add_heads(unet, {"label": dict(kind="linear", classes=5)}, 4)
-    z0, noise, context = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 7, 24)
-    E = unet_encoding(unet, z0, context)
-    assert not E.requires_grad and torch.equal(E, unet(torch.zeros(2, 4, 8, 8), 0, context))
-    network = lambda z, t: unet(z, t, torch.zeros(2, 7, 24), return_features=True)  # noqa: E731
-    p, t, x = heads.aggregation(d.alpha_bar), torch.tensor([10, 700]), {"label": torch.tensor([0, 4])}
-    joint_loss(d, p, network, heads, z0, t, noise, E[None], x)[0].sum().backward()
-    assert all(q.grad is not None for q in [*unet.parameters(), *heads.parameters()])
+    net, heads = toy(diffusion())
+    z0, noise, t, known, _ = toy_batch()
+    dropped = known["label"]._replace(given=torch.zeros(6))
+    losses = []
+    for present in ({"source": known["source"]}, known | {"label": dropped}):
+        net.zero_grad()
+        losses.append(aggregation.loss(heads, net, z0, present, noise, t)[0])
+        losses[-1].sum().backward()
+        assert all(equal(q.grad, 0 * q) for q in heads["label"].parameters())
+        assert all((q.grad != 0).any() for q in heads["source"].parameters())
+    assert equal(*losses)
 
 
 def test_one_graph_and_bf16():
-    (net, heads), (z0, noise, E, t, x), d = toy(), batch(), diffusion()
-    p = heads.aggregation(d.alpha_bar)
+    net, heads = toy(diffusion())
+    z0, noise, t, known, _ = toy_batch()
 
-    def run():
-        return joint_loss(d, p, net, heads, z0, t, noise, E, x, torch.ones(2, 6))[0]
+    def loss():
+        return aggregation.loss(heads, net, z0, known, noise, t)[0]
+
     with torch.autocast("cpu", torch.bfloat16):
-        half = torch.compile(run, backend="eager", fullgraph=True)()
-    assert half.dtype == torch.float32 and torch.allclose(half, run(), rtol=0.05)
+        half = torch.compile(loss, backend="eager", fullgraph=True)()
+    assert half.dtype == torch.float32 and allclose(half, loss(), rtol=0.05)
 
 
 # ---- v ----
 
 def test_v_is_that_of_y_and_trains_the_same():
-    """With v = sqrt(ab) eps - sqrt(1 - ab) z_0, an eps network's v has its loss over ab, and draws the same pictures."""
-    (net, heads), (z0, noise, E, t, x) = toy(), batch()
-    by_eps, by_v = diffusion(), diffusion(prediction_type="v_prediction")
-    p = heads.aggregation(by_eps.alpha_bar)
-
-    def v_network(E):
-        def run(z, t):
-            eps, features = net(z, t)
-            ab = by_eps.alpha_bar[t].view(-1, 1, 1, 1)
-            y = z - p.aggregate(E, t)
-            return (eps - (1 - ab).sqrt() * y) / ab.sqrt(), features  # from y = sqrt(ab) z_0 + sqrt(1 - ab) eps
-        return run
+    """With v = sqrt(ab) eps - sqrt(1 - ab) z_0, an eps network's v has its loss over ab, and draws
+    the same pictures."""
+    by_eps = diffusion()
+    net, heads = toy(by_eps)
+    _, heads_of_v = toy(diffusion(prediction_type="v_prediction"))
+    z0, noise, t, known, E = toy_batch()
     t = t.clamp(max=800)
-    a, b = (joint_loss(d, p, f, heads, z0, t, noise, E, x)[1]["denoising"] for d, f in ((by_eps, net), (by_v, v_network(E))))
-    assert torch.allclose(a / by_eps.alpha_bar[t], b, rtol=2e-3)
-    known = {"source": x["source"], "label": x["label"]}
+
+    def predict_v(z, t):
+        eps, outputs = net(z, t)
+        ab = by_eps.alpha_bar[t].view(-1, 1, 1, 1)
+        y = z - heads.process.aggregate(E, t)   # = sqrt(ab) z_0 + sqrt(1 - ab) eps
+        return (eps - (1 - ab).sqrt() * y) / ab.sqrt(), outputs
+
+    _, a = aggregation.loss(heads, net, z0, known, noise, t)
+    _, b = aggregation.loss(heads_of_v, predict_v, z0, known, noise, t)
+    assert allclose(a["denoising"] / by_eps.alpha_bar[t], b["denoising"], rtol=2e-3)
     encoders = {"source": lambda x: E[0], "label": lambda x: E[1]}
+    x = {name: k.x for name, k in known.items()}
     for sampler in ("ddim", "ddpm"):
-        a, b = (sample(d, p, f, heads, encoders, noise, known, steps=10, sampler=sampler, generators=seeded(range(6)))[0]
-                for d, f in ((by_eps, net), (by_v, v_network(E))))
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-2 * a.abs().max().item())
+        a, b = (aggregation.sample(*network, encoders, noise, known=x, steps=10, sampler=sampler,
+                                   generators=seeded(range(6)))[0]
+                for network in ((heads, net), (heads_of_v, predict_v)))
+        assert allclose(a, b, rtol=1e-3, atol=1e-2 * a.abs().max().item())
 
 
-def test_v_at_zero_terminal_snr():
-    """The miniature's own schedule: at alpha_bar = 0 the noise says nothing of z_0, v = -z_0 does."""
-    d, (z0, _, noise, E) = diffusion("sd", rescale_betas_zero_snr=True, prediction_type="v_prediction"), draw(M=1, dtype=torch.float32)
-    p, heads = Aggregation(d.alpha_bar, [vanishing]), toy(source=dict(kind="image"))[1]
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_v_at_zero_terminal_snr(sampler):
+    """At alpha_bar = 0 the noise says nothing of z_0, v = -z_0 does."""
+    d = zero_snr()
+    z0, _, noise, E = tensors(M=1, dtype=torch.float32)
+    _, heads = toy(d, source=SOURCE)
 
-    def network(z, t):  # all-knowing
+    def omniscient(z, t):
         ab = d.alpha_bar[t].view(-1, 1, 1, 1)
-        return d.target(z0, (z - p.aggregate(E, t) - ab.sqrt() * z0) / (1 - ab).sqrt(), t), {"mid": z, "up": z}
-    for sampler in ("ddim", "ddpm"):
-        out, _ = sample(d, p, network, heads, {"source": lambda x: E[0]}, noise, {"source": z0}, steps=7, sampler=sampler)
-        assert torch.allclose(out, z0, atol=1e-4)
+        y = z - heads.process.aggregate(E, t)
+        return d.target(z0, (y - ab.sqrt() * z0) / (1 - ab).sqrt(), t), {"source": z0}
+
+    out, _ = aggregation.sample(heads, omniscient, {"source": lambda x: E[0]}, noise,
+                                known={"source": z0}, steps=7, sampler=sampler)
+    assert allclose(out, z0, atol=1e-4)
 
 
 # ---- Algorithm 1 ----
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddim, eta 1", "ddim, clipped", "ddpm", "ddpm, large", "ddpm, clipped"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddim, eta 1", "ddim, clipped",
+                                     "ddpm", "ddpm, large", "ddpm, clipped"])
 def test_w_0_draws_what_ddpm_draws(kind, sampler):
-    (net, heads), noise = (part.double() for part in toy()), batch()[1].double()
-    changes = dict(clip_sample="clipped" in sampler, variance_type="fixed_large" if "large" in sampler else "fixed_small")
-    d, options = diffusion(prediction_type=kind, **changes), dict(eta=1.0) if "eta" in sampler else {}
-    d.alpha_bar, d.final_alpha_bar = d.alpha_bar.double(), d.final_alpha_bar.double()  # in fp32, differences of neighbours lose digits
-    p = Aggregation(d.alpha_bar, [SCHEDULES["zero"]] * 2)
+    size = "fixed_large" if "large" in sampler else "fixed_small"
+    d = diffusion(prediction_type=kind, clip_sample="clipped" in sampler, variance_type=size)
+    d.alpha_bar = d.alpha_bar.double()  # in fp32, differences of neighbours lose digits
+    net, heads = toy(d, weights="zero")
+    net.double()
+    noise = toy_batch()[1].double()
+    options = dict(eta=1.0) if "eta" in sampler else {}
     encoders = {name: lambda x: torch.ones_like(noise) for name in heads}
-    ours, x = sample(d, p, net, heads, encoders, noise, steps=20, sampler=sampler[:4], generators=seeded(range(6)), **options)
-    theirs = (ddim if "ddim" in sampler else ddpm)(d, lambda z, t: net(z, t)[0], noise.clone(), 20, generators=seeded(range(6)), **options)
-    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6 * theirs.abs().max().item())
-    assert x["label"].shape == (6, 3) and torch.allclose(x["label"].sum(1), torch.ones(6)) and x["source"].shape == noise.shape
+    ours, x = aggregation.sample(heads, net, encoders, noise, steps=20, sampler=sampler[:4],
+                                 generators=seeded(range(6)), **options)
+    theirs = (ddim if "ddim" in sampler else ddpm)(
+        d, lambda z, t: net(z, t)[0], noise.clone(), 20, generators=seeded(range(6)), **options)
+    assert allclose(ours, theirs, rtol=1e-6, atol=1e-6 * theirs.abs().max().item())
+    assert x["label"].shape == (6, 3) and allclose(x["label"].sum(1), torch.ones(6))
+    assert x["source"].shape == noise.shape
 
 
 def test_w_0_draws_with_a_learned_variance():
-    unet, (_, noise, _, _, _) = UNet2D(ADM["adm-tiny"]), batch()
-    noise, d = torch.randn(2, 3, 8, 8), diffusion(variance_type="learned_range")
+    unet = adm.UNet2D(PIXELS)
     with torch.no_grad():
         unet.conv_out.weight.mul_(3)
-    heads = add_heads(unet, {"masked": dict(kind="image", silu=False)}, 3)
-    p = Aggregation(d.alpha_bar, [SCHEDULES["zero"]])
-    ours, x = sample(d, p, lambda z, t: unet(z, t, None, return_features=True), heads, {"masked": lambda x: x}, noise, steps=4, sampler="ddpm",
-                     generators=seeded(range(2)))
-    theirs = ddpm(d, lambda z, t: unet(z, t, None), noise.clone(), 4, generators=seeded(range(2)))
-    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item()) and x["masked"].shape == (2, 3, 8, 8)
+    d = diffusion(variance_type="learned_range")
+    add_heads(unet, {"masked": SOURCE | dict(silu=False, weights="zero")}, 3, d)
+    noise = torch.randn(2, 3, 8, 8)
+    ours, x = aggregation.sample(unet.heads, partial(unet, context=None), {"masked": lambda x: x},
+                                 noise, steps=4, sampler="ddpm", generators=seeded(range(2)))
+    theirs = ddpm(d, lambda z, t: unet(z, t, None)[0], noise.clone(), 4,
+                  generators=seeded(range(2)))
+    assert allclose(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+    assert x["masked"].shape == (2, 3, 8, 8)
 
 
-@pytest.mark.parametrize("name", BETAS)
-def test_w_0_steps_equal_diffusers(name):
-    diffusers = pytest.importorskip("diffusers")
-    _, _, eps, E = draw(M=1, dtype=torch.float32)
-    d, zt = diffusion(name), 0.5 * draw()[1].float()
-    p = Aggregation(d.alpha_bar, [SCHEDULES["zero"]])
-    config = {**BETAS[name], "clip_sample": False}
-    theirs = diffusers.DDIMScheduler(**config)
-    theirs.set_timesteps(20)
-    for t in (950, 500, 50, 0):
-        assert torch.allclose(p.ddim_step(zt, eps, E, t, max(t - 50, -1)), theirs.step(eps, t, zt).prev_sample, rtol=1e-4, atol=1e-4)
-    theirs = diffusers.DDPMScheduler(**config)
-    for t in (900, 500, 50):
-        a, b = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-        mean, var = p.posterior_from_eps(zt, eps, E, t)
-        ours = mean + var.sqrt() * torch.randn(zt.shape, generator=a)
-        assert torch.allclose(ours, theirs.step(eps, t, zt, generator=b).prev_sample, rtol=1e-4, atol=2e-4)
+class Gaussian:
+    """z_0 ~ N(m, s^2), x = rho z_0 + u, u ~ N(0, tau^2), all scalars.
 
+    Called as predict(z_t, t), it returns the exact E[eps | z_t] and E[x | z_t], or where x is known
+    E[eps | z_t, x]. It also stands for the heads.
+    """
+    m, s, rho, tau = 0.4, 0.5, 0.8, 0.3
 
-class Gaussian(nn.Module):
-    """z_0 ~ N(m, s^2), x = rho z_0 + u, u ~ N(0, tau^2), all scalars: the exact E[eps | z_t] and E[x | z_t], or with x known E[eps | z_t, x]."""
+    def __init__(self, d, weights, x=None):
+        self.diffusion = d
+        self.process = Aggregation(d.alpha_bar, [weights])
+        self.x = x
 
-    def __init__(self, d, p, x=None, m=0.4, s=0.5, rho=0.8, tau=0.3):
-        super().__init__()
-        self.d, self.p, self.x, self.m, self.s, self.rho, self.tau = d, p, x, m, s, rho, tau
+    def __iter__(self):
+        return iter(["x"])
 
-    def forward(self, z, t):
-        m, s, rho, tau = self.m, self.s, self.rho, self.tau
-        ab, c = (y.view(-1, 1, 1, 1).float() for y in (self.d.alpha_bar[t], self.p.c[0, t + 1]))
-        if self.x is not None:  # z_0 given x first
-            gain = rho * s * s / (rho * rho * s * s + tau * tau)
-            mean, var = m + gain * (self.x - rho * m), s * s - gain * rho * s * s
-            v = ab * var + 1 - ab
-            return (1 - ab).sqrt() * (z - ab.sqrt() * mean - c * self.x) / v, {"x": self.x}
-        signal = ab.sqrt() + c * rho                       # z_t = signal z_0 + c u + sqrt(1 - ab) eps
-        v = signal ** 2 * s * s + c ** 2 * tau * tau + 1 - ab
-        off = (z - signal * m) / v
-        return (1 - ab).sqrt() * off, {"x": rho * (m + signal * s * s * off) + c * tau * tau * off}
+    def __getitem__(self, name):
+        return SimpleNamespace(probabilities=False)
 
+    def of_z0(self, x):
+        """Mean and variance of z_0 given x."""
+        gain = self.rho * self.s ** 2 / (self.rho ** 2 * self.s ** 2 + self.tau ** 2)
+        return self.m + gain * (x - self.rho * self.m), self.s ** 2 * (1 - gain * self.rho)
 
-class Told(nn.Module):
-    probabilities = False
-
-    def forward(self, features, t):
-        return features["x"]
-
-
-def told():
-    class Both(nn.ModuleDict):
-        def forward(self, features, t):
-            return {name: head(features, t) for name, head in self.items()}
-    return Both({"x": Told()})
-
-
-@pytest.mark.parametrize("sampler, schedule", [("ddim", "vanishing"), ("ddpm", "vanishing"), ("ddim", "interpolating"), ("ddpm", "first")])
-def test_algorithm_1_draws_from_the_posterior_with_exact_networks(sampler, schedule):
-    """z_0 given x is N(0.66.., 0.255^2) at x = 0.9; the marginal N(0.4, 0.5^2) if x is unknown, where x comes out as well."""
-    d, n = diffusion(num_train_timesteps=200, beta_end=0.1), 20_000
-    p, noise = Aggregation(d.alpha_bar, [lambda ab: SCHEDULES[schedule](ab)]), torch.randn(n, 1, 1, 1)
-    x = torch.full((n, 1, 1, 1), 0.9)
-    z, out = sample(d, p, Gaussian(d, p, x), told(), {"x": lambda x: x}, noise, {"x": x}, steps=200, sampler=sampler)
-    gain = 0.8 * 0.25 / (0.64 * 0.25 + 0.09)
-    mean, std = 0.4 + gain * (0.9 - 0.32), math.sqrt(0.25 - gain * 0.8 * 0.25)
-    assert abs(z.mean() - mean) < 0.015 and abs(z.std() - std) < 0.03 and torch.equal(out["x"], x)
-    if schedule == "vanishing":
-        z, out = sample(d, p, Gaussian(d, p), told(), {"x": lambda x: x}, noise, steps=200, sampler=sampler)
-        assert abs(z.mean() - 0.4) < 0.02 and abs(z.std() - 0.5) < 0.08 and abs(out["x"].mean() - 0.32) < 0.02
+    def __call__(self, z, t):
+        ab = self.diffusion.alpha_bar[t].view(-1, 1, 1, 1)
+        c = self.process.c[0, t + 1].view(-1, 1, 1, 1).float()
+        if self.x is not None:
+            mean, var = self.of_z0(self.x)
+            off = (z - ab.sqrt() * mean - c * self.x) / (ab * var + 1 - ab)
+            return (1 - ab).sqrt() * off, {"x": self.x}
+        signal = ab.sqrt() + c * self.rho       # z_t = signal z_0 + c u + sqrt(1 - ab) eps
+        v = signal ** 2 * self.s ** 2 + c ** 2 * self.tau ** 2 + 1 - ab
+        off = (z - signal * self.m) / v
+        z0 = self.m + signal * self.s ** 2 * off
+        return (1 - ab).sqrt() * off, {"x": self.rho * z0 + c * self.tau ** 2 * off}
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_known_modalities_stay_exactly_as_given(sampler):
-    (net, heads), (z0, noise, E, _, x), d = toy(), batch(), diffusion(clip_sample=True)
-    p, encoders, seen = heads.aggregation(d.alpha_bar), {"source": lambda x: 0.9 * x, "label": lambda x: expected(E[0, :3], x)}, []
-    for known in ({}, {"source": x["source"]}, {"label": x["label"]}, x):
-        given = {name: value.clone() for name, value in known.items()}
-        _, out = sample(d, p, net, heads, encoders, noise, known, steps=5, sampler=sampler, callback=lambda i, t, z, z0, x: seen.append(x))
-        assert list(out) == ["source", "label"]
-        for name, value in given.items():
-            assert torch.equal(out[name], value) and all(torch.equal(y[name], value) for y in seen[-5:])
-        for name in set(heads) - set(known):
-            assert not torch.equal(seen[-5][name], seen[-1][name])
-    drawn, out = sample(d, p, net, heads, encoders, noise, {}, z0, steps=5, sampler=sampler)  # the picture is known, the rest is not
-    assert torch.equal(drawn, z0) and out["label"].shape == (6, 3)
+@pytest.mark.parametrize("weights", [vanishing, interpolating])
+def test_algorithm_1_draws_from_the_posterior_with_exact_networks(sampler, weights):
+    """z_0 given x = 0.9, and if x is unknown the marginal N(0.4, 0.5^2), where x comes out too."""
+    d = diffusion(num_train_timesteps=200, beta_end=0.1)
+    noise = torch.randn(20_000, 1, 1, 1)
+    x = torch.full_like(noise, 0.9)
+    exact = Gaussian(d, weights, x)
+    draw = partial(aggregation.sample, encoders={"x": lambda x: x}, noise=noise, steps=200,
+                   sampler=sampler)
+    z, out = draw(exact, exact, known={"x": x})
+    mean, var = exact.of_z0(0.9)
+    assert abs(z.mean() - mean) < 0.015 and abs(z.std() - math.sqrt(var)) < 0.03
+    assert equal(out["x"], x)
+    if weights is vanishing:
+        exact = Gaussian(d, weights)
+        z, out = draw(exact, exact)
+        assert abs(z.mean() - 0.4) < 0.02 and abs(z.std() - 0.5) < 0.08
+        assert abs(out["x"].mean() - 0.32) < 0.02
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_known_modalities_stay_and_are_encoded_once(sampler):
+    net, heads = toy(diffusion(clip_sample=True))
+    z0, noise, _, known, E = toy_batch()
+    encoded = []
+    encoders = {"source": lambda x: encoded.append("source") or 0.9 * x,
+                "label": lambda x: encoded.append("label") or (E[0] if x.dim() == 1 else
+                                                               expected_encoding(E[1, :3], x))}
+    draw = partial(aggregation.sample, heads, net, encoders, noise, steps=5, sampler=sampler)
+    for names in ([], ["source"], ["label"], ["source", "label"]):
+        encoded.clear()
+        steps = []
+        _, out = draw(known={name: known[name].x.clone() for name in names},
+                      callback=lambda i, t, z, z0, x: steps.append(x))
+        assert list(out) == ["source", "label"] and len(steps) == 5
+        for name in out:
+            assert encoded.count(name) == (1 if name in names else 5)
+            stays = all(equal(x[name], known[name].x) for x in [*steps, out])
+            assert stays if name in names else not equal(steps[0][name], steps[-1][name])
+    drawn, out = draw(z0=z0)  # the picture is known, the rest is not
+    assert equal(drawn, z0) and out["label"].shape == (6, 3)
+
+
+def test_an_unknown_label_is_encoded_by_its_probabilities():
+    """Not by the most probable class: the mean of z_{t-1} is linear in E."""
+    net, heads = toy(diffusion())
+    noise = toy_batch()[1]
+    table = torch.randn(3, 2, 8, 8)
+    encoded = []
+    encoders = {"source": lambda x: x,
+                "label": lambda x: encoded.append(x) or expected_encoding(table, x)}
+    aggregation.sample(heads, net, encoders, noise, steps=1)
+    with torch.no_grad():
+        _, outputs = net(noise, torch.full((6,), 999))
+    assert equal(encoded[0], outputs["label"].softmax(-1)) and encoded[0].max() < 0.99
+    one_hot = F.one_hot(torch.tensor([2, 0]), 3)
+    assert allclose(expected_encoding(table, one_hot), table[[2, 0]], atol=1e-6)
+    mean = expected_encoding(table, torch.full((1, 3), 1 / 3))
+    assert allclose(mean[0], table.mean(0), atol=1e-6)
 
 
 def test_with_the_picture_known_every_step_is_on_its_marginal():
-    (net, heads), (z0, noise, E, _, x), d = toy(), batch(), diffusion()
-    p, states = heads.aggregation(d.alpha_bar), []
-    encoders = {"source": lambda x: x, "label": lambda x: E[1]}
-    sample(d, p, net, heads, encoders, noise, {"label": x["label"]}, z0, steps=4,
-           callback=lambda i, t, z, z0, x: states.append((t - 250, z, x["source"])))
+    net, heads = toy(diffusion())
+    z0, noise, _, known, E = toy_batch()
+    states = []
+    aggregation.sample(heads, net, {"source": lambda x: x, "label": lambda x: E[1]}, noise,
+                       known={"label": known["label"].x}, z0=z0, steps=4,
+                       callback=lambda i, t, z, z0, x: states.append((t - 250, z, x["source"])))
     for r, z, source in states:
-        mean, std = p.marginal(z0, torch.stack([source, E[1]]), max(r, -1))
-        assert torch.allclose(z, mean + std * noise, atol=1e-5)
+        mean, std = heads.process.marginal(z0, torch.stack([source, E[1]]), max(r, -1))
+        assert allclose(z, mean + std * noise, atol=1e-5)
     assert [r for r, _, _ in states] == [749, 499, 249, -1]
 
 
-def test_known_modalities_are_encoded_once():
-    (net, heads), (_, noise, E, _, x), d, calls = toy(), batch(), diffusion(), []
-    encoders = {name: (lambda name: lambda x: calls.append(name) or E[0])(name) for name in heads}
-    sample(d, heads.aggregation(d.alpha_bar), net, heads, encoders, noise, {"source": x["source"]}, steps=5)
-    assert calls.count("source") == 1 and calls.count("label") == 5
+# ---- heads, encoders, folders ----
 
-
-# ---- encoders, heads, folders ----
-
-def test_encoders():
-    unet = UNet2D(ADM["adm-tiny"] | dict(num_class_embeds=5)).eval()
-    with torch.no_grad():
-        for q in unet.parameters():
-            q.add_(0.02 * torch.randn_like(q))
-    z, labels, calls = torch.randn(4, 3, 8, 8), torch.tensor([2, 0, 2, 4]), []
-
-    def encode(classes):
-        calls.append(classes.tolist())
-        return unet_encoding(unet, z[:len(classes)], added={"class_labels": classes})
-    E = each_class_once(encode, labels)
-    assert calls == [[0, 2, 4]] and E.shape == z.shape and torch.equal(E[0], E[2]) and not torch.allclose(E[0], E[1], atol=1e-4)
-    direct = unet(torch.zeros(4, 3, 8, 8), torch.zeros(4), None, added={"class_labels": labels})[:, :3].detach()  # without the variance's channels
-    assert torch.allclose(E, direct, atol=1e-5)
-    table = torch.cat([encode(torch.tensor([k])) for k in range(5)])
-    assert torch.equal(expected(table, labels), table[labels])
-    assert torch.allclose(expected(table, nn.functional.one_hot(labels, 5)), table[labels], atol=1e-6)
-    assert torch.allclose(expected(table, torch.full((1, 5), 0.2))[0], table.mean(0), atol=1e-6)
-
-
-@pytest.mark.parametrize("make, context, channels", [(lambda: UNet(SMALL), torch.zeros(2, 7, 24), 4), (lambda: UNet2D(ADM["adm-tiny"]), None, 3)])
-def test_heads_on_real_networks(make, context, channels):
+@pytest.mark.parametrize("make, context", [
+    (lambda: UNet(SMALL), torch.zeros(2, 7, 24)),
+    (lambda: adm.UNet2D(PIXELS | dict(sample_size=8)), None)])
+def test_heads_on_real_networks(make, context):
     unet = make().requires_grad_(False)
-    side, z, t = 8, torch.randn(2, channels, 8, 8), torch.tensor([5, 900])
-    unet.config["sample_size"] = side
-    heads = add_heads(unet, {"source": dict(kind="image"), "masked": dict(kind="image", silu=False), "m": dict(kind="linear", classes=7),
-                             "e": dict(kind="classifier", classes=7, width=32, depth=1), "repr": dict(kind="vector", width=24)}, channels)
-    out, features = unet(z, t, context, return_features=True)
-    y = heads({**features, "picture": z}, t)
-    picture = (2, channels, 8, 8)
-    assert {name: tuple(value.shape) for name, value in y.items()} == dict(source=picture, masked=picture, m=(2, 7), e=(2, 7), repr=(2, 24))
-    assert torch.equal(y["source"], out[:, :channels])  # a copy of the output block starts as it
-    assert torch.equal(y["masked"], unet.conv_out(unet.conv_norm_out(features["up"]))[:, :channels])
+    C = unet.config["in_channels"]
+    vector = dict(kind="vector", width=24, weights="zero", k=1.0)
+    heads = add_heads(unet, dict(source=SOURCE, masked=SOURCE | dict(silu=False), m=LABEL,
+                                 e=CLASSIFIER, repr=vector), C, diffusion()).heads
+    seen = []
+    heads.register_forward_pre_hook(lambda module, inputs: seen.append(dict(inputs[0])))
+    z = torch.randn(2, C, 8, 8)
+    t = torch.tensor([5, 900])
+    out, y = unet(z, t, context)
+    features = seen[0]
+    shapes = {name: tuple(value.shape) for name, value in y.items()}
+    picture = (2, C, 8, 8)
+    assert shapes == dict(source=picture, masked=picture, m=(2, 3), e=(2, 3), repr=(2, 24))
+    assert equal(y["source"], out[:, :C])  # a copy of the output block starts as it
+    assert equal(y["masked"], unet.conv_out(unet.conv_norm_out(features["up"]))[:, :C])
+    one, _, two = heads["repr"].net
+    assert equal(y["repr"], two(one(features["mid"].mean((2, 3))).relu()))
     sum(value.sum() for value in y.values()).backward()  # of a frozen network too, all heads train
     assert all(q.grad is not None for q in heads.parameters())
-    moved = heads({**features, "picture": z.roll(1, 0)}, t)
-    assert not torch.allclose(moved["e"], y["e"], atol=1e-5) and torch.equal(moved["m"], y["m"])
-    assert not torch.allclose(heads({**features, "picture": z}, t + 50)["e"], y["e"], atol=1e-6)
+    moved = heads(features | dict(z=z.roll(1, 0)), t)
+    assert equal(moved["m"], y["m"]) and not allclose(moved["e"], y["e"], atol=1e-5)
+    heads(features, t)  # which adds the picture
+    assert equal(heads["e"](features, t), y["e"])
+    assert not allclose(heads["e"](features, t + 50), y["e"], atol=1e-6)
     with pytest.raises(UserError, match="size"):
-        heads["e"]({"picture": torch.randn(2, channels, 16, 16)}, t)
+        heads["e"]({"picture": torch.randn(2, C, 16, 16)}, t)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_heads_see_the_picture_that_the_output_stands_for(kind):
-    (net, _), (z, _, _, t, _), d = toy(), batch(), diffusion(prediction_type=kind)
+def test_a_classifier_sees_the_picture_that_the_output_stands_for(kind):
+    """Of z_t, which is known, and not of z_t - C_t, which would tell x."""
+    d = diffusion(prediction_type=kind)
+    net, heads = toy(d, e=CLASSIFIER)
     seen = []
-    prediction, _ = aggregation.decode(d, net, lambda features, t: seen.append((features, t)), z, t)
-    features, at = seen[0]
+    heads["e"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    z, _, t, _, _ = toy_batch()
+    out, _ = net(z, t)
     ab = d.alpha_bar[t].view(-1, 1, 1, 1)
-    picture = (z - (1 - ab).sqrt() * prediction) / ab.sqrt() if kind == "epsilon" else ab.sqrt() * z - (1 - ab).sqrt() * prediction
-    assert torch.allclose(features["picture"], picture, rtol=1e-5, atol=1e-5) and torch.equal(at, t) and {"mid", "up"} < set(features)
+    picture = ab.sqrt() * z - (1 - ab).sqrt() * out
+    if kind == "epsilon":
+        picture = (z - (1 - ab).sqrt() * out) / ab.sqrt()
+    heads(dict(z=torch.cat([z, z + 1], dim=1), out=out), t)  # what is beside z_t is no part of it
+    for features, at in seen:
+        assert allclose(features["picture"], picture, rtol=1e-5, atol=1e-5) and equal(at, t)
 
 
 def test_the_classifiers_pooling_is_attention_of_the_mean():
-    unet = UNet(SMALL)
-    head = add_heads(unet, {"e": dict(kind="classifier", classes=3, width=32, depth=1)}, 4)["e"]
-    caught = []
-    head.norm.register_forward_hook(lambda m, i, o: caught.append(o))
+    head = add_heads(UNet(SMALL), {"e": CLASSIFIER}, 4, diffusion()).heads["e"]
+    seen = []
+    head.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     y = head({"picture": torch.randn(2, 4, 8, 8)}, torch.tensor([0, 500]))
-    x = nn.functional.silu(caught[0]).flatten(2).transpose(1, 2)
-    x = torch.cat([x.mean(1, keepdim=True), x], 1) + head.position
-    q, k, v = head.qkv(x).chunk(3, -1)
-    out = []
-    for i in range(0, 128, 32):  # 4 heads of 32 channels
-        w = (q[:, :1, i:i + 32] @ k[..., i:i + 32].transpose(1, 2) / math.sqrt(32)).softmax(-1)
-        out.append(w @ v[..., i:i + 32])
-    assert torch.allclose(y, head.out(torch.cat(out, -1)[:, 0]), atol=1e-5)
+    x = F.silu(seen[0]).flatten(2).transpose(1, 2)
+    x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + head.position
+    parts = []
+    for q, k, v in zip(*(part.split(32, -1) for part in head.qkv(x).chunk(3, -1))):  # each head
+        weights = (q[:, :1] @ k.transpose(1, 2) / math.sqrt(32)).softmax(-1)
+        parts.append(weights @ v)
+    assert len(parts) == 4 and allclose(y, head.out(torch.cat(parts, -1)[:, 0]), atol=1e-5)
+
+
+def with_unet(unet, folder):
+    """A model folder that has this U-Net, and the rest from the miniature."""
+    unet.save_pretrained(folder / "unet")
+    write_json(folder / "model_index.json", {"base": str(ASSETS / "tiny")})
+    return folder
 
 
 def test_a_folder_is_rebuilt_with_its_heads(tmp_path):
-    unet, features = UNet(SMALL), {"mid": torch.randn(2, 64, 2, 2), "up": torch.randn(2, 32, 8, 8)}
-    heads = add_heads(unet, {"label": dict(kind="linear", classes=4), "source": dict(kind="image", weights="interpolating", k=0.5)}, 4)
-    with torch.no_grad():
-        for q in heads.parameters():
-            q.normal_()
-    unet.save_pretrained(tmp_path / "unet")
-    heads.save_pretrained(tmp_path / "heads")
-    config = json.loads((tmp_path / "unet" / "config.json").read_text())
-    assert config["_class_name"] == "JointUNet" and config["aggregation"]["modalities"]["source"]["k"] == 0.5
+    modalities = dict(label=LABEL, source=SOURCE | dict(weights="interpolating", k=0.5))
+    unet = UNet.from_pretrained(ASSETS / "tiny").eval()
+    d = diffusion()
+    add_heads(unet, modalities, 4, d)
+    for q in unet.heads.parameters():
+        nn.init.normal_(q)
+    folder = with_unet(unet, tmp_path)
+    write_json(folder / "scheduler" / "scheduler_config.json", d.config)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    assert config["_class_name"] == "JointUNet"
+    assert config["aggregation"] == dict(modalities=modalities, channels=4)
     with pytest.raises(UserError, match="JointUNet"):
-        UNet.from_pretrained(tmp_path)
-    asked = config.pop("aggregation")
-    del config["_class_name"]
-    again = UNet.from_pretrained(tmp_path, config=config)
-    rebuilt = add_heads(again, **asked)
-    load_weights(rebuilt, tmp_path / "heads")
-    a, b = heads(features, None), rebuilt(features, None)
-    assert list(a) == list(b) == ["label", "source"] and all(torch.equal(a[name], b[name]) for name in a)
-    ab = diffusion().alpha_bar
-    assert torch.equal(heads.aggregation(ab).c, rebuilt.aggregation(ab).c)
-    assert torch.equal(heads.aggregation(ab).w[:, 1:], torch.stack([vanishing(ab), interpolating(ab, 0.5)]))
+        UNet.from_pretrained(folder)
+    again = load_model(folder).unet
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 7, 128)
+    (out, a), (same, b) = unet(*inputs), again(*inputs)
+    assert equal(out, same) and list(a) == list(b) == ["label", "source"]
+    assert all(equal(a[name], b[name]) for name in a)
+    rows = torch.stack([vanishing(d.alpha_bar), interpolating(d.alpha_bar, 0.5)])
+    assert equal(again.heads.process.w[:, 1:], rows)
+    assert equal(again.heads.process.c, unet.heads.process.c)
+    with pytest.raises(UserError, match="already"):
+        add_heads(again, modalities, 4, d)
+
+
+@pytest.mark.parametrize("modality", [
+    7, SOURCE | dict(kind="mask"), SOURCE | dict(classes=["a"]), SOURCE | dict(weights="ones"),
+    SOURCE | dict(k="large"), dict(kind="linear", weights="zero", k=1.0), dict(kind="image")])
+def test_a_folder_whose_heads_mean_nothing_is_refused(modality, tmp_path):
+    unet = UNet.from_pretrained(ASSETS / "tiny")
+    unet.config |= dict(_class_name="JointUNet", aggregation=dict(modalities={"y": modality},
+                                                                  channels=4))
+    with pytest.raises(UserError, match="config.json"):
+        load_model(with_unet(unet, tmp_path))
 
 
 def test_a_widened_network_is_what_it_was_and_learns_x():
-    unet, (z, t, text) = UNet(SMALL).eval(), (torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), torch.randn(2, 7, 24))
-    before = unet(z, t, text)
-    widen(unet, 4)
-    x = torch.randn(2, 4, 8, 8)
-    assert unet.config["in_channels"] == 8 and torch.allclose(unet(torch.cat([z, x], 1), t, text), before, atol=1e-6)
-    unet(torch.cat([z, x], 1), t, text).square().sum().backward()
+    unet = UNet(SMALL).eval()
+    z, x = torch.randn(2, 2, 4, 8, 8)
+    conditions = torch.tensor([1, 900]), torch.randn(2, 7, 24)
+    before = unet(z, *conditions)
+    aggregation.widen(unet, 4)
+    out = unet(torch.cat([z, x], dim=1), *conditions)
+    assert unet.config["in_channels"] == 8 and allclose(out, before, atol=1e-6)
+    out.square().sum().backward()
     assert (unet.conv_in.weight.grad[:, 4:] != 0).any()
-    assert UNet(unet.config).conv_in.weight.shape == unet.conv_in.weight.shape
-    assert unet_encoding(unet, z, text).shape == z.shape
 
-
-# ---- mistakes ----
 
 def test_bad_arguments_are_refused():
-    d, (_, noise, E, _, x) = diffusion(), batch()
-    ab, (net, heads) = d.alpha_bar, toy()
-    p, encoders = heads.aggregation(ab), {name: lambda x: E[0] for name in ("source", "label")}
-    zero_snr = diffusion("sd", rescale_betas_zero_snr=True, prediction_type="v_prediction").alpha_bar
-    for alpha_bar, weights in ((ab, []), (ab, [torch.zeros(3)]), (ab, [[math.nan] * 1000]), (ab, torch.zeros(1000)), (zero_snr, [interpolating])):
+    ab = diffusion().alpha_bar
+    net, heads = toy(diffusion())
+    _, noise, _, _, E = toy_batch()
+    for alpha_bar, weights in ((ab, []), (ab, [torch.zeros(3)]), (ab, [[math.nan] * 1000]),
+                               (ab, torch.zeros(1000)), (zero_snr().alpha_bar, [interpolating])):
         with pytest.raises(UserError, match="finite numbers"):
             Aggregation(alpha_bar, weights)
-    for alpha_bar in (ab.flip(0), torch.ones(3), torch.tensor([0.5, -0.1]), torch.tensor([0.5, math.nan])):
+    for numbers in (ab.flip(0), torch.ones(3), [0.5, -0.1], [0.5, math.nan]):
         with pytest.raises(UserError, match="decrease"):
-            Aggregation(alpha_bar, [torch.zeros(len(alpha_bar))])
+            Aggregation(numbers, [torch.zeros(len(numbers))])
     for bad in (E[:1], E[0], E[0, 0]):
         with pytest.raises(ValueError, match="M = 2"):
-            p.marginal(noise, bad, 3)
+            heads.process.marginal(noise, bad, 3)
     for t in (1000, -2, torch.tensor([0, 1, 2, 3, 4, -2])):
         with pytest.raises((IndexError, RuntimeError)):
-            p.marginal(noise, E, t)
-    for options, words in ((dict(known={"mask": x}), "mask"), (dict(sampler="euler"), "euler"), (dict(eta=2.0), "eta"), (dict(steps=0), "steps")):
+            heads.process.marginal(noise, E, t)
+    for options, words in ((dict(known={"mask": noise}), "mask"), (dict(sampler="euler"), "euler"),
+                           (dict(eta=2.0), "eta"), (dict(steps=0), "steps")):
         with pytest.raises(UserError, match=words):
-            sample(d, p, net, heads, encoders, noise, **options)
-    for modality in (dict(kind="mask"), dict(weights="vanishing"), dict(kind="linear"), dict(kind="linear", classes=3, weights="ones"),
-                     dict(kind="image", classes=3), 7):
-        with pytest.raises(UserError, match="modality y"):
-            toy(y=modality)
-    with pytest.raises(UserError, match="already"):
-        add_heads(net, {"y": dict(kind="image")}, 2)
+            aggregation.sample(heads, net, {}, noise, **options)
 
 
-def test_the_demonstration_draws(tmp_path):
-    import subprocess
-    import sys
+def refused(done, words):
+    """Whether a command ended with exit code 2 and one line that has these words."""
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.returncode == 2
 
-    from conftest import ROOT
-    from PIL import Image
 
-    def run(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "aggregation.py"), *arguments], capture_output=True, text=True)
-    done = run("--out", str(tmp_path / "new" / "a.png"))
-    assert done.returncode == 0 and "400      0.4400  0.8980                0.2464         0.5600         0.4400         0.0000" in done.stdout
-    picture = torch.from_numpy(np.array(Image.open(tmp_path / "new" / "a.png").convert("L"))).float()
+def test_the_demonstration(tmp_path):
+    done = call("aggregation.py", "--out", tmp_path / "new" / "a.png")
+    row = "400      0.4400  0.8980                0.0000         0.2464         0.5600"
+    assert done.returncode == 0 and row in done.stdout, done.stderr
+    picture = np.asarray(Image.open(tmp_path / "new" / "a.png").convert("L")).astype(float)
     assert picture.shape == (24 + 6 * 128, 1280)
-    last = picture[:, -128:]
-    plain, vanishing_, interpolating_ = (last[24 + 256 * i:24 + 256 * i + 128] for i in range(3))
-    assert (plain - 128).abs().max() < 4 and (vanishing_ - 128).abs().max() < 6 and interpolating_.std() > 30  # the mean at T: nothing, nothing, x
-    bad = run("--emoji", "no such thing", "--out", str(tmp_path / "b.png"))
-    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and not (tmp_path / "b.png").exists()
+    # The mean at T: nothing, nothing, x.
+    plain, small, large = (picture[24 + 256 * i:152 + 256 * i, -128:] for i in range(3))
+    assert abs(plain - 128).max() < 4 and abs(small - 128).max() < 6 and large.std() > 30
+    for arguments, words in ((["--emoji", "no such thing"], "--emoji"), (["--k", "nan"], "finite"),
+                             (["--out", tmp_path], str(tmp_path))):
+        assert refused(call("aggregation.py", "--out", tmp_path / "b.png", *arguments), words)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-@pytest.mark.parametrize("arguments", [["--k", "nan"], ["--out", "a.jpg"], ["--out", "."]])
-def test_the_demonstrations_bad_input(arguments, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["aggregation.py", *arguments])
-    with pytest.raises(UserError, match="--emoji"):
-        aggregation.main()
+# ---- the tasks: training ----
+
+QUICK = ["--batch-size", "4", "--eval-size", "1", "--sample-every", "0", "--save-every", "1",
+         "--log-every", "1", "--warmup", "1", "--lr-schedule", "constant"]
+
+
+def run(out, *arguments):
+    done = call("train.py", *QUICK, "--out", out, *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def attached(task, head=None, input="z", base=ASSETS / "tiny"):
+    """A model of a task, its weights no longer zeros or copies. base: a folder, or "pixels"."""
+    torch.manual_seed(0)
+    if base == "pixels":
+        config = PIXELS | dict(num_class_embeds=11 if task == "label" else None)
+        model = sample.Model(adm.UNet2D(config), adm.Pixels(32), None, None,
+                             adm.scheduler_for(config), {})
+    else:
+        model = load_model(base)
+    aggregation.prepare(model, task, TASKS[task].modality, head=head, input=input,
+                        classes=emoji.classes())
+    with torch.no_grad():
+        for p in model.unet.heads.parameters():
+            p += 0.02 * torch.randn_like(p)
+        if input == "x":
+            model.unet.conv_in.weight[:, model.vae.config["latent_channels"]:].normal_(std=0.1)
+    name = model.unet.config["_class_name"]
+    model.index = sample.pipeline_index(model) | dict(
+        _class_name=name.replace("UNet", "Pipeline"), unet=["diffusers", name])
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {task: attached(task) for task in ("translate", "label", "repr")}
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A folder of -X on pixels, with ADM's learned variance."""
+    folder = tmp_path_factory.mktemp("pixels")
+    attached("masked", input="x", base="pixels").save(folder)
+    return folder
+
+
+def batch_of(model, count=4, drop=0.0):
+    """Examples as a training step has them."""
+    (task,) = model.tasks
+    side = model.unet.config["sample_size"]
+    examples = data.Examples({task: builtin(task, "train", model.native_size)}, [task],
+                             batch_size=count, seed=0, num_timesteps=1000, drop=(0.0, 0.0, drop),
+                             latent_shape=(model.vae.config["latent_channels"], side, side))
+    return [examples[k] for k in range(count)]
+
+
+def step(model, examples, **options):
+    """What a training step computes -> loss, terms, z_0, what is known of the modality."""
+    batch = data.collate(examples)
+    encoder = Encoder(model.vae)
+    z0, _ = encoder(batch, "cpu")
+    known = aggregation.encode_batch(model, encoder, batch, z0.shape[1:], "cpu")
+    context, added = train.text_encoding(model, "cpu")(batch["prompt"])
+    predict = aggregation.predictor(model.unet, model.unet, known, context, added)
+    loss, terms = aggregation.loss(model.unet.heads, predict, z0, known, batch["noise"],
+                                   batch["t"], **options)
+    return loss, terms, z0, known[TASKS[model.tasks[0]].modality]
+
+
+@pytest.mark.slow
+def test_resuming_is_exact_and_heads_train(tmp_path):
+    """In bf16 too, where classes are encoded under autocast."""
+    a, b = (tmp_path / name for name in "ab")
+    file = "unet/diffusion_pytorch_model.safetensors"
+    options = ["--task", "label", "--precision", "bf16", "--drop", 0.5, "--k", 0.5,
+               "--eval-every", 1]
+    run(a, *options, "--steps", 2)
+    run(b, *options, "--steps", 1)
+    start = load_file(b / file)
+    run(b, *options, "--steps", 2)
+    whole, resumed = load_file(a / file), load_file(b / file)
+    assert all(equal(whole[key], resumed[key]) for key in whole)
+    changed = {key for key in whole if not equal(whole[key], start[key])}
+    assert changed.issuperset({"conv_in.weight", *(k for k in whole if k.startswith("heads."))})
+    assert load_model(a).unet.config["aggregation"]["modalities"]["label"]["k"] == 0.5
+    log = (a / "log.jsonl").read_text()
+    held_out = []
+    for row in map(json.loads, log.splitlines()):
+        assert row.get("held_out", row.get("loss_by_t")).keys() == {"label", "label head"}
+        assert "label" in row.get("loss", ["label"])
+        held_out += row.get("held_out", {}).values()
+    assert len(held_out) == 4 and np.isfinite(held_out).all()
+    done = call("train.py", *QUICK, "--out", a, *options, "--steps", 2, "--schedule", "zero")
+    assert refused(done, "--schedule was 'vanishing' and is now 'zero'")
+    assert (a / "log.jsonl").read_text() == log
+
+
+def test_the_loss_is_that_of_a_batch_made_by_hand(models):
+    """From pictures to Eq. 6: latents, z_t = sqrt(ab) z_0 + c_t x + sqrt(1 - ab) noise, one forward
+    pass, v of y_t and x."""
+    model = models["translate"]
+    examples = batch_of(model)
+    batch = data.collate(examples)
+    t, noise = batch["t"], batch["noise"]
+    ab = model.diffusion.alpha_bar[t].view(-1, 1, 1, 1)
+    scale = model.vae.config["scaling_factor"]
+    with torch.no_grad():
+        loss, terms, _, _ = step(model, examples, head_weight=0.3)
+        p2, uw = (step(model, examples, head_weight=0.3, **options)[0] for options in
+                  (dict(weighting="p2"), dict(uncertainty=UncertaintyWeight(1000))))
+        mean, logvar = model.vae.encode(torch.stack(batch["target"]))
+        z0 = scale * (mean + (logvar / 2).exp() * batch["latent_noise"])
+        x = scale * model.vae.encode(torch.stack(batch["x"]))[0]
+        z = ab.sqrt() * z0 + ab.sqrt() * (1 - ab.sqrt()) * x + (1 - ab).sqrt() * noise
+        v, outputs = model.unet(z, t, model.encode_text([""] * 4)[0])
+    denoising = (v - (ab.sqrt() * noise - (1 - ab).sqrt() * z0)).square().mean((1, 2, 3))
+    head = (outputs["source"] - x).square().mean((1, 2, 3))
+    held_out = train.held_out_terms(model, model.unet, examples, "cpu", batch_size=3)
+    for ours, by_hand in ((terms["denoising"], denoising), (terms["source"], head),
+                          (loss, denoising + 0.3 * head), (uw, denoising / 2 + 0.3 * head),
+                          (p2, denoising * model.diffusion.weight(t, "p2") + 0.3 * head),
+                          (held_out["denoising"], denoising), (held_out["source"], head)):
+        assert np.allclose(ours, by_hand, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("task, input, base", [
+    ("label", "z", ASSETS / "tiny"), ("masked", "x", ASSETS / "tiny"), ("masked", "x", "pixels")])
+def test_what_is_dropped_is_pure_generation_and_all_parameters_get_a_gradient(task, input, base):
+    """On pixels too, where the loss has a term for the learned variance."""
+    model = attached(task, input=input, base=base)
+    d = model.diffusion
+    examples = batch_of(model, drop=1.0)
+    loss, terms, z0, known = step(model, examples)
+    assert known.given.tolist() == [0.0] * 4 and terms[task].isnan().all()
+    loss.sum().backward()
+    assert all(p.grad is not None for p in model.unet.parameters())
+    assert all((p.grad == 0).all() for p in model.unet.heads.parameters())
+    batch = data.collate(examples)
+    z = d.add_noise(z0, batch["noise"], batch["t"])
+    if input == "x":
+        z = torch.cat([z, torch.zeros_like(z)], dim=1)
+    context, _ = model.encode_text([""] * 4)
+    with torch.no_grad():
+        out, _ = model.unet(z, batch["t"], context)
+        _, given, _, _ = step(model, batch_of(model))
+    error = d.error(out, z0, batch["noise"], batch["t"])
+    plain = d.loss(out, z0, batch["noise"], batch["t"])
+    assert allclose(loss, plain, atol=1e-4) and allclose(terms["denoising"], error, atol=1e-4)
+    assert allclose(plain, error) == (base != "pixels")
+    assert given[task].isfinite().all() and not allclose(given["denoising"], error, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", train.JOINT)
+def test_drop_rates(task):
+    examples = data.Examples({}, [], batch_size=4, seed=0, num_timesteps=1000,
+                             latent_shape=(4, 16, 16), drop=(0.0, 0.0, 0.25))
+    example = dict(prompt="", target=None, x=1)
+    draws = [examples.drop_conditions(example, task, r / 400)["keep"] for r in range(400)]
+    assert draws.count(0.0) == 100
+    assert TASKS[task].drop == (0.0, 0.0, 0.0 if task == "translate" else 0.1)
+
+
+@pytest.mark.parametrize("base", [ASSETS / "tiny", "pixels"])
+def test_a_class_is_encoded_once_a_batch_by_its_name_or_its_embedding(base):
+    """On pixels z_t meets the last row of the embedding, a class its own."""
+    model = attached("label", base=base)
+    seen = []
+    model.unet.register_forward_pre_hook(
+        lambda module, inputs, more: seen.append((inputs[2:], more)), with_kwargs=True)
+    examples = [dict(example, x=k) for example, k in zip(batch_of(model), (3, 5, 3, 3))]
+    E = step(model, examples)[3].E
+    (context, encoding), (_, denoising) = seen
+    labels = torch.tensor([3, 5])
+    if base == "pixels":
+        assert encoding["added"]["class_labels"].tolist() == [3, 5]
+        assert denoising["added"]["class_labels"].tolist() == [10] * 4
+        inputs, added = (torch.zeros(2, 3, 32, 32), 0, None), dict(class_labels=labels)
+    else:
+        names, _ = model.encode_text([emoji.classes()[k] for k in labels])
+        assert equal(context[0], names)
+        inputs, added = (torch.zeros(2, 4, 16, 16), 0, names), None
+    with torch.no_grad():
+        expected = model.unet(*inputs, added=added)[0][:, :E.shape[1]]  # without variances
+    assert not E.requires_grad and equal(E[0], E[2]) and equal(E[0], E[3])
+    assert allclose(E[:2], expected, atol=1e-5) and not allclose(E[0], E[1], atol=1e-2)
+
+
+def test_a_model_on_pixels_needs_an_embedding_of_these_classes(tmp_path):
+    attached("label", base="pixels").save(tmp_path)
+    path = tmp_path / "unet" / "config.json"
+    write_json(path, json.loads(path.read_text()) | dict(num_class_embeds=12))
+    with pytest.raises(UserError, match="class_embedding"):
+        load_model(tmp_path)
+    plain = sample.Model(adm.UNet2D(PIXELS), adm.Pixels(32), None, None, adm.SCHEDULER, {})
+    with pytest.raises(UserError, match="class embedding"):
+        aggregation.prepare(plain, "label", "label", classes=emoji.classes())
+
+
+def test_a_representation_is_the_captions_vector_encoded_as_one_token(models):
+    model = models["repr"]
+    examples = batch_of(model, count=2)
+    captions = [example["x"] for example in examples]
+    with torch.no_grad():
+        known = step(model, examples)[3]
+        pooled = model.text_encoder(model.tokenizer(captions))[2]
+        E, _ = model.unet(torch.zeros(2, 4, 16, 16), 0, pooled[:, None])
+    assert allclose(known.x, pooled, atol=1e-5) and allclose(known.E, E, atol=1e-4)
+    assert all("style" in words for words in captions) and captions[0] != captions[1]
+    apple, book = (sample.read_known(model, [f"repr={words}"], 1, 64, 64)
+                   for words in ("red apple", "blue book"))
+    drawn, other = (draw_modalities(model, 1, known, steps=3) for known in (apple, book))
+    assert (drawn["image"] - other["image"]).abs().mean() > 1e-3
+    assert equal(drawn["repr"], aggregation.vectors(model, ["red apple"]))
+
+
+def test_a_larger_model_sees_the_emoji_enlarged():
+    model = load_model(ASSETS / "tiny")
+    model.unet.config["sample_size"] = 32
+    aggregation.prepare(model, "repr", "repr")
+    examples = batch_of(model, count=1)
+    assert examples[0]["target"].shape == (3, 128, 128)
+    assert step(model, examples)[2].shape == (1, 4, 32, 32)
+    assert draw_modalities(model, 1, steps=1)["image"].shape == (1, 3, 128, 128)
+
+
+# ---- the tasks: drawing ----
+
+def test_known_pictures_stay_exactly_as_given(models):
+    draw = partial(draw_modalities, models["translate"], steps=2)
+    pairs = builtin("translate", "heldout")
+    source, target = (torch.stack([pairs[i][key] for i in (3, 30)]) for key in ("x", "target"))
+    out = draw(2, {"source": source})
+    assert list(out) == ["image", "source"] and equal(out["source"], source)
+    back, other = (draw(2, {"image": image}) for image in (target, target.flip(0)))
+    assert equal(back["image"], target)
+    assert (back["source"] - other["source"]).abs().mean() > 0.01
+    free = draw(2)
+    assert (free["image"] - out["image"]).abs().mean() > 1e-3
+    assert (free["source"] - source).abs().mean() > 0.05
+    again = draw(1, {"source": source[1:]}, seed=1)  # a sample does not depend on its batch
+    assert (again["image"] - out["image"][1:]).abs().max() < 0.02
+    pictures = sample.generate(models["translate"], "translate", ["", ""], steps=2)
+    assert pictures == [to_pil(picture) for picture in free["image"]]
+
+
+def test_what_is_known_enters_beside_z_t_and_zeros_where_it_is_not(pixels, monkeypatch):
+    """-X without x is pure generation, as in training: no E either, and no x drawn."""
+    model = load_model(pixels)
+    example = builtin("masked", "heldout", 32)[9]
+    x = example["x"]
+    seen = []
+    model.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0, 3:]))
+    aggregated = []
+    aggregate = Aggregation.aggregate
+    monkeypatch.setattr(Aggregation, "aggregate",
+                        lambda *inputs: aggregated.append(aggregate(*inputs)) or aggregated[-1])
+    for known, beside, names in (({"masked": x[None]}, x, ["image", "masked"]),
+                                 ({}, torch.zeros_like(x), ["image"])):
+        seen.clear()
+        aggregated.clear()
+        assert list(draw_modalities(model, 1, known, steps=2)) == names
+        assert len(seen) == 2 and all(equal(y, beside) for y in seen)
+        assert any(C.any() for C in aggregated) == bool(known)
+    with pytest.raises(UserError, match="beside z_t"):
+        draw_modalities(model, 1, {"image": example["target"][None]}, steps=2)
+
+
+@pytest.mark.parametrize("base", [ASSETS / "tiny", "pixels"])
+def test_a_picture_is_classified_and_a_class_is_drawn(base):
+    model = attached("label", base=base)
+    image = builtin("label", "heldout", model.native_size)[5]["target"].expand(2, -1, -1, -1)
+    found = draw_modalities(model, 2, {"image": image}, steps=2)["label"]
+    assert found.shape == (2, 10) and allclose(found.sum(1), torch.ones(2))
+    flags, fruit = (draw_modalities(model, 1, {"label": torch.tensor([k])}, steps=3)
+                    for k in (3, 4))
+    assert flags["label"].tolist() == [3]
+    assert (flags["image"] - fruit["image"]).abs().mean() > 1e-4
+
+
+@pytest.mark.parametrize("task, rows", [("translate", 5), ("masked", 4), ("label", 3), ("repr", 3)])
+def test_a_grid_shows_pure_generation_what_x_gives_and_the_truth(models, pixels, task, rows,
+                                                                 tmp_path, monkeypatch):
+    """Interpolating weights need x, and there pure generation is left out."""
+    model = models.get(task) or load_model(pixels)
+    modality = TASKS[task].modality
+    dataset = builtin(task, "heldout", model.native_size)
+    x = [dataset[(2 * i + 1) * len(dataset) // 4]["x"] for i in range(2)]
+    make = dict(label=torch.tensor, repr=partial(aggregation.vectors, model))
+    seen = []
+    monkeypatch.setattr(sample, "draw_modalities", lambda model, count, known, seed: seen.append(
+        known) or draw_modalities(model, count, known, seed=seed, steps=1))
+    config = model.unet.config["aggregation"]["modalities"][modality]
+    for weights, names in (("vanishing", [[], [modality]]), ("interpolating", [[modality]])):
+        monkeypatch.setitem(config, "weights", weights)
+        seen.clear()
+        sample.sample_grid(model, {task: dataset}, 2, 0, tmp_path / f"{weights}.png")
+        assert [list(known) for known in seen] == names
+        assert equal(seen[-1][modality], make.get(task, torch.stack)(x))
+    side = model.native_size
+    assert Image.open(tmp_path / "vanishing.png").size == (2 * side, rows * side)
+    for known in ({}, {"image": torch.zeros(1, 3, side, side)}):
+        with pytest.raises(UserError, match=f"--given {modality}"):
+            draw_modalities(model, 1, known, steps=2)
+
+
+def draw(task, model, out, *words, given=()):
+    given = [word for value in given for word in ("--given", value)]
+    return call("sample.py", "--task", task, "--model", model, "--steps", 2, "--out", out, *words,
+                *given)
+
+
+def transparent(path, size=32):
+    """Save a held-out picture whose patches are transparent, in the left half only in part."""
+    example = builtin("masked", "heldout", size)[200]
+    hidden = (example["x"] == 0).all(0).numpy()
+    alpha = np.where(hidden, 0, 255).astype(np.uint8)
+    alpha[:, :size // 2][hidden[:, :size // 2]] = 254
+    picture = to_pil(example["target"])
+    picture.putalpha(Image.fromarray(alpha))
+    picture.save(path)
+
+
+def test_restoring_on_pixels_keeps_the_others_exactly(pixels, tmp_path):
+    transparent(tmp_path / "in.png")
+    done = draw("masked", pixels, tmp_path / "out.png", "--num-images", 2,
+                given=[f"masked={tmp_path / 'in.png'}"])
+    assert done.returncode == 0, done.stderr
+    given, written = (np.asarray(Image.open(tmp_path / name)) for name in ("in.png", "out.png"))
+    opaque = given[..., 3] == 255
+    assert all(0 < (~half).sum() < 512 for half in (opaque[:, :16], opaque[:, 16:]))
+    assert (written[:32] != written[32:]).any()
+    for row in (written[:32], written[32:]):  # the bytes of both files
+        restored, x = row[:, :32], row[:, 32:]
+        assert (restored[opaque] == given[opaque, :3]).all()
+        assert (x[opaque] == given[opaque, :3]).all() and (x[~opaque] == 128).all()
+        assert (restored != given[..., :3]).any(-1)[~opaque].mean() > 0.9
+
+
+def test_folders_reload_and_draw_the_same_and_diffusers_refuses_them(pixels, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    routed = with_unet(add_routing(UNet.from_pretrained(ASSETS / "tiny")), tmp_path / "routed")
+    for name, model in (("x", attached("masked", input="x")),
+                        ("e", attached("label", "classifier", base=routed))):
+        model.save(tmp_path / name)
+        again = load_model(tmp_path / name)
+        assert again.tasks == model.tasks and aggregation.reads_x(again.unet) == (name == "x")
+        assert ("routing" in again.unet.config) == (name == "e")
+        a, b = (draw_modalities(m, 1, steps=2) for m in (model, again))
+        assert a.keys() == b.keys() and all(allclose(a[key], b[key], atol=1e-4) for key in a)
+        with pytest.raises(Exception, match="Joint|Routed"):
+            diffusers.DiffusionPipeline.from_pretrained(tmp_path / name)
+    merge_folders(tmp_path / "x", [tmp_path / "x"], [0.5], tmp_path / "merged")
+    assert load_model(tmp_path / "merged").tasks == load_model(pixels).tasks == ["masked"]
+    with pytest.raises(Exception, match="Joint"):
+        diffusers.DDPMPipeline.from_pretrained(pixels)
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for task, model in models.items():
+        model.save(folder / task)
+    return folder
+
+
+def test_the_command_draws_all_modalities_and_describes_them(folders, tmp_path):
+    out = tmp_path / "out.png"
+    example = ASSETS / "examples/sr.png"
+    done = draw("translate", folders / "translate", out, "--num-images", 2,
+                given=[f"source={example}"])
+    assert done.returncode == 0 and "image, source; given: source=" in done.stdout, done.stderr
+    given = data.on_white(data.open_image(example)).resize((64, 64), Image.BICUBIC)
+    drawn = np.asarray(Image.open(out))
+    assert drawn.shape == (128, 128, 3) and (drawn[64:, 64:] == np.asarray(given)).all()
+    edit = f"image={ASSETS / 'examples/edit.png'}"
+    first, _ = draw("label", folders / "label", out, given=[edit]).stdout.splitlines()
+    best = {words.rpartition(" ")[0] for words in first.split(", ")}
+    assert len(best) == 3 and best <= {*emoji.classes()} and Image.open(out).size == (64, 64)
+    done = draw("label", folders / "label", out, given=["label=Food & Drink"])
+    assert done.returncode == 0 and "given: label=Food & Drink" in done.stdout, done.stderr
+    done = draw("repr", folders / "repr", out)
+    assert "nearest held-out caption: '" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("task, model, given, words", [
+    ("label", "label", ["label=cats"], "the classes are activities"),
+    ("label", "label", [f"source={ASSETS}/examples/sr.png"], "image or label"),
+    ("label", "label", ["label=flags", "label=symbols"], "NAME=VALUE once"),
+    ("label", "label", ["label=flags", f"image={ASSETS}/examples/sr.png"], "nothing is left"),
+    ("label", "label", ["flags"], "NAME=VALUE"), ("label", "label", ["label="], "NAME=VALUE"),
+    ("translate", "translate", ["label=flags"], "image or source"),
+    ("translate", "translate", ["source=nothing.png"], "nothing.png"),
+    ("translate", "translate", ["image={}/cut.png"], "cut.png"),
+    ("label", "translate", [], "'label'; it knows translate"),
+    ("t2i", "translate", ["label=flags"], "--given belongs to"),
+    ("t2i", "translate", [], "it knows translate")])
+def test_a_mistake_in_what_is_given_is_one_line(folders, tmp_path, task, model, given, words):
+    (tmp_path / "cut.png").write_bytes((ASSETS / "examples/edit.png").read_bytes()[:100])
+    out = tmp_path / "out.png"
+    out.write_bytes(b"before")
+    given = [word.format(tmp_path) for word in given]
+    assert refused(draw(task, folders / model, out, given=given), words)
+    assert out.read_bytes() == b"before"
+
+
+def test_a_masked_picture_has_something_masked_and_the_size_that_is_drawn(pixels, tmp_path):
+    model = load_model(pixels)
+    with pytest.raises(UserError, match="transparent"):
+        sample.read_known(model, [f"masked={ASSETS / 'results/routing.png'}"], 1, 32, 32)
+    Image.new("RGBA", (32, 32), (9, 9, 9, 254)).save(tmp_path / "part.png")
+    for path in (ASSETS / "examples/masked.png", tmp_path / "part.png"):
+        known = sample.read_known(model, [f"masked={path}"], 2, 32, 32)
+        assert known["masked"].shape == (2, 3, 32, 32) and (known["masked"] == 0).all(1).any()
+    out = tmp_path / "out.png"
+    picture = tmp_path / "in.png"
+    for size, options, drawn in ((64, [], "32 x 32"), (24, [], "32 x 32"),
+                                 (32, ["--width", 40, "--height", 48], "40 x 48")):
+        transparent(picture, size)
+        done = draw("masked", pixels, out, *options, given=[f"masked={picture}"])
+        assert refused(done, f"the picture is {size} x {size} and what is drawn {drawn}")
+        assert "--height" in done.stderr and not out.exists()
+    transparent(picture, 40)
+    for path, size in ((ASSETS / "examples/masked.png", 32), (picture, 40)):
+        done = draw("masked", pixels, out, "--height", size, "--width", size,
+                    given=[f"masked={path}"])
+        assert done.returncode == 0 and Image.open(out).size == (2 * size, size), done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("translate,masked", "alone"), ("translate,t2i", "alone"), ("t2i --head linear", "--head"),
+    ("translate --head linear", "the heads of translate are image"),
+    ("label --input x", "picture beside z_t"), ("label --drop 1", "--drop"),
+    ("label --modality-weight -1", "--modality-weight"), ("translate --data x", "--data"),
+    ("masked --t-range 0 9", "--t-range"), ("translate --unet adm-tiny", "--unet"),
+    ("label --model scratch --input x", "picture beside z_t"),
+    ("repr --model scratch", "text encoder"),
+    (f"translate --model {ASSETS / 'tiny-mtu'}", "starts from"),
+    ("translate --schedule interpolating", "interpolating")])
+def test_a_mistake_in_training_is_one_line(tmp_path, arguments, words):
+    done = call("train.py", *QUICK, "--out", tmp_path / "run", "--steps", 1, "--task",
+                *arguments.split())
+    assert refused(done, words) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--prompt", "x"], "--prompt"), (["--strength", "0.5"], "--strength"),
+    ([], "python train.py --task translate trains one")])
+def test_a_mistake_in_drawing_is_one_line(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert refused(call("sample.py", "--task", "translate", *arguments), words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_joint_model_of_the_same_kind_alone(tmp_path, folders):
+    start = ["--model", folders / "translate", "--steps", 1, "--task"]
+    run(tmp_path / "on", *start, "translate")
+    assert load_model(tmp_path / "on").tasks == ["translate"]
+    for words, message in (("translate --input x", "other heads"), ("masked", "other heads"),
+                           ("translate --schedule zero", "other heads"),
+                           ("all", "it knows translate"), ("t2i", "it knows translate")):
+        done = call("train.py", *QUICK, "--out", tmp_path / "no", *start, *words.split())
+        assert refused(done, message) and not (tmp_path / "no").exists()
+    done = call("moe.py", "--fold", "translate", "--model", folders / "translate",
+                "--out", tmp_path / "no")
+    assert refused(done, "not upcycled") and not (tmp_path / "no").exists()
