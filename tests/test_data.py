@@ -1,215 +1,130 @@
-"""Tasks and built-in data: what is held out, what pairs with what, and the folder reader."""
+"""Folders of one's own, encoded folders, and the examples of a run."""
+import functools
 import json
+import multiprocessing.reduction
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+import clip
 import data
-from folders import UserError
+import vae
+from conftest import call
+from data import ALL, ASSETS, Encoder, Examples, Folder, collate
+from hub import UserError
+from sample import load_model
+from train import draw_timestep
 
 
-def test_every_emoji_in_both_styles():
-    rows = data.Sheet.load()
-    assert len(rows) == 1911 and sum(len(e.cells) for e in rows) == 3786
-    for style in data.STYLES:
-        assert all(np.asarray(data.Sheet.picture(style, e.cells[None]))[..., 3].max() > 0 for e in rows)
-
-
-def test_whole_concepts_are_held_out():
-    """No concept on both sides; tones, genders, colours and styles of a thing share a concept."""
-    sides = [{e.concept for e in data.builtin("t2i", split).rows} for split in ("train", "heldout")]
-    assert not sides[0] & sides[1] and 0.07 < len(sides[1]) / len(sides[0] | sides[1]) < 0.13
-    concept = {e.name: e.concept for e in data.Sheet.load()}
-    assert concept["man cook"] == concept["woman cook"] == concept["cook"]
-    assert concept["blue heart"] == concept["green heart"] == concept["heavy black heart"] != concept["large blue circle"]
-    assert concept["dog face"] != concept["cat face"]
-
-
-@pytest.mark.parametrize("task", data.TASKS)
-@pytest.mark.parametrize("split", ["train", "heldout"])
-def test_examples(task, split):
-    dataset = data.builtin(task, split)
-    for i in range(0, len(dataset), len(dataset) // 20):
-        example, again = dataset[i], dataset[i]
-        assert (("source" in example) == (data.TASKS[task].source is not None)) and (example["prompt"] == "") == (task in ("sr", "uncond"))
-        for key in ("source", "target"):
-            if key in example:
-                assert example[key].shape == (3, 64, 64) and example[key].abs().max() <= 1
-                assert torch.equal(example[key], again[key])
-        if data.TASKS[task].source:
-            assert (example["source"] - example["target"]).abs().mean() > 0
-
-
-def test_edit_pairs_are_genuine():
-    """Both pictures show one figure in one style, and the instruction names the target's attribute."""
-    dataset = data.builtin("edit", "train")
-    cells = {tuple(cell): (e, tone) for e in data.Sheet.load() for tone, cell in e.cells.items()}
-    kinds = set()
-    for kind, a, b, name, source, target, style in dataset.items[::37]:
-        (e, tone), (f, other) = cells[tuple(source)], cells[tuple(target)]
-        assert e.concept == f.concept and (tone, e) != (other, f) and e.name == name
-        if kind == "tone":
-            assert e is f and (data.TONES[tone], data.TONES[other]) == (a, b)
-        else:
-            word = "person" if kind == "gender" else "colour"
-            assert tone == other and (getattr(e, word), getattr(f, word)) == (a, b)
-        kinds.add(kind)
-    assert kinds == {"tone", "gender", "colour"}
-    assert all(b in dataset[i]["prompt"] for i in range(0, len(dataset), 997) for b in [dataset.items[i].b])
-
-
-def test_inpaint_target_lacks_the_object_and_keeps_the_other():
-    dataset = data.builtin("inpaint", "train")
-    placed, kinds = 0, set()
-    for i in range(0, len(dataset), 131):
-        example, e = dataset[i], dataset.items[i][0]
-        kinds.add(example["kind"])
-        changed = (example["source"] != example["target"]).any(0).float()
-        white = (example["target"] == 1).all(0).float()
-        assert changed.sum() > 0 and (1 - white).sum() > 0
-        word = e.noun if example["kind"] == "classed" else e.name
-        assert example["prompt"].startswith(f"remove the {word}") and (example["kind"] == "placed" or example["prompt"].endswith(word))
-        if example["kind"] == "placed":
-            placed += 1
-            rows, columns = torch.nonzero(changed, as_tuple=True)
-            side = example["prompt"].split()[-1]
-            centre = {"left": columns, "right": columns, "top": rows, "bottom": rows}[side].float().mean()
-            assert (centre < 31.5) == (side in ("left", "top"))
-    assert placed > 5 and kinds == {"named", "classed", "placed"}
-
-
-def test_classes_are_words_that_training_and_held_out_pictures_share():
-    train, held_out = ({e.noun for e in data._rows(split)} for split in ("train", "heldout"))
-    assert held_out <= train and len(train) > 25 and None in train
-    subcategories = {row["subcategory"] for row in json.loads((data.ASSETS / "emoji/emoji.json").read_text())}
-    assert set(data.CLASS) <= subcategories and len(data.CLASS) == sum(len(s.split()) for s in data.CLASSES.values())
-    dataset = data.builtin("inpaint", "train")
-    for i in range(50):
-        e = dataset.items[31 * i][0]
-        other = dataset._other(e, np.random.default_rng(i))
-        assert other.concept != e.concept and (other.noun is None or other.noun != e.noun)
-
-
-def test_training_edits_are_mirrored_half_of_the_time_and_held_out_ones_never():
-    for split, mirrored in (("train", range(20, 61)), ("heldout", range(1))):
-        dataset, count = data.builtin("edit", split), 0
-        cell = dataset.items[0]
-        plain = data.to_tensor(data.on_white(data.Sheet.picture(cell.style, cell.source)))
-        for seed in range(80):
-            source = dataset.get(0, np.random.default_rng(seed))["source"]
-            assert torch.equal(source, plain) or torch.equal(source, plain.flip(-1))
-            count += not torch.equal(source, plain)
-        assert count in mirrored
-
-
-def test_degrading_halves_the_resolution_and_is_reproducible():
-    picture = data.to_pil(data.builtin("t2i", "train")[5]["target"])
-    a, b, c = (data.degrade(picture, np.random.default_rng(seed)) for seed in (0, 0, 1))
-    assert a.size == picture.size and np.array_equal(a, b) and not np.array_equal(a, c)
-    spectrum = np.abs(np.fft.fft2(np.asarray(a.convert("L"), dtype=float)))
-    assert spectrum[24:40].mean() < 0.1 * np.abs(np.fft.fft2(np.asarray(a.convert("L"), dtype=float)))[:8].mean()
-
-
-def test_pictures_survive_the_tensor():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    assert np.array_equal(picture, data.to_pil(data.to_tensor(picture)))
-
-
-def test_only_targets_are_scaled_and_sampled():
-    mean, logvar, noise = torch.randn(3, 2, 4, 4, 4)
-    assert torch.equal(data.latents(data.SOURCE, mean, logvar, 0.18215, noise), mean)
-    assert torch.allclose(data.latents(data.TARGET, mean, logvar, 0.18215, noise), 0.18215 * (mean + (logvar / 2).exp() * noise))
-
-
-def folder(tmp_path, rows, size=(40, 30)):
+def write_folder(folder, rows, size=(40, 30)):
+    """Write a metadata.jsonl and the pictures that it names."""
     for row in rows:
         for key in ("file_name", "source_file_name"):
             if key in row:
-                Image.new("RGB", size, "red").save(tmp_path / row[key])
-    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+                Image.new("RGB", size, "red").save(folder / row[key])
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data.read_rows.cache_clear()
 
 
-def test_folder_reads_every_task(tmp_path):
-    folder(tmp_path, [dict(file_name=f"{i}.png", source_file_name=f"s{i}.png", text=f"number {i}", split="train") for i in range(3)]
-           + [dict(file_name="h.png", source_file_name="hs.png", text="held", split="heldout")])
+def pair(i, split="train"):
+    return dict(file_name=f"{i}.png", source_file_name=f"s{i}.png", text=f"number {i}",
+                label=f"class {i % 2}", split=split)
+
+
+# -------------------------------------------------------------------------------------------------
+# Folders
+
+def test_a_folder_serves_every_task(tmp_path):
+    write_folder(tmp_path, [pair(0), pair(1), pair(2), pair(3, "heldout")])
     for task in data.TASKS:
-        dataset = data.Folder(tmp_path, task, "train", 32)
-        assert len(dataset) == 3 and len(data.Folder(tmp_path, task, "heldout", 32)) == 1
+        dataset = Folder(tmp_path, task, "train", 32)
+        assert len(dataset) == 3 and len(Folder(tmp_path, task, "heldout", 32)) == 1
         example = dataset[1]
-        assert example["target"].shape == (3, 32, 32) and ("source" in example) == (task in ("edit", "sr", "inpaint"))
-        assert example["prompt"] == ("" if task in ("sr", "uncond") else "number 1")
+        assert example["target"].shape == (3, 32, 32)
+        assert ("source" in example) == (task in ("edit", "sr", "inpaint"))
+        assert ("x" in example) == (data.TASKS[task].modality is not None)
+        has_text = task in ("t2i", "edit", "inpaint")
+        assert example["prompt"] == ("number 1" if has_text else "")
+    assert Folder(tmp_path, "label", "train", 32)[1]["x"] == 1
+    assert data.class_names(tmp_path) == ["class 0", "class 1"]
 
 
-def test_folder_without_splits_divides_itself(tmp_path):
-    folder(tmp_path, [dict(file_name=f"{i}.png", text="x") for i in range(60)])
-    names = [{row["file_name"] for row in data.Folder(tmp_path, "t2i", split, 32).items} for split in ("train", "heldout")]
-    assert not names[0] & names[1] and len(names[0] | names[1]) == 60 and 0 < len(names[1]) < 20
+def test_a_folder_says_which_tasks_it_serves(tmp_path):
+    write_folder(tmp_path, [dict(file_name="a.png", text="x"), dict(file_name="b.png", text="y")])
+    with pytest.raises(UserError, match="serves t2i, sr, .*edit .* needs source_file_name"):
+        Folder(tmp_path, "edit", "train", 32)
 
 
-def test_folder_with_some_splits_holds_out_only_those(tmp_path):
-    folder(tmp_path, [dict(file_name=f"{i}.png", text="x", **(dict(split="heldout") if i < 2 else {})) for i in range(60)])
-    assert [row["file_name"] for row in data.Folder(tmp_path, "t2i", "heldout", 32).items] == ["0.png", "1.png"]
-    assert len(data.Folder(tmp_path, "t2i", "train", 32)) == 58
+def test_a_subfolder_per_task_is_found(tmp_path):
+    for task in ("t2i", "sr"):
+        (tmp_path / task).mkdir()
+        write_folder(tmp_path / task, [pair(0), pair(1, "heldout")])
+    assert data.open_dataset("sr", "train", 32, tmp_path).root == tmp_path / "sr"
+
+
+def test_a_folder_without_splits_divides_itself(tmp_path):
+    write_folder(tmp_path, [dict(file_name=f"{i}.png", text="x") for i in range(60)])
+    train, heldout = ({row["file_name"] for row in Folder(tmp_path, "t2i", split, 32).items}
+                      for split in ("train", "heldout"))
+    assert not train & heldout and len(train | heldout) == 60
+    assert 0 < len(heldout) < 20
+
+
+def test_a_folder_with_some_splits_holds_out_only_those(tmp_path):
+    rows = [dict(file_name=f"{i}.png", text="x") for i in range(60)]
+    rows[0]["split"] = rows[1]["split"] = "heldout"
+    write_folder(tmp_path, rows)
+    heldout = Folder(tmp_path, "t2i", "heldout", 32)
+    assert [row["file_name"] for row in heldout.items] == ["0.png", "1.png"]
+    assert len(Folder(tmp_path, "t2i", "train", 32)) == 58
 
 
 def test_pictures_are_turned_upright(tmp_path):
-    picture, exif = Image.new("RGB", (20, 10), "red"), Image.Exif()
+    exif = Image.Exif()
     exif[0x0112] = 6  # a phone held upright
-    picture.save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.jpg", exif=exif)
     assert data.open_image(tmp_path / "a.jpg").size == (10, 20)
 
 
-def test_some_captions_place_two_things():
-    """A half is white where its thing was removed, and nowhere else."""
-    dataset, scenes = data.builtin("t2i", "train"), 0
-    nouns = {e.name: e.noun for e in dataset.rows}
-    for example in (dataset[i] for i in range(400)):
-        words, _, removed = example["prompt"].removesuffix(" style").rpartition(", ")[0].partition(", remove the ")
-        if not (" left and " in words or " top and " in words):
-            continue
-        scenes += 1
-        halves = example["target"].chunk(2, dim=2 if " left and " in words else 1)
-        for thing, half in zip(words.split(" left and " if " left and " in words else " top and "), halves):
-            name = thing.removesuffix(" on the right").removesuffix(" at the bottom").removesuffix(" on the").removesuffix(" at the")
-            gone = removed and removed.split(" on the ")[0].split(" at the ")[0] in (name, nouns[name])
-            assert bool(half.min() > 0.99) == bool(gone), example["prompt"]
-    assert 50 < scenes < 110
-
-
-def test_some_captions_tell_the_picture_by_a_change():
-    """The picture is the changed one."""
-    dataset = data.builtin("t2i", "train")
-    told = {f"{c.name}, make the skin tone {c.b}, {c.style} style": c for c in dataset.changes if c.kind == "tone"}
-    found = [(told[e["prompt"]], e["target"]) for e in (dataset[i] for i in range(800)) if e["prompt"] in told]
-    assert len(found) > 10
-    for c, target in found:
-        assert torch.equal(target, data.to_tensor(data.on_white(data.Sheet.picture(c.style, c.target))))
-
-
 @pytest.mark.parametrize("content, words", [
-    ('{"file_name": "a.png", "text": "x", "split": "val"}', "split"), (None, "metadata.jsonl"), ("", "no train pictures"), ("{", "line 1"), ('{"file_name": "a.png"}', "text"), ('[1]', "line 1"),
-    ('{"file_name": "a.png", "text": 3}', "text")])
-def test_folder_refuses_by_name(tmp_path, content, words):
+    ('{"file_name": "a.png", "text": "x", "split": "val"}', "split"),
+    (None, "metadata.jsonl"),
+    ("", "no train pictures|needs"),
+    ("{", "line 1"),
+    ('{"file_name": "a.png"}', "text"),
+    ("[1]", "line 1"),
+    ('{"file_name": "a.png", "text": 3}', "text"),
+    ('{"file_name": "../a.png", "text": "x"}', "outside"),
+    ('{"file_name": "/etc/passwd", "text": "x"}', "outside")])
+def test_a_folder_refuses_by_name(tmp_path, content, words):
+    data.read_rows.cache_clear()
+    (tmp_path / "in").mkdir()
+    for folder in (tmp_path, tmp_path / "in"):
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
     if content is not None:
-        (tmp_path / "metadata.jsonl").write_text(content)
+        (tmp_path / "in" / "metadata.jsonl").write_text(content)
     with pytest.raises(UserError, match=words):
-        data.Folder(tmp_path, "t2i", "train", 32)
+        Folder(tmp_path / "in", "t2i", "train", 32)
 
 
-@pytest.mark.parametrize("damage", ["missing", "text", "cut"])
-def test_folder_names_the_broken_picture(tmp_path, damage):
-    folder(tmp_path, [dict(file_name="a.png", text="x", split="train")])
+@pytest.mark.parametrize("damage", ["missing", "text", "cut", "script"])
+def test_a_broken_picture_is_named(tmp_path, damage):
+    write_folder(tmp_path, [dict(file_name="a.png", text="x", split="train")])
     path = tmp_path / "a.png"
     if damage == "missing":
         path.unlink()
-    elif damage == "text":
+    if damage == "text":
         path.write_text("no picture")
-    else:
+    if damage == "cut":
         path.write_bytes(path.read_bytes()[:60])
+    if damage == "script":
+        path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # PostScript
     with pytest.raises(UserError, match="a.png"):
-        data.Folder(tmp_path, "t2i", "train", 32)[0]
+        data.open_image(path)
 
 
 def test_unknown_task_and_split():
@@ -217,3 +132,260 @@ def test_unknown_task_and_split():
         data.builtin("segment", "train")
     with pytest.raises(UserError, match="heldout"):
         data.builtin("edit", "test")
+
+
+# -------------------------------------------------------------------------------------------------
+# A batch
+
+def test_conditions_are_dropped_at_the_rates_of_the_table():
+    """A uniform r decides: InstructPix2Pix drops 5 % text, 5 % both, 5 % picture."""
+    examples = Examples({}, ["edit"], batch_size=1, seed=0, num_timesteps=10, latent_shape=(1, 1, 1))
+    example = dict(prompt="words", target=None, source=None)
+    kept = [examples.drop_conditions(example, "edit", (i + 0.5) / 1000) for i in range(1000)]
+    text = sum(k["prompt"] == "" and k["keep"] == 1 for k in kept)
+    both = sum(k["prompt"] == "" and k["keep"] == 0 for k in kept)
+    picture = sum(k["prompt"] != "" and k["keep"] == 0 for k in kept)
+    assert (text, both, picture) == (50, 50, 50)
+
+
+def test_runs_that_differ_in_their_pictures_share_timesteps_and_noise():
+    """So masked and uncond, whose pictures draw other random numbers, can be compared in pairs."""
+    runs = [Examples({task: data.builtin(task, "train", 16)}, [task], batch_size=4, seed=0,
+                     num_timesteps=1000, latent_shape=(3, 16, 16)) for task in ("uncond", "masked")]
+    for i in range(8):
+        a, b = (run[i] for run in runs)
+        assert a["t"] == b["t"] and torch.equal(a["noise"], b["noise"])
+
+
+def test_encoding_follows_the_tables_rules():
+    """Targets are sampled and scaled, sources are means and unscaled; what is dropped is zero."""
+    network = load_model(ASSETS / "tiny").vae
+    dataset = data.builtin("edit", "heldout")
+    pictures = [dataset[i]["source"] for i in (0, 5)]
+    batch = dict(target=pictures, source=[None, pictures[0]], latent_noise=torch.randn(2, 4, 16, 16),
+                 keep=torch.tensor([1.0, 1.0]))
+    encoder = Encoder(network)
+    x0, source = encoder(batch, "cpu")
+    again = encoder(batch, "cpu")  # from memory
+    mean, logvar = network.encode(torch.stack(pictures))
+    sampled = mean + (logvar / 2).exp() * batch["latent_noise"]
+    assert torch.allclose(x0, network.config["scaling_factor"] * sampled, atol=1e-5)
+    assert source[0].abs().max() == 0 and torch.allclose(source[1], mean[0], atol=1e-5)
+    assert torch.equal(again[0], x0) and torch.equal(again[1], source)
+    dropped = encoder(batch | {"keep": torch.tensor([1.0, 0.0])}, "cpu")[1]
+    assert dropped.abs().max() == 0
+
+
+def test_a_batch_is_a_function_of_seed_step_and_index():
+    """Also in a worker process, and in one that starts anew, as on a Mac."""
+    def examples(seed, **options):
+        datasets = {task: data.builtin(task, "train") for task in ALL}
+        return Examples(datasets, ALL, batch_size=8, seed=seed, num_timesteps=1000,
+                        latent_shape=(4, 16, 16), **options)
+
+    def batch(seed, workers=0):
+        loader = torch.utils.data.DataLoader(examples(seed), batch_sampler=[range(8, 16)],
+                                             collate_fn=collate, num_workers=workers)
+        return next(iter(loader))
+
+    a, b, c = batch(0), batch(0, workers=1), batch(1)
+    assert a["task"] == [*ALL] * 2
+    assert all(torch.equal(a[key], b[key]) for key in ("noise", "t", "latent_noise", "keep"))
+    assert all(torch.equal(x, y) for x, y in zip(a["target"], b["target"]))
+    assert a["prompt"] == b["prompt"] != c["prompt"] and not torch.equal(a["noise"], c["noise"])
+    draw = functools.partial(draw_timestep, (0, 500), 1000, 0.3)
+    for one in (examples(0), examples(0, sample_timestep=draw)):
+        sent = multiprocessing.reduction.ForkingPickler.dumps(one)
+        again = multiprocessing.reduction.ForkingPickler.loads(sent)
+        assert torch.equal(again[2]["source"], one[2]["source"]) and again[2]["t"] == one[2]["t"]
+
+
+def test_a_latent_does_not_depend_on_what_else_is_remembered():
+    dataset, network = data.builtin("t2i", "train"), load_model(ASSETS / "tiny").vae
+    pictures = [dataset[i]["target"] for i in range(0, 40, 2)]
+    fresh, warm = Encoder(network), Encoder(network)
+    for n in (3, 7):
+        warm.moments(pictures[n:n + 2], "cpu")
+    a, b = fresh.moments(pictures, "cpu"), warm.moments(pictures, "cpu")
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+# -------------------------------------------------------------------------------------------------
+# Encoded folders
+
+# Seed 2: with noise for pictures, some draws meet a sample whose gradient amplifies rounding.
+TRAIN = ["--seed", "2", "--task", "edit,sr,t2i", "--model", str(ASSETS / "tiny"), "--batch-size", "6",
+         "--eval-size", "2", "--sample-every", "0", "--log-every", "1", "--warmup", "1",
+         "--steps", "2", "--lr", "1e-3"]
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Six pairs, four to train on, of another size and shape than what the network draws."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(6):
+        for name in (f"{i}.png", f"s{i}.png"):
+            noise = Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8))
+            noise.resize((70, 80), Image.BICUBIC).save(folder / name)
+        rows.append(pair(i, "heldout" if i > 3 else "train"))
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoded") / "out"
+    done = call("data.py", "encode", "--data", pictures, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "edit: 4 train, 2 held out" in done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(pictures, encoded, tmp_path_factory):
+    """The same training from pictures, and from the encoded folder -> their run folders."""
+    out = tmp_path_factory.mktemp("runs")
+    for name, folder in (("plain", pictures), ("encoded", encoded)):
+        done = call("train.py", *TRAIN, "--data", folder, "--out", out / name)
+        assert done.returncode == 0, done.stderr
+    return out / "plain", out / "encoded"
+
+
+def test_training_from_it_gives_the_same_losses(runs):
+    """To what half precision keeps."""
+    plain, encoded = map(read_log, runs)
+    assert [row["step"] for row in plain] == [row["step"] for row in encoded] == [1, 2]
+    assert plain[0]["loss"] != encoded[0]["loss"]
+    for a, b in zip(plain, encoded):
+        assert set(a["loss"]) == {"edit", "sr", "t2i"}
+        assert all(abs(b["loss"][task] / a["loss"][task] - 1) < 5e-4 for task in a["loss"])
+    assert abs(encoded[0]["grad_norm"] / plain[0]["grad_norm"] - 1) < 2e-3
+
+
+def test_every_picture_and_text_is_in_it_once_as_the_networks_give_it(pictures, encoded):
+    model = load_model(ASSETS / "tiny")
+    latents = load_file(encoded / "latents-00000.safetensors")["latents"]
+    texts = load_file(encoded / "texts-00000.safetensors")["context"]
+    assert latents.shape == (12, 2, 4, 16, 16) and texts.shape == (7, 77, 128)
+    assert latents.dtype == texts.dtype == torch.float16
+    dataset = data.Encoded(encoded, "edit", "train", 64)
+    for i, key in ((0, "target"), (3, "source")):
+        name = f"{i}.png" if key == "target" else f"s{i}.png"
+        picture = data.to_tensor(data.open_square(pictures / name, 64))
+        expected = torch.stack(model.vae.encode(picture[None]), dim=1)[0]
+        assert torch.allclose(dataset[i][key], expected, rtol=2e-3, atol=1e-3)
+    prompts = ["number 3", "", "number 3"]
+    context, pooled = dataset.encode_text(prompts)
+    assert pooled is None
+    assert torch.allclose(context, model.encode_text(prompts)[0], rtol=2e-3, atol=1e-3)
+
+
+def test_what_is_in_it_is_neither_encoded_nor_opened_again(encoded, tmp_path, monkeypatch):
+    """But for sr's sources, which are degraded anew each time."""
+    counts = dict(vae=0, text=0, opened=0)
+    encode, forward, open_image = vae.VAE.encode, clip.CLIPText.forward, data.open_image
+
+    def count(name, function, size):
+        def counting(*args):
+            counts[name] += size(*args)
+            return function(*args)
+        return counting
+    monkeypatch.setattr(vae.VAE, "encode", count("vae", encode, lambda self, x, *rest: len(x)))
+    monkeypatch.setattr(clip.CLIPText, "forward", count("text", forward, lambda self, ids: len(ids)))
+    monkeypatch.setattr(data, "open_image", count("opened", open_image, lambda path: 1))
+    words = ["--data", encoded, "--task", "edit,t2i"]
+    done = call("train.py", *TRAIN, "--out", tmp_path / "without", *words)
+    assert done.returncode == 0, done.stderr
+    assert counts == dict(vae=0, text=0, opened=0)
+    call("train.py", *TRAIN, "--out", tmp_path / "with", "--data", encoded)
+    assert counts["text"] == 0
+    assert counts["opened"] == 2 + 2 * 2           # held-out examples, then two steps
+    assert 0 < counts["vae"] <= 4 * (1 + 2 + 1)    # four at a time
+
+
+def test_examples_go_to_worker_processes_without_the_whole_file(encoded):
+    dataset = data.Encoded(encoded, "edit", "train", 64)
+    before = dataset[0]  # with its file open
+    sent = multiprocessing.reduction.ForkingPickler.dumps(dataset)
+    after = multiprocessing.reduction.ForkingPickler.loads(sent)[0]
+    assert torch.equal(before["source"], after["source"])
+    assert before["target"].untyped_storage().nbytes() == 2 * 4 * 16 * 16 * 4
+
+
+def test_encoding_that_was_interrupted_goes_on(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_PER_FILE", 5)
+    model = load_model(ASSETS / "tiny")
+    save_file = data.save_file
+
+    def full(tensors, path, **options):
+        if path.name == "latents-00001.safetensors":
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_file", full)
+        with pytest.raises(UserError, match="latents-00001.*No space"):
+            data.encode_folder(model, pictures, tmp_path / "out", "cpu")
+    first = (tmp_path / "out" / "latents-00000.safetensors").stat().st_mtime_ns
+    data.encode_folder(model, pictures, tmp_path / "out", "cpu")
+    assert (tmp_path / "out" / "latents-00000.safetensors").stat().st_mtime_ns == first
+    sizes = [len(load_file(tmp_path / f"out/latents-0000{i}.safetensors")["latents"])
+             for i in range(3)]
+    assert sizes == [5, 5, 2]
+    assert not list((tmp_path / "out").glob("*.part*"))
+
+
+def test_another_model_or_size_is_refused(encoded):
+    model = load_model(ASSETS / "tiny")
+    dataset = data.Encoded(encoded, "edit", "train", 64)
+    dataset.check(model)
+    with torch.no_grad():
+        model.vae.quant_conv.bias[0] += 1e-3
+    with pytest.raises(UserError, match="another autoencoder or text encoder"):
+        dataset.check(model)
+    with pytest.raises(UserError, match="64 pixels"):
+        data.Encoded(encoded, "edit", "train", 32)
+    with pytest.raises(UserError, match="not for inpaint2|was encoded for"):
+        data.Encoded(encoded, "inpaint2", "train", 64)
+
+
+def test_a_folder_that_was_made_from_other_data_is_not_overwritten(pictures, encoded, tmp_path):
+    shutil.copytree(pictures, tmp_path / "other")
+    before = (encoded / "encoded.json").read_bytes()
+    done = call("data.py", "encode", "--data", tmp_path / "other", "--out", encoded)
+    assert done.returncode == 2 and "another model or from other data" in done.stderr
+    assert (encoded / "encoded.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["latents-00000.safetensors", "texts-00000.safetensors",
+                                  "encoded.json"])
+def test_a_file_that_is_cut_short_is_named(encoded, tmp_path, name):
+    shutil.copytree(encoded, tmp_path / "copy")
+    file = tmp_path / "copy" / name
+    file.write_bytes(file.read_bytes()[:-100])
+    data.open_shard.cache_clear()
+    done = call("train.py", *TRAIN, "--out", tmp_path / "run", "--data", tmp_path / "copy")
+    assert done.returncode == 2 and str(file) in done.stderr
+    assert len(done.stderr.strip().splitlines()[-1:]) == 1
+
+
+def test_sdxls_pooled_states_and_zeros_for_the_empty_text(pictures, tmp_path):
+    model = load_model(ASSETS / "tiny")
+    model.text_encoder_2, model.tokenizer_2 = model.text_encoder, model.tokenizer
+    data.encode_folder(model, pictures, tmp_path / "out", "cpu")
+    context, pooled = data.Encoded(tmp_path / "out", "t2i", "train", 64).encode_text(["", "number 1"])
+    expected = model.encode_text(["", "number 1"])
+    assert context[0].abs().max() == 0
+    assert torch.allclose(context, expected[0], rtol=2e-3, atol=2e-3)
+    assert torch.allclose(pooled, expected[1], rtol=2e-3, atol=2e-3)
+
+
+def test_all_names_mtus_four_tasks():
+    assert ALL == ("t2i", "edit", "sr", "inpaint")
+    batch = collate([dict(t=1, keep=1.0, noise=torch.zeros(1), latent_noise=torch.zeros(1), x=None)])
+    assert batch["t"].tolist() == [1] and batch["x"] == [None]
