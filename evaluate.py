@@ -1,13 +1,17 @@
-"""Measure: on held-out pictures, is a task's output closer to the target than its input is?
+"""Measure a model on held-out pictures.
 
-    python evaluate.py --task all --model assets/tiny-mtu --count 100
+    python evaluate.py --task all --count 100
 
-Per task: PSNR to the target (pictures in [0, 1], mean over examples) of the output, of doing nothing (for sr: bicubic enlargement), and of
-the autoencoder's own reconstruction of the target, the ceiling of any latent model without --keep-unchanged; and the share of examples
-whose output has the smaller squared error than doing nothing. Of t2i, which has no single right answer: how often what is drawn is nearer
-to its caption's own picture than to any other of the split. Figures are no eyes: --grid shows what they count.
+For a task with a source it prints the PSNR to the target (pictures in [0, 1], mean over examples)
+of three things: what the model draws; the source as it is, which for sr is bicubic enlargement;
+and the autoencoder's own reconstruction of the target, which is about what a perfect latent model
+would reach. "Closer" is the share of examples whose drawing has a smaller squared error than the
+source as it is.
+
+Text-to-image has no single right answer. There it prints how often a drawing is nearer to its
+caption's own picture than to any other picture of the split. No figure replaces a look: --grid
+saves the pictures that were counted.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,112 +21,162 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from data import ASSETS, TASKS
-from folders import HelpFormatter, UserError, command, pick_device, write_json
+import emoji
+from data import ALL, ASSETS, TASKS, to_pil, to_tensor
+from hub import Parser, UserError, command, pick_device, write_json
 from sample import generate, grid, load_model, save_png
 
 
-def mse(a, b):
+def squared_error(a, b):
     """Mean squared error of two pictures (3, H, W) in [-1, 1], on the scale [0, 1]."""
     return ((a.clamp(-1, 1) - b) / 2).square().mean().item()
 
 
 def psnr(errors):
-    return float(np.mean([-10 * np.log10(max(e, 1e-10)) for e in errors]))
+    """Mean of 10 log10(1 / MSE) over examples, in dB."""
+    return float(np.mean([-10 * np.log10(max(error, 1e-10)) for error in errors]))
+
+
+def batches(count, length, batch_size=25):
+    """Indices of `count` examples, spread over a data set of `length`, a batch at a time."""
+    chosen = [i * length // count for i in range(count)]
+    return [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
 
 
 @torch.no_grad()
-def measure(model, task, count, seed, split="heldout", batch_size=25, **options):
-    """-> a dict of figures for one image-to-image task over `count` examples spread over the split, and its pictures: a list of (source,
-    output, target)."""
-    dataset, rows, shown = data.builtin(task, split), [], []
-    count = min(count, len(dataset))
-    chosen = [dataset[i * len(dataset) // count] for i in range(count)]
-    device = next(model.unet.parameters()).device
-    for first in tqdm(range(0, len(chosen), batch_size), desc=task, leave=False):
-        batch = chosen[first:first + batch_size]
-        prompts, sources = [e["prompt"] for e in batch], [data.to_pil(e["source"]) for e in batch]
-        outputs = generate(model, task, prompts, sources, seed=seed + first, **options)
-        ceiling = model.vae.decode(model.vae.encode(torch.stack([e["target"] for e in batch]).to(device))[0]).cpu()
-        rows += [dict(kind=e.get("kind", ""), output=mse(data.to_tensor(o), e["target"]), nothing=mse(e["source"], e["target"]),
-                      ceiling=mse(c, e["target"])) for e, o, c in zip(batch, outputs, ceiling)]
-        shown += [(source, output, data.to_pil(e["target"])) for source, output, e in zip(sources, outputs, batch)]
+def measure_edits(model, task, count, seed, split="heldout", **options):
+    """Measure a task with a source -> one row an example, and (source, drawn, target) pictures.
 
-    def figures(rows):
-        return dict(count=len(rows), output=psnr([r["output"] for r in rows]), nothing=psnr([r["nothing"] for r in rows]),
-                    ceiling=psnr([r["ceiling"] for r in rows]), closer=float(np.mean([r["output"] < r["nothing"] for r in rows])))
+    A row is a dict of `kind` (of edits: tone, gender or colour) and the squared errors of the
+    drawing, of the source as it is (`nothing`), and of the autoencoder (`ceiling`).
+    """
+    dataset = data.builtin(task, split)
+    device = model.unet.conv_out.weight.device
+    rows, pictures = [], []
+    for indices in tqdm(batches(min(count, len(dataset)), len(dataset)), desc=task, leave=False):
+        examples = [dataset[i] for i in indices]
+        sources = [to_pil(example["source"]) for example in examples]
+        drawn = generate(model, task, [example["prompt"] for example in examples], sources,
+                         seed=seed + len(rows), **options)
+        # A latent model can hardly be better than the autoencoder's own copy of the target.
+        targets = torch.stack([example["target"] for example in examples])
+        ceiling = model.vae.decode(model.vae.encode(targets.to(device))[0]).cpu()
+        for example, source, picture, best in zip(examples, sources, drawn, ceiling):
+            target = example["target"]
+            rows.append(dict(kind=example.get("kind", ""),
+                             output=squared_error(to_tensor(picture), target),
+                             nothing=squared_error(example["source"], target),
+                             ceiling=squared_error(best, target)))
+            pictures.append((source, picture, to_pil(target)))
+    return rows, pictures
 
-    kinds = sorted({r["kind"] for r in rows} - {""})
-    return {"all": figures(rows)} | {kind: figures([r for r in rows if r["kind"] == kind]) for kind in kinds}, shown
+
+def summary(rows):
+    """Rows of `measure_edits` -> their figures."""
+    figures = {key: psnr([row[key] for row in rows]) for key in ("output", "nothing", "ceiling")}
+    closer = float(np.mean([row["output"] < row["nothing"] for row in rows]))
+    return dict(count=len(rows), closer=closer, **figures)
 
 
-def ranks(drawn, pictures, own):
-    """drawn (B, 3, H, W), all pictures (N, 3, H, W), own (B,) the right one's number -> how many are nearer to each drawn one, (B,). By squared
-    error at a quarter of the size, where colours and shapes count and outlines do not."""
-    drawn, pictures = (F.avg_pool2d(x, 4).flatten(1) for x in (drawn, pictures))
-    distances = torch.cdist(drawn, pictures)
+def rank_own(drawn, pictures, own):
+    """How many pictures are nearer to each drawing than its own -> (B,).
+
+    drawn (B, 3, H, W); all pictures (N, 3, H, W); own (B,): the number of the right one. By squared
+    error at a quarter of the size, where colours and coarse shapes count and detail does not.
+    """
+    drawn = F.avg_pool2d(drawn, 4).flatten(1)
+    pictures = F.avg_pool2d(pictures, 4).flatten(1)
+    distances = torch.cdist(drawn, pictures)  # (B, N)
     return (distances < distances.gather(1, own[:, None])).sum(dim=1)
 
 
-def recognised(model, count, seed, split="heldout", batch_size=25, **options):
-    """-> the share of `count` captions, spread over the split's emoji and styles, whose own picture is the nearest to what is drawn, and among
-    the ten nearest, of all of the split; and the pictures, a list of (drawn, own)."""
-    (captions, pictures), drawn = data.plain(split), []
+def measure_captions(model, count, seed, split="heldout", **options):
+    """Measure text-to-image -> figures, and (drawn, own) pictures."""
+    captions, pictures = emoji.plain(split)
     count = min(count, len(captions))
-    own = [i * len(captions) // count for i in range(count)]
-    for first in tqdm(range(0, count, batch_size), desc="t2i", leave=False):
-        drawn += generate(model, "t2i", [captions[i] for i in own[first:first + batch_size]], seed=seed + first, **options)
-    found = ranks(*(torch.stack([data.to_tensor(p) for p in some]) for some in (drawn, pictures)), torch.tensor(own))
-    shares = {f"nearest_{k}": (found < k).float().mean().item() for k in (1, 10)}
-    return dict(count=count, of=len(captions)) | shares, [(picture, pictures[i]) for picture, i in zip(drawn, own)]
+    drawn, own = [], []  # the drawings, and the number of each one's own picture
+    for indices in tqdm(batches(count, len(captions)), desc="t2i", leave=False):
+        drawn += generate(model, "t2i", [captions[i] for i in indices], seed=seed + len(own),
+                          **options)
+        own += indices
+    rank = rank_own(torch.stack([to_tensor(picture) for picture in drawn]),
+                    torch.stack([to_tensor(picture) for picture in pictures]), torch.tensor(own))
+    figures = dict(count=count, of=len(captions), nearest_1=(rank < 1).float().mean().item(),
+                   nearest_10=(rank < 10).float().mean().item())
+    return figures, [(picture, pictures[i]) for picture, i in zip(drawn, own)]
+
+
+def save_grid(shown, path, arguments, columns=12):
+    """Save tuples of pictures: in blocks of rows, each picture of a tuple below the other."""
+    # The last block may be short: white pictures fill its rows.
+    blank = Image.new("RGB", shown[0][0].size, "white")
+    pictures = []
+    for first in range(0, len(shown), columns):
+        for row in zip(*shown[first:first + columns]):
+            pictures += [*row, *[blank] * (columns - len(row))]
+    save_png(grid(pictures, columns), path, arguments)
+
+
+def get_args():
+    parser = Parser("Measure a model on held-out pictures.")
+    parser.add_argument("--task", default="all", help="all, or one task")
+    parser.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="model folder or hub id")
+    parser.add_argument("--count", type=int, default=100, help="examples per task")
+    parser.add_argument("--split", choices=("heldout", "train"), default="heldout",
+                        help="train measures pictures that were trained on")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--guidance", type=float,
+                        help="text guidance scale (default: the model's own)")
+    parser.add_argument("--image-guidance", type=float, help="image guidance scale, likewise")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the drawings")
+    parser.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
+    parser.add_argument("--out", help="JSON file for the figures")
+    parser.add_argument("--grid", help="PNG file for the pictures of one task: source (but for "
+                        "t2i), drawing and target below each other")
+    args = parser.parse_args()
+    if not 1 <= args.count <= 100_000 or not 0 <= args.seed < 2 ** 62:
+        raise UserError(f"--count {args.count} must be at least 1, and --seed {args.seed} at least "
+                        "0")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure a model on held-out pictures.",
-                                     formatter_class=HelpFormatter)
-    parser.add_argument("--task", default="all", help="all, or one of them")
-    parser.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="folder or hub id")
-    parser.add_argument("--count", type=int, default=100, help="examples per task")
-    parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="train: what was trained on")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--guidance", type=float, help="text scale; default as in sample.py")
-    parser.add_argument("--image-guidance", type=float, help="image scale; default as in sample.py")
-    parser.add_argument("--keep-unchanged", action="store_true", help="as in sample.py, of edit and inpaint")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
-    parser.add_argument("--out", help="JSON file that gets the figures")
-    parser.add_argument("--grid", help="PNG file that gets the pictures of one task, in rows: source but of t2i, what is drawn, target")
-    args = parser.parse_args()
-    if args.count < 1 or not 0 <= args.seed < 2 ** 62:
-        raise UserError(f"--count {args.count} must be at least 1, --seed {args.seed} from 0 to 2^62")
-    if args.out and Path(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a folder; it names a JSON file")
+    args = get_args()
     model = load_model(args.model, device=pick_device(args.device))
     if model.native_size != 64:
-        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures; the built-in ones are 64 x 64")
-    tasks = [task for task in model.tasks if task in data.ALL] if args.task == "all" else [args.task]
-    if not tasks or not set(tasks) <= {*data.ALL} & {*model.tasks}:
-        raise UserError(f"--task {args.task}: choose all or one of {', '.join(data.ALL)}; {args.model} knows {', '.join(model.tasks)}")
-    if args.grid and (len(tasks) > 1 or Path(args.grid).suffix != ".png"):
-        raise UserError(f"--grid {args.grid} is a file of one --task's pictures, its name ends in .png")
+        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, "
+                        "and the built-in ones are 64 x 64")
+    # Pictures that were drawn without any input, and joint tasks, have no target to compare with.
+    measured = [task for task in model.tasks if task in ALL]
+    tasks = measured if args.task == "all" else [args.task]
+    if not tasks or not set(tasks) <= set(measured):
+        raise UserError(f"--task {args.task}: {args.model} can be measured on "
+                        f"{', '.join(measured) or 'nothing'}")
+    if args.grid and (len(tasks) > 1 or not args.grid.endswith(".png")):
+        raise UserError(f"--grid {args.grid} is a .png file for the pictures of one --task")
+    options = dict(seed=args.seed, split=args.split, steps=args.steps, guidance=args.guidance)
     results = {}
-    print(f"{'PSNR in dB':<20}{'count':>6}{'output':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
+    # Each drawing has a seed of its own, so a figure does not depend on how examples are batched.
+    print(f"{'PSNR in dB':<20}{'count':>6}{'drawing':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
     for task in tasks:
-        if task == "t2i":
-            f, shown = recognised(model, args.count, args.seed, args.split, steps=args.steps, guidance=args.guidance)
-            results[task] = f
-            print(f"{task:<20}{f['count']:>6}   own picture the nearest of {f['of']}: {f['nearest_1']:.0%}, "
-                  f"among the ten nearest: {f['nearest_10']:.0%}")
+        if TASKS[task].source is None:
+            results[task], shown = measure_captions(model, args.count, **options)
+            f = results[task]
+            print(f"{task:<20}{f['count']:>6}   own picture nearest of {f['of']}: "
+                  f"{f['nearest_1']:.0%}, among the ten nearest: {f['nearest_10']:.0%}")
             continue
-        results[task], shown = measure(model, task, args.count, args.seed, args.split, steps=args.steps, guidance=args.guidance,
-                                       image_guidance=args.image_guidance, keep_unchanged=args.keep_unchanged and TASKS[task].prompt != "empty")
+        rows, shown = measure_edits(model, task, args.count, **options,
+                                    image_guidance=args.image_guidance)
+        results[task] = {"all": summary(rows)}
+        # Kinds of change differ much in how hard they are, so each has a line of its own.
+        for kind in sorted({row["kind"] for row in rows} - {""}):
+            results[task][kind] = summary([row for row in rows if row["kind"] == kind])
         for kind, f in results[task].items():
             name = task if kind == "all" else f"  {kind}"
-            print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
+            print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}"
+                  f"{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
     if args.grid:
-        rows = [shown[first:first + 12] for first in range(0, len(shown), 12)]
-        pictures = [picture for row in rows for kind in zip(*row) for picture in (*kind, *[Image.new("RGB", (64, 64), "white")] * (12 - len(row)))]
-        save_png(grid(pictures, 12), args.grid, vars(args))
+        save_grid(shown, Path(args.grid), vars(args))
     if args.out:
         write_json(args.out, dict(arguments=vars(args), results=results))
 

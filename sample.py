@@ -1,55 +1,61 @@
-"""Draw: any task, any model folder or hub id.
+"""Load a model and draw with it: any task, any model folder or hub id.
 
-    python sample.py --task edit                       shipped model, shipped picture, an instruction
-    python sample.py --task t2i --prompt "red apple, google style" --prompt "dog face, twitter style" --num-images 4
+    python sample.py --task edit
+    python sample.py --task t2i --prompt "red apple, google style" --num-images 4
     python sample.py --task edit --image cat.png --prompt "make it snow" --model runs/all
-    python sample.py --task translate --given source=a.png                      several modalities (joint.py); nothing given, all are drawn
+    python sample.py --task translate --given source=cat.png
 
-`load_model` rebuilds a model with its methods from disk; `generate` draws with it. Letters: B batch, K guidance branches.
+`load_model` rebuilds a model with its methods from disk, and `generate` draws with it. In the last
+command several modalities are drawn together (MT-Diffusion): without --given, every modality is
+generated.
+
+Letters: B batch, K branches of guidance, C channels, h w latent.
 """
-import argparse
 import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn as nn
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-import joint
-import moe
-from adm import UNet2D
-from aggregation import Heads, add_heads
-from clip import CLIPText, CLIPVision, Tokenizer
-from data import ASSETS, EXAMPLES, SDXL_GUIDANCE, SOURCE, TARGET, TASKS, latents, on_white, open_image, to_pil, to_tensor
-from diffusion import SAMPLERS, Diffusion, guide, partway, randn, seeded
-from export import export
-from folders import HelpFormatter, UserError, blaming, command, compiled, fetch, load_weights, pick_device, read_json, write_file, write_json
-from merge import add_projections, timestep_ranges
-from routing import add_routing
+from clip import CLIPText, Tokenizer
+from data import ASSETS, EXAMPLES, OTHER, SDXL_GUIDANCE, SOURCE, TASKS
+from data import on_white, open_image, to_pil, to_tensor
+from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
+from hub import Parser, UserError, blaming, command, compiled, fetch, load_weights, pick_device
+from hub import read_json, replacing, write_json
 from unet import UNet
-from vae import VAE, Pixels, blended
+from vae import VAE
 
-DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}  # of --precision
-PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "RoutedPipeline2D", "ProjectedPipeline2D", "JointPipeline2D")
+DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+# model_index.json's class names of models that draw on pixels (adm.py); ours end in Pipeline2D.
+PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "Pipeline2D")
 
+
+# -------------------------------------------------------------------------------------------------
+# A model and its folder
 
 @dataclass
 class Model:
-    """Everything that drawing needs. index is the folder's model_index.json. A UNet2D has neither autoencoder nor text."""
-    unet: UNet
-    vae: VAE | Pixels
+    """Everything that drawing needs. `index` is the folder's model_index.json.
+
+    A model on pixels has no text encoder, and adm.Pixels stands for its autoencoder.
+    """
+    unet: nn.Module
+    vae: nn.Module
     text_encoder: CLIPText | None
     tokenizer: Tokenizer | None
     scheduler: dict
     index: dict
-    text_encoder_2: CLIPText | None = None   # SDXL
+    text_encoder_2: CLIPText | None = None    # SDXL has two
     tokenizer_2: Tokenizer | None = None
-    heads: Heads | None = None               # MT-Diffusion
-    image_encoder: CLIPVision | None = None  # its task repr, if it was trained on pictures' vectors
+    path: str = "this model"                  # where it came from, for messages
 
     @property
     def diffusion(self):
@@ -57,15 +63,21 @@ class Model:
 
     @property
     def tasks(self):
-        """Task names in the order of the U-Net's rows. A U-Net that is not upcycled does one thing, told by its input channels; which of the
-        image-to-image tasks, it does not say."""
-        if self.heads is not None:
-            return [self.index["joint"]["task"]]
-        if "moe" in self.unet.config:
-            return self.unet.config["moe"]["tasks"]
-        if isinstance(self.unet, UNet2D):
+        """Task names, in the order of the rows of an upcycled U-Net.
+
+        A plain U-Net has one task. Its input channels say whether it is text-to-image or
+        image-to-image, but not which of these.
+        """
+        config = self.unet.config
+        if "aggregation" in config:
+            (modality,) = config["aggregation"]["modalities"]
+            return [task for task, rule in TASKS.items() if rule.modality == modality]
+        if "moe" in config:
+            return config["moe"]["tasks"]
+        if not self.texts:
             return ["uncond"]
-        return ["t2i"] if self.unet.config["in_channels"] == self.unet.config["out_channels"] else ["edit", "sr", "inpaint"]
+        plain = config["in_channels"] == config["out_channels"]
+        return ["t2i"] if plain else ["edit", "sr", "inpaint"]
 
     @property
     def native_size(self):
@@ -73,427 +85,852 @@ class Model:
 
     @property
     def guidance(self):
-        """Task -> text and image scale that suit this model, where its model_index.json tells (with _ in folders for diffusers)."""
+        """Task -> text and image scale that suit this model, where its index says so.
+
+        Folders for diffusers have the key with an underscore, which diffusers skips.
+        """
         return self.index.get("guidance") or self.index.get("_guidance") or {}
 
     @property
     def texts(self):
-        """Tokenizer and encoder, once or, for SDXL, twice."""
-        pairs = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
+        """The pairs of tokenizer and text encoder: none on pixels, two for SDXL."""
+        pairs = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
         return [pair for pair in pairs if pair[1] is not None]
 
     @property
-    def parts(self):
-        """Folder -> what is saved there, without the U-Net."""
-        parts = dict(vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, text_encoder_2=self.text_encoder_2,
-                     tokenizer_2=self.tokenizer_2, image_encoder=self.image_encoder)
-        return {name: part for name, part in parts.items() if part is not None and not isinstance(part, Pixels)}
+    def modules(self):
+        return [self.unet, self.vae, *[encoder for _, encoder in self.texts]]
 
     def to(self, device):
-        for module in filter(None, (self.unet, self.heads, self.vae, self.image_encoder, *[encoder for _, encoder in self.texts])):
+        for module in self.modules:
             module.to(device)
+        if self.unet.heads is not None:
+            # Tables of coefficients are no parameters and move by themselves.
+            self.unet.heads.process.to(device)
+            self.unet.heads.diffusion.to(device)
         return self
 
     @torch.no_grad()
     def encode_text(self, prompts):
-        """list of B strings -> context (B, S, D), pooled (B, P) or None; None and None without a text encoder.
+        """B strings -> context (B, S, D), pooled (B, P) or None; both None without a text encoder.
 
-        SDXL reads both encoders' penultimate states side by side and the second's pooled state; "" is all zeros where the folder says
-        force_zeros_for_empty_prompt, in training as in drawing.
+        SDXL reads both encoders' penultimate states side by side, and the second's pooled state.
+        Its empty prompt is all zeros where the folder says force_zeros_for_empty_prompt, in
+        training as in drawing.
         """
         if not self.texts:
             return None, None
-        device = self.text_encoder.text_model.final_layer_norm.weight.device
+        # Each encoder returns last, penultimate and pooled states.
+        device = self.unet.conv_out.weight.device
         states = [encoder(tokenizer(prompts).to(device)) for tokenizer, encoder in self.texts]
         if len(states) == 1:
             return states[0][0], None
-        context, pooled = torch.cat([penultimate for _, penultimate, _ in states], dim=-1), states[1][2]
+        context = torch.cat([penultimate for _, penultimate, _ in states], dim=-1)
+        pooled = states[1][2]
         if self.index.get("force_zeros_for_empty_prompt", True):
-            told = torch.tensor([float(prompt != "") for prompt in prompts], dtype=context.dtype, device=device)
-            context, pooled = context * told[:, None, None], pooled * told[:, None]
+            has_text = torch.tensor([float(prompt != "") for prompt in prompts]).to(context)
+            context = context * has_text[:, None, None]
+            pooled = pooled * has_text[:, None]
         return context, pooled
 
     def added(self, pooled, height, width):
-        """SDXL's further conditions of pictures that were never resized or cropped: pooled text and original size, crop, target size."""
+        """SDXL's further conditions, of pictures that were never resized or cropped.
+
+        They are the pooled text and six numbers: original size, corner of the crop, target size.
+        """
         if pooled is None:
             return None
-        return dict(text_embeds=pooled, time_ids=pooled.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(len(pooled), 1))
+        sizes = pooled.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        return dict(text_embeds=pooled, time_ids=sizes.repeat(len(pooled), 1))
 
-    def save(self, folder, frozen_too=True, dtype=None):
-        """In the Hugging Face layout. dtype: of the files' tensors, default the parameters' own."""
-        self.unet.save_pretrained(Path(folder) / "unet", **(dict(dtype=dtype) if dtype else {}))
-        if self.heads is not None:
-            self.heads.save_pretrained(Path(folder) / "heads", dtype)
-        if frozen_too:
-            for name, part in self.parts.items():
-                part.save_pretrained(Path(folder) / name, **(dict(dtype=dtype) if dtype and not name.startswith("tokenizer") else {}))
-            write_json(Path(folder) / "scheduler" / "scheduler_config.json", self.scheduler)
-            write_json(Path(folder) / "model_index.json", self.index)
+    def save(self, folder, dtype=None, unet_only=False):
+        """Write the model in the Hugging Face layout; dtype: of the files' tensors."""
+        folder = Path(folder)
+        self.unet.save_pretrained(folder / "unet", dtype=dtype)
+        if unet_only:
+            return
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            part = getattr(self, name)
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(folder / name, dtype=dtype)
+        for name in ("tokenizer", "tokenizer_2"):
+            if getattr(self, name) is not None:
+                getattr(self, name).save_pretrained(folder / name)
+        write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler)
+        write_json(folder / "model_index.json", self.index)
+
+
+def pipeline_index(model):
+    """The model_index.json with which diffusers opens a model that is not upcycled."""
+    scheduler = ["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")]
+    index = {"_diffusers_version": "0.30.0", "scheduler": scheduler}
+    if model.guidance:
+        index["_guidance"] = model.guidance
+    if not model.texts:
+        return index | {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    # diffusers has a pipeline of its own for networks that read a picture beside z_t.
+    xl = "XL" if model.text_encoder_2 else ""
+    edits = "" if model.tasks == ["t2i"] else "InstructPix2Pix"
+    index |= {
+        "_class_name": f"StableDiffusion{xl}{edits}Pipeline",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+    }
+    if xl:
+        zeros = model.index.get("force_zeros_for_empty_prompt", True)
+        return index | {"tokenizer_2": ["transformers", "CLIPTokenizer"],
+                        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+                        "force_zeros_for_empty_prompt": zeros}
+    # Parts that are not in the folder must be named as missing, or diffusers looks for them.
+    return index | {"safety_checker": [None, None], "feature_extractor": [None, None],
+                    "requires_safety_checker": False}
 
 
 def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
-    """A folder in the Hugging Face layout, or a hub id -> Model on the device, in eval mode.
+    """Load a folder in the Hugging Face layout, or a hub id -> Model on the device, in eval mode.
 
-    dtype: of the weights in memory, and of what they compute; None: bf16 where the device is fast at it, but fp32 for a miniature and on pixels.
-
-    A folder may hold only what differs from another model: model_index.json's "base" (a path relative to the folder, or a
-    hub id) then says where the other parts are.
+    dtype: of the weights in memory and of what they compute. None takes bf16 on a GPU, but fp32 for
+    a miniature and on pixels.
+    A folder may hold only what differs from another model: model_index.json's "base", a path
+    relative to the folder or a hub id, then says where the other parts are.
     """
-    index = read_json(fetch(path_or_hub_id, "") / "model_index.json")
-    base, folder = path_or_hub_id, Path(path_or_hub_id)
-    with blaming(f"{path_or_hub_id}: model_index.json"):
-        if "base" in index:
-            base = folder / index["base"] if (folder / index["base"]).exists() else index["base"]
-        for text_scale, image_scale in (index.get("guidance") or index.get("_guidance") or {}).values():
+    path = str(path_or_hub_id)
+    index = read_json(fetch(path, "") / "model_index.json")
+    with blaming(f"{path}: model_index.json"):
+        guidance = index.get("guidance") or index.get("_guidance") or {}
+        for text_scale, image_scale in guidance.values():
             math.isfinite(text_scale + image_scale)
+    if str(index.get("_class_name")).endswith(PIXEL_PIPELINES):
+        return load_pixels(path, index, dtype or torch.float32).to(device)
 
-    def place(part):
-        if "base" not in index or (folder / part).is_dir():
-            return path_or_hub_id
-        if not folder.is_dir():  # on the hub
-            try:
-                fetch(path_or_hub_id, part)
-                return path_or_hub_id
-            except UserError as error:
-                if "has no folder" not in str(error):
-                    raise
+    def part(name):
+        return place_of(path, index, name)
+
+    config = read_json(fetch(part("unet"), "unet") / "config.json")
+    if dtype is None:
+        # On a GPU bf16 halves the memory and more than halves the time; a miniature needs neither.
+        gpu = torch.device(device).type == "cuda" and config.get("sample_size") != 16
+        dtype = torch.bfloat16 if gpu else torch.float32
+    scheduler = read_json(fetch(part("scheduler"), "scheduler") / "scheduler_config.json")
+    # What diffusers' pipelines correct silently in old files is corrected here, once.
+    scheduler |= CORRECTIONS.get(index.get("_class_name"), {})
+    model = Model(
+        unet=load_unet(UNet, fetch(part("unet"), "unet"), config, scheduler, dtype),
+        vae=VAE.from_pretrained(part("vae"), dtype=dtype),
+        text_encoder=CLIPText.from_pretrained(part("text_encoder"), dtype=dtype),
+        tokenizer=Tokenizer.from_pretrained(part("tokenizer")),
+        scheduler=scheduler, index=index, path=path)
+    if model.unet.config["addition_embed_type"]:
+        second = CLIPText.from_pretrained(part("text_encoder_2"), "text_encoder_2", dtype)
+        model.text_encoder_2 = second
+        model.tokenizer_2 = Tokenizer.from_pretrained(part("tokenizer_2"), "tokenizer_2")
+    check_parts(model)
+    for module in model.modules:
+        module.eval()
+    return model.to(torch.device(device))
+
+
+def place_of(path, index, part):
+    """Where a part lies: in the folder itself, or in the model that it calls its base."""
+    if "base" not in index or (Path(path) / part).is_dir():
+        return path
+    with blaming(f"{path}: model_index.json"):
+        beside = Path(path) / index["base"]
+        base = str(beside) if beside.exists() else index["base"]
+    if Path(path).is_dir():
+        return base
+    try:
+        fetch(path, part)  # on the hub
+        return path
+    except UserError as error:
+        if "has no folder" not in str(error):
+            raise
         return base
 
-    device = torch.device(device)
-    if index.get("_class_name") in PIXEL_PIPELINES:
-        return load_pixels(path_or_hub_id, index, dtype or torch.float32).to(device)
-    config = read_json(fetch(place("unet"), "unet") / "config.json")
-    if dtype is None:
-        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-                device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        dtype = torch.bfloat16 if fast and config.get("sample_size") != 16 else torch.float32
-    unet, heads = load_unet(moe if "moe" in config else UNet, place("unet"), "unet", config, dtype)
-    xl = bool(unet.config["addition_embed_type"])
-    model = Model(unet, VAE.from_pretrained(place("vae"), dtype=dtype), CLIPText.from_pretrained(place("text_encoder"), dtype=dtype),
-                  Tokenizer.from_pretrained(place("tokenizer")),
-                  read_json(fetch(place("scheduler"), "scheduler") / "scheduler_config.json"), index,
-                  CLIPText.from_pretrained(place("text_encoder_2"), "text_encoder_2", dtype) if xl else None,
-                  Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2") if xl else None, heads,
-                  CLIPVision.from_pretrained(place("image_encoder"), dtype=dtype) if heads and (index.get("image_encoder") or [None])[0] else None)
-    u, T, texts = unet.config, model.diffusion.T, model.texts
-    pooled = model.text_encoder_2.width if xl else 0
-    for fits, parts in (
-            (u["sample_size"] is not None, "the U-Net's sample_size, which is null"),
-            (u["in_channels"] in (u["out_channels"], 2 * u["out_channels"]) or "moe" in u,
-             f"the U-Net's {u['in_channels']} input channels: 4 or 8 are"),
-            (u["out_channels"] == model.vae.config["latent_channels"], "the U-Net's out_channels and the VAE's latent_channels"),
-            (u["cross_attention_dim"] == sum(e.config["hidden_size"] for _, e in texts),
-             "the U-Net's cross_attention_dim and the text encoder's hidden_size"),
-            (not xl or u["projection_class_embeddings_input_dim"] == pooled + 6 * u["addition_time_embed_dim"],
-             "the U-Net's projection_class_embeddings_input_dim and the pooled text's width with six numbers"),
-            (all(max(t.vocab.values()) < e.config["vocab_size"] for t, e in texts), "the tokenizer's vocabulary and the text encoder's"),
-            (all(t.length <= e.config["max_position_embeddings"] for t, e in texts), "the tokenizer's length and the text encoder's positions"),
-            (u.get("routing", {}).get("num_steps", T) == T, "the routing's num_steps and the scheduler's num_train_timesteps"),
-            (model.image_encoder is None or model.image_encoder.width == u["cross_attention_dim"],
-             "the U-Net's cross_attention_dim and the image encoder's width"),
-            (joint.fits(model), "the heads and the joint task of model_index.json")):
-        if not fits:
-            raise UserError(f"{path_or_hub_id}: cannot draw with {parts}" + (" that differ" if " and " in parts else ""))
-    for module in filter(None, (model.vae, model.image_encoder, *[encoder for _, encoder in texts])):
-        module.eval()
-    return model.to(device)
 
+def load_unet(kind, folder, config, scheduler, dtype, rename=lambda key: key):
+    """Build a U-Net with the methods that its config.json records, and fill it with its weights.
 
-def load_unet(kind, path_or_hub_id, subfolder, config, dtype):
-    """-> U-Net, Heads or None. kind: moe, UNet or UNet2D. config: of the folder's config.json, which records what else is attached."""
-    routing, projections, aggregation = (config.pop(key, None) for key in ("routing", "projections", "aggregation"))
-    if routing or projections or aggregation:
+    kind: UNet or adm.UNet2D.
+    """
+    # The constructor knows the plain network; each method attaches in the order of its making.
+    keys = ("moe", "projections", "aggregation", "routing")
+    methods = {key: config.pop(key) for key in keys if config.get(key)}
+    if methods:
         config.pop("_class_name", None)
-    attach = {"attach": lambda unet: add_projections(unet, projections)} if projections else {}
-    unet = kind.from_pretrained(path_or_hub_id, subfolder, config, dtype, **attach)
-    if routing:
-        with blaming(f'{path_or_hub_id}: unet/config.json, "routing"'):
-            add_routing(unet, **routing)
-    if not aggregation:
-        return unet.eval(), None
-    with blaming(f'{path_or_hub_id}: unet/config.json, "aggregation"'):
-        heads = add_heads(unet, **aggregation)
-    load_weights(heads, fetch(path_or_hub_id, "heads"), dtype=dtype)
-    return unet.eval(), heads.eval()
+    diffusion = Diffusion.from_config(scheduler)
+    # On the meta device tensors have no memory yet: the weights are read only once, from the file.
+    with torch.device("meta"), blaming(folder / "config.json"):
+        unet = kind(config)
+        if "moe" in methods:
+            import moe
+            moe.upcycle(unet, **methods["moe"])
+        if "projections" in methods:
+            import merge
+            merge.add_projections(unet, methods["projections"])
+        if "aggregation" in methods:
+            import aggregation
+            aggregation.add_heads(unet, **methods["aggregation"], diffusion=diffusion)
+    load_weights(unet, folder, rename, dtype)
+    if "routing" in methods:
+        # After loading: the table of random masks is no weight.
+        import routing
+        with blaming(folder / "config.json"):
+            routing.add_routing(unet, **methods["routing"])
+    return unet.eval()
 
 
-def load_pixels(path_or_hub_id, index, dtype=torch.float32):
-    """load_model for a U-Net without text, on pixels. Its parts may lie beside model_index.json, as google/ddpm-cifar10-32's do."""
-    try:
-        inside, folder = "unet", fetch(path_or_hub_id, "unet")
-    except UserError:
-        inside, folder = "", fetch(path_or_hub_id, "")
-    config = read_json(folder / "config.json")
-    unet, heads = load_unet(UNet2D, path_or_hub_id, inside, config, dtype)
-    scheduler = read_json(fetch(path_or_hub_id, "scheduler" if inside else "") / "scheduler_config.json")
-    model, c = Model(unet, Pixels(unet.config["sample_size"]), None, None, scheduler, index, heads=heads), unet.config
-    T = model.diffusion.T
-    learned = scheduler.get("variance_type") == "learned_range"
-    classes = heads.config["modalities"].get("label", {}).get("classes") if heads else None
-    for fits, parts in ((c["sample_size"] is not None, "sample_size, which is null"),
-                        (c["in_channels"] == 3 or heads and c["in_channels"] == 6, f"in_channels = {c['in_channels']}: 3 are"),
-                        (c["out_channels"] == 3 * (1 + learned), f"out_channels = {c['out_channels']}: 3 are, 6 with variance_type learned_range"),
-                        (c["num_class_embeds"] == (classes and classes + 1), "num_class_embeds: only the task label gives classes, and none"),
-                        (c.get("routing", {}).get("num_steps", T) == T, "routing for another num_train_timesteps"),
-                        (joint.fits(model), "heads, which are not those of model_index.json's joint task")):
-        if not fits:
-            raise UserError(f"{path_or_hub_id}: cannot draw with the U-Net's {parts}")
+def load_pixels(path, index, dtype):
+    """load_model for a U-Net on pixels, whose parts may lie beside model_index.json."""
+    import adm
+    unet_folder, scheduler_folder = adm.places(path)
+    config = read_json(unet_folder / "config.json")
+    scheduler = read_json(scheduler_folder / "scheduler_config.json")
+    unet = load_unet(adm.UNet2D, unet_folder, config, scheduler, dtype, adm.UNet2D.rename)
+    model = Model(unet, adm.Pixels(unet.config["sample_size"]), None, None, scheduler, index,
+                  path=path)
+    check_parts(model)
     return model
 
 
-@torch.no_grad()
-def generate(model, task, prompts, images=None, negative_prompt="", guidance=None, image_guidance=None, steps=20, eta=0.0, strength=None, height=None,
-             width=None, seed=0, callback=None, sampler=None, guidance_rescale=0.0, ensemble=None, low_memory=False, keep_unchanged=False):
-    """Draw one picture per prompt -> list of PIL images. Picture i has seed `seed + i`, whatever the batch around it.
+def check_parts(model):
+    """Raise a UserError where two parts of a model do not fit each other.
 
-    images: PIL pictures, one per prompt: the source of an image-to-image task, or with strength in (0, 1] the start (SDEdit).
-    guidance, image_guidance: text and image scale, 1 and 1 is none; default what model_index.json says under "guidance", else the
-        paper's for the task (data.TASKS).
-    height, width: multiples of 8; default the model's size, for given pictures with their shape.
-    callback(i, t, x_t, x0): each step's latents, scaled.
-    sampler: a name in diffusion.SAMPLERS; default the one that the folder's scheduler names. eta: DDIM's noise.
-    guidance_rescale: see diffusion.guide.
-    ensemble: N U-Nets of the model's kind; number floor(t N / T) makes step t (DeMe Eq. 7).
-    low_memory: the text encoders leave the device once they have read, and guidance's branches pass the U-Net one after another.
-    keep_unchanged: of tasks with an instruction; where the drawn picture hardly differs the given one's pixels stay, see vae.blended.
+    Without these comparisons a wrong pair would draw garbage without a word, or fail deep inside.
     """
-    if isinstance(prompts, str) or images and len(images) != len(prompts):
-        raise ValueError("prompts is a list of strings, images a list of as many pictures")
+    u, texts, T = model.unet.config, model.texts, model.diffusion.T
+    channels = model.vae.config["latent_channels"]
+    # A network that learns the variance has as many channels again for it.
+    learned = model.scheduler.get("variance_type") == "learned_range"
+    out_channels = channels * (2 if learned and not texts else 1)
+    conditions = {
+        "a U-Net whose sample_size is null": u["sample_size"] is not None,
+        f"a U-Net whose out_channels are not {out_channels}, which latent_channels of the VAE and "
+        "the scheduler's variance_type ask for": u["out_channels"] == out_channels,
+        f"{u['in_channels']} input channels, where {channels} or {2 * channels} are implemented":
+            u["in_channels"] in (channels, 2 * channels) or "moe" in u,
+        "routing and scheduler for another number of timesteps":
+            u.get("routing", {}).get("num_steps", T) == T,
+        "num_class_embeds: only the task label names classes":
+            u.get("num_class_embeds") is None or "aggregation" in u,
+        "a tokenizer that has more words than the text encoder":
+            all(max(t.vocab.values()) < e.config["vocab_size"] for t, e in texts),
+        "a tokenizer that is longer than the text encoder's positions":
+            all(t.length <= e.config["max_position_embeddings"] for t, e in texts),
+    }
+    if texts:
+        width = sum(encoder.config["hidden_size"] for _, encoder in texts)
+        conditions["cross_attention_dim of the U-Net and hidden_size of the text encoder that "
+                   "differ"] = u["cross_attention_dim"] == width
+    if model.text_encoder_2:
+        pooled = model.text_encoder_2.width + 6 * u["addition_time_embed_dim"]
+        conditions["projection_class_embeddings_input_dim of the U-Net and the pooled text's "
+                   "width"] = u["projection_class_embeddings_input_dim"] == pooled
+    for words, holds in conditions.items():
+        if not holds:
+            raise UserError(f"{model.path}: cannot draw with {words}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Drawing
+
+def rule_of(model, task):
+    """The name of the row of TASKS that a task follows; a task added later follows t2i or edit."""
     if task not in model.tasks:
-        raise UserError(f"this model does not know the task {task!r}; it knows {', '.join(model.tasks)}")
-    if model.heads is not None:
-        raise UserError(f"{task} draws several modalities: joint.draw does that, and the command sample.py --task {task}")
-    kind = task if task in TASKS else "t2i" if model.unet.config["moe"]["in_channels"][task] == model.unet.config["out_channels"] else "edit"
-    rule, B, device = TASKS[kind], len(prompts), next(model.unet.parameters()).device
-    if rule.source and not images:
-        raise UserError(f"task {task} needs a picture: --image FILE")
-    if strength is not None and not images:
-        raise UserError("strength needs a picture to start from: --image FILE")
-    if keep_unchanged and (not rule.source or rule.prompt == "empty"):
-        raise UserError(f"task {task} has no source of which parts could stay unchanged")
-    if images and not rule.source and strength is None:
-        raise UserError(f"task {task} takes a picture only to start from: give --strength too")
-    own = model.guidance.get(task, SDXL_GUIDANCE[kind] if model.text_encoder_2 else (rule.guidance, rule.image_guidance))
-    guidance, image_guidance = own[0] if guidance is None else guidance, own[1] if image_guidance is None else image_guidance
-    if not (math.isfinite(guidance) and math.isfinite(image_guidance)):
-        raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be finite")
-    diffusion = model.diffusion.to(device)
-    sampler = sampler or diffusion.sampler
-    if sampler not in SAMPLERS or eta and sampler != "ddim" or not 0 <= guidance_rescale <= 1:
-        raise UserError(f"sampler {sampler}, eta {eta}, guidance rescale {guidance_rescale}: the samplers are {', '.join(SAMPLERS)}; only ddim "
-                        "has an eta; the rescale goes from 0 to 1")
-    height, width = _size(model, images, height, width)
-    for prompt in dict.fromkeys((*prompts, negative_prompt)) if model.tokenizer else ():
-        if dropped := model.tokenizer.dropped(prompt):
-            print(f"warning: the prompt is longer than 77 tokens; not seen: {' '.join(dropped)}", file=sys.stderr)
-
-    dtype, scale = model.unet.conv_out.weight.dtype, model.vae.config["scaling_factor"]
-    side = model.vae.config["sample_size"]  # above twice the autoencoder's own size its memory, not the U-Net's, is the limit: tiles
-    tile = side // model.vae.factor // 4 * 4 if max(height, width) > 2 * side else None
-    shape = (B, model.vae.config["latent_channels"], height // model.vae.factor, width // model.vae.factor)
-    generators = seeded(range(seed, seed + B))
-    x, start, source = randn(shape, generators, device), 0, None
-    if images:
-        pictures = torch.stack([to_tensor(on_white(im.convert("RGBA")).resize((width, height), Image.BICUBIC)) for im in images])
-        mean, logvar = model.vae.encode(pictures.to(device), tile)
-        if strength is not None:
-            x, start = partway(diffusion, latents(TARGET._replace(sample=False), mean, logvar, scale), x, steps, strength, sampler)
-        source = latents(SOURCE, mean, logvar, scale) if rule.source else None
-
-    # guidance's branches, see diffusion.guide: the words and whether the picture is given
-    if guidance == 1 and (source is None or image_guidance == 1):
-        branches = [(prompts, 1)]
-    else:
-        branches = [([negative_prompt] * B, 0)] + [([negative_prompt] * B, 1)] * (source is not None) + [(prompts, 1)]
-    K = len(branches)
-    for _, encoder in model.texts:
-        encoder.to(device)
-    context, pooled = model.encode_text([prompt for words, _ in branches for prompt in words])  # (K B, S, D)
-    for _, encoder in model.texts if low_memory else ():
-        encoder.to("cpu")
-    added = model.added(pooled, height, width)
-    source = None if source is None else torch.cat([source * given for _, given in branches])
-    row = torch.full((K * B,), model.tasks.index(task), device=device)
-    pieces = [slice(k * B, (k + 1) * B) for k in range(K)] if low_memory else [slice(None)]
-    conditions = [(context if context is None else context[p], row[p], added and {key: value[p] for key, value in added.items()}) for p in pieces]
-
-    def predict(x, t):
-        z = x.to(dtype).repeat(K, 1, 1, 1)
-        z = z if source is None else torch.cat([z, source.to(dtype)], dim=1)        # (K B, 4 or 8, h, w)
-        unet = ensemble[int(t[0]) * len(ensemble) // diffusion.T] if ensemble else model.unet
-        out = torch.cat([unet(z[p], t.repeat(K)[p], *condition) for p, condition in zip(pieces, conditions)])
-        return guide(out.float().unflatten(0, (K, B)), guidance, image_guidance, guidance_rescale)
-
-    options = dict(eta=eta) if sampler == "ddim" else {}
-    x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators, callback=callback, **options)
-    drawn = model.vae.decode(x0 / scale, tile)
-    if keep_unchanged:
-        drawn = blended(pictures.to(drawn), drawn, model.vae.decode(mean, tile))
-    return [to_pil(image) for image in drawn]
+        raise UserError(f"{model.path} does not know the task {task!r}; it knows "
+                        f"{', '.join(model.tasks)}")
+    if task in TASKS:
+        return task
+    channels = model.unet.config["moe"]["in_channels"][task]
+    return "t2i" if channels == model.unet.config["out_channels"] else "edit"
 
 
-def _size(model, images, height, width):
-    """The picture's height and width: as asked, or the model's native size along the longer side of the given picture."""
-    ratio_h, ratio_w = (1, 1) if not images else (images[0].height, images[0].width)
-    multiple, longer = 8 if model.native_size % 8 == 0 else model.vae.factor, max(ratio_h, ratio_w)
-    multiple = math.lcm(multiple, getattr(model.unet, "multiple", 1))
-    height = max(multiple, round(model.native_size * ratio_h / longer / multiple) * multiple) if height is None else height
-    width = max(multiple, round(model.native_size * ratio_w / longer / multiple) * multiple) if width is None else width
-    if height % multiple or width % multiple or not (multiple <= height <= 8192 and multiple <= width <= 8192):
-        raise UserError(f"height {height} and width {width} must be multiples of {multiple}, up to 8192")
+def picture_size(model, images, height, width):
+    """The height and width to draw: as given, or the model's size along the longer side."""
+    ratio_w, ratio_h = images[0].size if images else (1, 1)
+    longer = max(ratio_h, ratio_w)
+    multiple = math.lcm(8 if model.native_size % 8 == 0 else model.vae.factor,
+                        getattr(model.unet, "multiple", 1))
+
+    def side(ratio):
+        return max(multiple, round(model.native_size * ratio / longer / multiple) * multiple)
+
+    # Networks and autoencoders halve the picture several times, hence the multiples.
+    height = side(ratio_h) if height is None else height
+    width = side(ratio_w) if width is None else width
+    for length in (height, width):
+        if length % multiple or not multiple <= length <= 8192:
+            raise UserError(f"height {height} and width {width} must be multiples of {multiple}, "
+                            "up to 8192")
     return height, width
 
+
+def scales(model, task, guidance, image_guidance):
+    """Text and image scale: as given, or the model's own, or the paper's."""
+    rule = rule_of(model, task)
+    paper = (TASKS[rule].guidance, TASKS[rule].image_guidance)
+    if model.text_encoder_2:
+        paper = SDXL_GUIDANCE[rule]
+    default = model.guidance.get(task, paper)
+    guidance = default[0] if guidance is None else guidance
+    image_guidance = default[1] if image_guidance is None else image_guidance
+    if not (math.isfinite(guidance) and math.isfinite(image_guidance)):
+        raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be finite")
+    # As everywhere in the field, a scale of at most 1 means no guidance.
+    return max(guidance, 1.0), max(image_guidance, 1.0)
+
+
+def warn_of_long_prompts(model, prompts):
+    for prompt in dict.fromkeys(prompts) if model.tokenizer else ():
+        if dropped := model.tokenizer.dropped(prompt):
+            print(f"warning: the prompt is longer than {model.tokenizer.length} tokens; not seen: "
+                  f"{' '.join(dropped)}", file=sys.stderr)
+
+
+def tile_size(model, height, width):
+    """The side of a tile in latents, or None for pictures up to twice the autoencoder's own size.
+
+    Above that the autoencoder's memory is the limit, not the U-Net's.
+    """
+    side = model.vae.config["sample_size"]
+    if max(height, width) <= 2 * side:
+        return None
+    return side // model.vae.factor // 4 * 4
+
+
+@torch.no_grad()
+def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=None,
+             image_guidance=None, guidance_rescale=0.0, steps=20, sampler=None, eta=0.0,
+             strength=None, height=None, width=None, seed=0, ensemble=(), callback=None):
+    """Draw one picture per prompt -> list of PIL images. Picture i has the seed `seed + i`.
+
+    prompts: one string or a list. images: the source pictures of an image-to-image task, one a
+        prompt; or, with strength in (0, 1], the pictures to start from (SDEdit).
+    guidance, image_guidance: text and image scale, at most 1 for none. By default the model's own
+        (model_index.json, "guidance"), or else the paper's for the task (data.TASKS).
+    height, width: by default the model's size, with the shape of a picture that is given.
+    sampler: a name in diffusion.SAMPLERS; by default what the model's scheduler names.
+    eta: the noise of ddim, 0 to 1. guidance_rescale: see diffusion.guide.
+    ensemble: N U-Nets; number floor(t N / T) makes the step at t (DeMe Eq. 7).
+    callback(i, t, x_t, x0): sees each step's latents.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    images = [images] if isinstance(images, Image.Image) else images
+    if images and len(images) != len(prompts):
+        raise ValueError("images is a list of as many pictures as there are prompts")
+    rule = TASKS[rule_of(model, task)]
+    if model.unet.heads is not None:
+        drawn = draw_modalities(model, len(prompts), steps=steps, seed=seed, sampler=sampler,
+                                eta=eta, height=height, width=width, callback=callback)
+        return [to_pil(picture) for picture in drawn["image"]]
+    if not images and (rule.source or strength is not None):
+        raise UserError(f"task {task} needs a picture to start from: --image FILE")
+    if images and not rule.source and strength is None:
+        raise UserError(f"task {task} takes a picture only to start from: give --strength too")
+    guidance, image_guidance = scales(model, task, guidance, image_guidance)
+    sampler = pick_sampler(model, sampler, eta)
+    if not 0 <= guidance_rescale <= 1:
+        raise UserError(f"guidance rescale {guidance_rescale}: from 0 to 1")
+    height, width = picture_size(model, images, height, width)
+    warn_of_long_prompts(model, [*prompts, negative_prompt])
+
+    device = model.unet.conv_out.weight.device
+    diffusion = model.diffusion.to(device)
+    scale = model.vae.config["scaling_factor"]
+    tile = tile_size(model, height, width)
+    shape = (model.vae.config["latent_channels"], height // model.vae.factor,
+             width // model.vae.factor)
+    # Each picture has a generator of its own, so it does not depend on the batch around it.
+    generators = seeded(range(seed, seed + len(prompts)))
+    x = randn((len(prompts), *shape), generators, device)
+    start, source = 0, None
+    if images:
+        mean = encode_pictures(model, images, height, width, tile)
+        if strength is not None:
+            # SDEdit: noise is added to the picture, and only the last steps are run.
+            x, start = partway(diffusion, mean * scale, x, steps, strength, sampler)
+        if rule.source:
+            source = mean * scale if SOURCE.scaled else mean
+    predict = guided(model, task, prompts, source, negative_prompt=negative_prompt,
+                     scales=(guidance, image_guidance, guidance_rescale), size=(height, width),
+                     ensemble=ensemble)
+    options = dict(eta=eta) if sampler == "ddim" else {}
+    x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators,
+                           callback=callback, **options)
+    return [to_pil(picture) for picture in model.vae.decode(x0 / scale, tile)]
+
+
+def encode_pictures(model, images, height, width, tile):
+    """PIL pictures, resized -> the mean of their latents (B, C, h, w), unscaled."""
+    pictures = [on_white(picture.convert("RGBA")) for picture in images]
+    pictures = [picture.resize((width, height), Image.BICUBIC) for picture in pictures]
+    pictures = torch.stack([to_tensor(picture) for picture in pictures])
+    return model.vae.encode(pictures.to(model.unet.conv_out.weight.device), tile)[0]
+
+
+def guided(model, task, prompts, source, *, negative_prompt, scales, size, ensemble):
+    """-> predict(x_t, t) -> the guided prediction (B, C, h, w), for a sampler.
+
+    Guidance compares predictions of K branches, which run as one batch: without text and picture,
+    with the picture alone, with both. diffusion.guide says how they combine.
+    """
+    guidance, image_guidance, rescale = scales
+    B = len(prompts)
+    nothing = [negative_prompt] * B
+    # Each branch: its prompts, and whether it sees the source.
+    if guidance == 1 and (source is None or image_guidance == 1):
+        branches = [(prompts, 1.0)]
+    elif source is None:
+        branches = [(nothing, 0.0), (prompts, 0.0)]
+    else:
+        branches = [(nothing, 0.0), (nothing, 1.0), (prompts, 1.0)]
+    K = len(branches)
+    context, pooled = model.encode_text([prompt for words, _ in branches for prompt in words])
+    added = model.added(pooled, *size)
+    weight = model.unet.conv_out.weight
+    row = torch.full((K * B,), model.tasks.index(task), device=weight.device)
+    if source is not None:
+        source = torch.cat([source * seen for _, seen in branches]).to(weight)  # (K B, C, h, w)
+    T = model.diffusion.T
+
+    def predict(x, t):
+        # The same x_t for every branch; the samplers run in fp32, the network in its own type.
+        z = x.to(weight.dtype).repeat(K, 1, 1, 1)                               # (K B, C, h, w)
+        if source is not None:
+            z = torch.cat([z, source], dim=1)                                   # (K B, 2 C, h, w)
+        unet = ensemble[int(t[0]) * len(ensemble) // T] if ensemble else model.unet  # DeMe Eq. 7
+        out = unet(z, t.repeat(K), context, task=row, added=added)
+        return guide(out.float().unflatten(0, (K, B)), guidance, image_guidance, rescale)
+    return predict
+
+
+def pick_sampler(model, sampler, eta):
+    """The sampler that was named, or the one that the model's scheduler stands for."""
+    sampler = sampler or model.diffusion.sampler
+    if sampler is None:
+        raise UserError(f"the scheduler {model.scheduler.get('_class_name')} of {model.path} is "
+                        f"not implemented; name one with --sampler: {', '.join(SAMPLERS)}")
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler {sampler}: choose from {', '.join(SAMPLERS)}")
+    if eta and sampler != "ddim":
+        raise UserError(f"eta {eta} belongs to the sampler ddim, not to {sampler}")
+    return sampler
+
+
+# -------------------------------------------------------------------------------------------------
+# Several modalities (MT-Diffusion)
+
+@torch.no_grad()
+def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None, eta=0.0,
+                    height=None, width=None, callback=None):
+    """Generate every modality that is not in `known`, by Algorithm 1.
+
+    known: "image" or the model's modality -> pictures (B, 3, H, W), classes (B,) or vectors
+        (B, D). With known = {} everything is generated; with the image known, the other modality
+        is inferred from it (classification, reverse translation).
+    -> {"image": (B, 3, H, W), modality: pictures, probabilities (B, K) or vectors (B, D)}; what is
+        known is there as it is. Sample i has the seed `seed + i`.
+    """
+    import aggregation
+    unet, device, factor = model.unet, model.unet.conv_out.weight.device, model.vae.factor
+    (modality,) = unet.heads
+    known = known or {}
+    height, width = picture_size(model, None, height, width)
+    shape = (model.vae.config["latent_channels"], height // factor, width // factor)
+    generators = seeded(range(seed, seed + count))
+    noise = randn((count, *shape), generators, device)
+    context, pooled = model.encode_text([""] * count)
+    added = model.added(pooled, height, width)
+    fixed = {name: to_latents(model, value.to(device)) for name, value in known.items()}
+    z0 = fixed.pop("image", None)
+    reads_x = aggregation.reads_x(unet)
+    if modality not in known:
+        weights = unet.config["aggregation"]["modalities"][modality]["weights"]
+        if weights == "interpolating":
+            raise UserError(f"this model was trained with --schedule interpolating, for a "
+                            f"{modality} that is always known: --given {modality}=...")
+        if z0 is not None and reads_x:
+            raise UserError(f"this model reads {modality} beside z_t (--input x), so it cannot "
+                            "infer it from the image")
+    x_in = fixed.get(modality, torch.zeros_like(noise))
+    beside = {modality: aggregation.Known(x_in, None, torch.ones(count, device=device))}
+    predict = aggregation.predictor(unet, unet, beside, context, added)
+
+    def encode(x):
+        if reads_x and modality not in known:
+            return torch.zeros_like(noise)  # pure generation, as zeros mean in training
+        if modality == "label":
+            if x.dim() == 1:
+                return aggregation.encode_labels(model, x, shape)
+            return aggregation.expected_encoding(class_table(), x)
+        if modality == "repr":
+            return aggregation.encode_vectors(model, x, shape)
+        return x
+
+    tables = []  # the encodings of all classes, computed at the first step that needs them
+
+    def class_table():
+        if not tables:
+            classes = unet.config["aggregation"]["modalities"]["label"]["classes"]
+            numbers = torch.arange(len(classes), device=device)
+            tables.append(aggregation.encode_classes(model, numbers, shape))
+        return tables[0]
+
+    # The other samplers take several steps into account, and x changes between them.
+    default = "ddpm" if model.diffusion.sampler == "ddpm" else "ddim"
+    z, x = aggregation.sample(unet.heads, predict, {modality: encode}, noise, known=fixed, z0=z0,
+                              steps=steps, sampler=sampler or default, eta=eta,
+                              generators=generators, callback=callback)
+    drawn = {"image": z}
+    if not (reads_x and modality not in known):
+        drawn |= x
+    scale = model.vae.config["scaling_factor"]
+    drawn = {name: model.vae.decode(value / scale).float() if value.dim() == 4 else value
+             for name, value in drawn.items()}
+    drawn = {name: value.cpu() for name, value in drawn.items()} | known
+    if "masked" in known and model.vae.factor == 1:
+        # On pixels, what was not masked is put back. No pixel of a picture is exactly zero.
+        there = (known["masked"] != 0).any(dim=1, keepdim=True)
+        drawn["image"] = torch.where(there, known["masked"], drawn["image"])
+    return drawn
+
+
+def to_latents(model, value):
+    """Pictures (B, 3, H, W) -> latents in the space of z_0; anything else stays as it is."""
+    if value.dim() != 4:
+        return value
+    scale = model.vae.config["scaling_factor"] if OTHER.scaled else 1.0
+    return (model.vae.encode(value)[0] * scale).float()
+
+
+def read_known(model, words, count, height, width):
+    """--given's NAME=VALUE words -> the `known` of draw_modalities, each `count` times."""
+    from aggregation import vectors
+    (modality,) = model.unet.heads
+    known = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ("image", modality) or not value or name in known:
+            raise UserError(f"--given {word}: give NAME=VALUE once, where NAME is image or "
+                            f"{modality}")
+        if name == "label":
+            classes = model.unet.config["aggregation"]["modalities"]["label"]["classes"]
+            lower = [word.lower() for word in classes]
+            if value.lower() not in lower:
+                raise UserError(f"--given {word}: the classes are {', '.join(classes)}")
+            known[name] = torch.full((count,), lower.index(value.lower()))
+        elif name == "repr":
+            known[name] = vectors(model, [value]).cpu().expand(count, -1)
+        else:
+            picture = read_picture(name, value, height, width)
+            known[name] = picture.expand(count, -1, -1, -1)
+    if len(known) == 2:
+        raise UserError(f"--given image and {modality}: nothing is left to generate")
+    return known
+
+
+def read_picture(name, path, height, width):
+    """A picture of --given -> (3, H, W), resampled to the size that is drawn.
+
+    A picture to be restored is zero where it is transparent, and elsewhere exactly as it is, so it
+    must have that size already.
+    """
+    picture = open_image(path)
+    if name != "masked":
+        return to_tensor(on_white(picture).resize((width, height), Image.BICUBIC))
+    hidden = np.asarray(picture.getchannel("A")) < 255
+    if not hidden.any():
+        raise UserError(f"--given masked={path}: what is transparent is restored, and nothing is")
+    if picture.size != (width, height):
+        raise UserError(f"--given masked={path}: the picture is {picture.width} x {picture.height} "
+                        f"and what is drawn {width} x {height}; resize one, or give --height and "
+                        "--width")
+    value = to_tensor(on_white(picture))
+    value[:, torch.from_numpy(hidden)] = 0
+    return value
+
+
+def describe(model, drawn, known):
+    """Lines about the modalities that are no pictures: probabilities of classes, nearest text."""
+    lines = []
+    if "label" in drawn and "label" not in known:
+        classes = model.unet.config["aggregation"]["modalities"]["label"]["classes"]
+        for row in drawn["label"]:
+            best = row.topk(min(3, len(row)))
+            lines.append(", ".join(f"{classes[i]} {p:.3f}"
+                                   for p, i in zip(best.values.tolist(), best.indices.tolist())))
+    if "repr" in drawn and "repr" not in known:
+        from aggregation import vectors
+        from emoji import plain
+        captions, _ = plain("heldout")
+        reference = vectors(model, captions).cpu()
+        for row in drawn["repr"]:
+            cosine = torch.nn.functional.cosine_similarity(row[None], reference)
+            lines.append(f"nearest held-out caption: {captions[cosine.argmax()]!r}, "
+                         f"cosine {cosine.max():.3f}")
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures of pictures
 
 def grid(pictures, columns):
     """PIL pictures of one size -> one picture, row by row."""
     width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
 
 
-def sample_grid(model, datasets, columns, seed, path):
-    """Held-out examples, a row of sources, of samples and of targets per task."""
-    rows = []
-    for task, dataset in datasets.items():
-        chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
-        if model.heads is not None:
-            rows += joint.grid_rows(model, chosen, seed)
-            continue
-        sources = [to_pil(e["source"]) for e in chosen] if "source" in chosen[0] else None
-        samples = generate(model, task, [e["prompt"] for e in chosen], sources, seed=seed)
-        rows += (sources or []) + samples + [to_pil(e["target"]) for e in chosen]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid(rows, columns).save(path)
-
-
 def save_png(picture, path, arguments):
-    """The picture with the run's arguments in its metadata."""
+    """Write a picture with the command's arguments in its metadata."""
     info = PngInfo()
     info.add_text("arguments", json.dumps(arguments))
-    write_file(path, lambda beside: picture.save(beside, format="PNG", pnginfo=info))
+    with replacing(path) as beside:
+        picture.save(beside, format="PNG", pnginfo=info)
 
 
-def draw_jointly(args, parser, out):
-    """The command for a joint task: all modalities side by side, a row a sample, labels and vectors in words."""
-    if other := [name for name in ("prompt", "negative_prompt", "image", "guidance", "image_guidance", "guidance_rescale", "strength", "trajectory",
-                                   "ensemble", "compile", "low_memory", "keep_unchanged") if getattr(args, name) != parser.get_default(name)]:
-        raise UserError(f"--{other[0].replace('_', '-')} does not go with --task {args.task}; what is known comes by --given")
-    if args.model == f"runs/{args.task}" and not Path(args.model).is_dir():
-        raise UserError(f"no model at {args.model}: python train.py --task {args.task} makes it, or name another by --model")
-    model = load_model(args.model, DTYPES[args.precision], pick_device(args.device))
-    if args.task not in model.tasks:
-        raise UserError(f"this model does not know the task {args.task!r}; it knows {', '.join(model.tasks)}")
-    given = joint.read_given(args.given, model)
-    shapes = [value for name, value in given.items() if isinstance(value, Image.Image) and name != "repr"]
-    height, width = _size(model, shapes, args.height, args.width)
-    bar = tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
-    pictures, columns, lines = joint.side_by_side(model, given, args.num_images, height, width, steps=args.steps, seed=args.seed, eta=args.eta,
-                                                  sampler=args.sampler, callback=lambda *_: bar.update())
-    bar.close()
-    save_png(grid(pictures, columns), out, vars(args))
-    print("\n".join([*lines, f"{args.task}: {', '.join(['image', *model.heads])}; given: {', '.join(args.given) or 'nothing'} -> {out}"]))
+@torch.no_grad()
+def picture_of(model, value):
+    """An example's picture (3, H, W), or an encoded one's moments (2, C, h, w) -> a PIL picture."""
+    if value.dim() == 4:
+        value = model.vae.decode(value[:1].to(model.unet.conv_out.weight.device))[0]
+    return to_pil(value)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Draw with a model folder or hub id.",
-                                     formatter_class=HelpFormatter)
-    parser.add_argument("--task", default="t2i", help=f"one of {', '.join([*TASKS, *joint.SETTINGS])}, or a task that the model was given later")
-    parser.add_argument("--model", help="folder in the Hugging Face layout, or hub id; default assets/tiny-mtu, of joint tasks runs/TASK")
-    parser.add_argument("--prompt", action="append", help="text; again for more pictures; default: the task's example")
-    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
-    parser.add_argument("--image", help="source picture; default: the task's example")
-    parser.add_argument("--given", action="append", default=[], metavar="NAME=VALUE", help="what a joint task knows: image, which is z_0, source or "
-                        "masked (of the size that is drawn; what is transparent, be it in part, is masked) =FILE, label=CLASS, repr=WORDS, or "
-                        "=FILE where the model has an image encoder; default: nothing, all is drawn")
-    parser.add_argument("--guidance", type=float, help="text scale; default the model's own, or the paper's: 7.5 for t2i and edit, 4 for inpaint")
-    parser.add_argument("--image-guidance", type=float, help="image scale; default the model's own, or the paper's: 1.6 for edit, 1.5 for inpaint")
-    parser.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: against too strong contrast (arXiv 2305.08891: 0.7)")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default: what the model's scheduler names")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (the paper: 20, for SDXL 50)")
-    parser.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic, 1 as noisy as DDPM")
-    parser.add_argument("--strength", type=float, help="start from --image instead of from noise, with this share of the steps (SDEdit)")
-    parser.add_argument("--height", type=int, help="multiple of 8; default the model's")
-    parser.add_argument("--width", type=int, help="multiple of 8; default the model's")
-    parser.add_argument("--num-images", type=int, default=1, help="of each prompt; more than one make a grid; seeds count up")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    parser.add_argument("--trajectory", action="store_true", help="save the denoising: a strip (x_t above, predicted x_0 below) and a GIF")
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device is fast at it, fp32 for the miniature")
-    parser.add_argument("--ensemble", nargs="+", metavar="MODEL", help="DeMe before merging: copies tuned for equal timestep ranges, from t = 0 on")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: pays for many pictures of one size")
-    parser.add_argument("--low-memory", action="store_true", help="text encoders leave the device after use, guidance's branches pass one by one")
-    parser.add_argument("--keep-unchanged", action="store_true", help="edit, inpaint: the source's own pixels where nothing was to change")
-    parser.add_argument("--out", help="the picture; default samples/TASK.png")
-    parser.add_argument("--export", metavar="TASK", help="draw nothing; write this task of an upcycled model as a folder that diffusers opens")
-    parser.add_argument("--export-to", metavar="FOLDER", help="that folder")
-    args = parser.parse_args()
+def sample_grid(model, datasets, columns, seed, path):
+    """Draw held-out examples: for each task a row of sources, of samples and of targets."""
+    rows = []
+    sampler = model.diffusion.sampler or "ddim"
+    for task, dataset in datasets.items():
+        chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
+        targets = [picture_of(model, example["target"]) for example in chosen]
+        modality = TASKS[task].modality if task in TASKS else None
+        if modality:
+            rows += modality_rows(model, modality, [e["x"] for e in chosen], seed) + targets
+            continue
+        sources = None
+        if "source" in chosen[0]:
+            sources = [picture_of(model, example["source"]) for example in chosen]
+        samples = generate(model, task, [example["prompt"] for example in chosen], sources,
+                           seed=seed, sampler=sampler)
+        rows += (sources or []) + samples + targets
+    save_png(grid(rows, columns), path, dict(seed=seed))
 
+
+def modality_rows(model, modality, x, seed):
+    """Draw all modalities of nothing, and then of x -> the pictures among them, row by row."""
+    if isinstance(x[0], str):
+        from aggregation import vectors
+        x = vectors(model, x).cpu()
+    else:
+        x = torch.stack(x) if torch.is_tensor(x[0]) else torch.tensor(x)
+    given = [{}, {modality: x}]
+    if model.unet.config["aggregation"]["modalities"][modality]["weights"] == "interpolating":
+        given = given[1:]  # such a process begins at x
+    rows = []
+    for known in given:
+        drawn = draw_modalities(model, len(x), known, seed=seed)
+        pictures = [value for value in drawn.values() if value.dim() == 4]
+        rows += [to_pil(picture) for value in pictures for picture in value]
+    return rows
+
+
+def save_trajectory(model, frames, out, arguments):
+    """Write the denoising as a strip, x_t above the predicted x_0, and x_0 as a GIF.
+
+    frames: a list of (2, C, h, w), x_t and x_0 of one picture at every step.
+    """
+    scale = model.vae.config["scaling_factor"]
+    with torch.no_grad():
+        decoded = [[to_pil(picture) for picture in model.vae.decode(frame / scale)]
+                   for frame in frames]
+    shown = decoded
+    if len(decoded) > 10:  # ten columns, spread evenly
+        shown = [decoded[round(i * (len(decoded) - 1) / 9)] for i in range(10)]
+    strip = out.with_name(f"{out.stem}-trajectory.png")
+    pictures = [noisy for noisy, _ in shown] + [clean for _, clean in shown]
+    save_png(grid(pictures, columns=len(shown)), strip, arguments)
+    first, *rest = [clean for _, clean in decoded]
+    durations = [120] * len(rest) + [1500]  # milliseconds; the last picture stays a while
+    with replacing(strip.with_suffix(".gif")) as beside:
+        first.save(beside, format="GIF", save_all=True, append_images=rest, duration=durations,
+                   loop=0)
+    print(f"denoising -> {strip} and {strip.with_suffix('.gif')}")
+
+
+# -------------------------------------------------------------------------------------------------
+# The command
+
+def get_args():
+    parser = Parser("Generate images with a model.")
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--task", default="t2i", help="a task that the model knows")
+    group.add_argument("--model", help="model folder or hub id (default: assets/tiny-mtu, or "
+                       "runs/TASK for MT-Diffusion's tasks)")
+    group.add_argument("--prompt", action="append",
+                       help="text; repeat it for more pictures (default: the task's example)")
+    group.add_argument("--negative-prompt", default="", help="text to steer away from")
+    group.add_argument("--image", help="source picture (default: the task's example)")
+    group.add_argument("--given", action="append", default=[], metavar="NAME=VALUE",
+                       help="MT-Diffusion: a modality that is known, such as image=FILE, "
+                       "source=FILE, masked=FILE (transparent where masked), label=CLASS or "
+                       "repr=TEXT; without it every modality is generated")
+    group.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
+    group.add_argument("--height", type=int, help="in pixels (default: the model's, with the shape "
+                       "of --image)")
+    group.add_argument("--width", type=int, help="in pixels, likewise")
+    group.add_argument("--seed", type=int, default=0, help="random seed; picture i has seed + i")
+
+    group = parser.add_argument_group("how to sample")
+    group.add_argument("--steps", type=int, default=20, help="sampling steps (MTU: 20, SDXL 50)")
+    group.add_argument("--sampler", choices=SAMPLERS,
+                       help="default: the one that the model's scheduler names")
+    group.add_argument("--guidance", type=float, help="text guidance scale, 1 for none (default: "
+                       "the model's own, or the paper's)")
+    group.add_argument("--image-guidance", type=float, help="image guidance scale, 1 for none")
+    group.add_argument("--guidance-rescale", type=float, default=0.0,
+                       help="from 0 to 1, reduces over-saturation (arXiv 2305.08891: 0.7)")
+    group.add_argument("--eta", type=float, default=0.0,
+                       help="noise of the sampler ddim: 0 is deterministic, 1 as noisy as DDPM")
+    group.add_argument("--strength", type=float, help="start from --image instead of from noise, "
+                       "and run this share of the steps (SDEdit)")
+    group.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="DeMe before "
+                       "merging: copies tuned for equal timestep ranges, from t = 0 upwards")
+
+    group = parser.add_argument_group("how to run and what to save")
+    group.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, "
+                       "but fp32 for a miniature")
+    group.add_argument("--compile", action="store_true", help="compile the U-Net (torch.compile)")
+    group.add_argument("--side-by-side", action="store_true",
+                       help="save the source and the result in one picture")
+    group.add_argument("--trajectory", action="store_true",
+                       help="save the denoising too, as a strip and a GIF")
+    group.add_argument("--out", help="the picture, a .png file (default: samples/TASK.png)")
+    return parser.parse_args()
+
+
+def check_args(args):
+    joint = args.task in TASKS and TASKS[args.task].modality is not None
     if not 1 <= args.num_images <= 10_000:
         raise UserError(f"--num-images {args.num_images}: from 1 to 10000")
     if not 0 <= args.seed < 2 ** 62:
-        raise UserError(f"--seed {args.seed}: from 0 to 2^62")
-    if bool(args.export) != bool(args.export_to):
-        raise UserError("--export TASK and --export-to FOLDER go together")
-    if args.given and args.task not in joint.SETTINGS:
-        raise UserError(f"--given goes with --task {', '.join(joint.SETTINGS)}")
-    args.model = args.model or (f"runs/{args.task}" if args.task in joint.SETTINGS else str(ASSETS / "tiny-mtu"))
-    if args.export:
-        model, arguments = load_model(args.model), Path(args.model) / "arguments.json"
-        base = read_json(arguments).get("model", args.model) if arguments.is_file() else model.index.get("base", args.model)
-        export(model, args.export, args.export_to, None if base == "scratch" else base)
-        print(f"{args.export} of {args.model} -> {args.export_to}")
-        return
-    image, example = EXAMPLES.get(args.task, (None, ""))
-    image = args.image or image and str(ASSETS / "examples" / image)
-    prompts = [prompt for prompt in args.prompt or [example] for _ in range(args.num_images)]
+        raise UserError(f"--seed {args.seed}: from 0 to 2^62 - 1")
+    if args.given and not joint:
+        raise UserError("--given belongs to MT-Diffusion's tasks: "
+                        f"{', '.join(t for t, rule in TASKS.items() if rule.modality)}")
+    others = ("prompt", "negative_prompt", "image", "guidance", "image_guidance", "ensemble",
+              "guidance_rescale", "strength", "compile", "side_by_side", "trajectory")
+    if joint and (ignored := [name for name in others if getattr(args, name)]):
+        raise UserError(f"--{ignored[0].replace('_', '-')} does not go with --task {args.task}, "
+                        "where a modality that is known comes by --given")
+    rule = TASKS.get(args.task)
+    if args.image and not args.prompt and rule and rule.prompt:
+        raise UserError(f"--image needs a --prompt: what shall {args.task} do with it?")
     out = Path(args.out or f"samples/{args.task}.png")
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: pictures are written as .png files")
-    if args.task in joint.SETTINGS:
-        return draw_jointly(args, parser, out)
-    images = [open_image(image)] * len(prompts) if image else None
-    dtype, device = DTYPES[args.precision], pick_device(args.device)
-    model = load_model(args.model, dtype, device)
-    for path, wanted in zip(args.ensemble or (), timestep_ranges(model.diffusion.T, max(1, len(args.ensemble or ())))):
-        arguments = Path(path) / "arguments.json"
-        told = read_json(arguments).get("t_range") if arguments.is_file() else None
-        if told and tuple(told) != wanted:
-            raise UserError(f"--ensemble: {path} was tuned for timesteps {told[0]} to {told[1]}, and would here draw {wanted[0]} to {wanted[1]}; "
-                            "give the copies in the order of their ranges, all of them")
-    copies = [load_model(path, dtype, device) for path in args.ensemble or ()]
-    if any(copy.unet.config != model.unet.config or copy.scheduler != model.scheduler for copy in copies):
-        raise UserError(f"--ensemble: the models are not all of the kind of {args.model}")
-    ensemble = [copy.unet for copy in copies]
-    for unet in (ensemble or [model.unet]) if args.compile else ():
-        unet.forward = compiled(unet.forward, device)
-    copies = None
+    if args.model is None:
+        args.model = f"runs/{args.task}" if joint else str(ASSETS / "tiny-mtu")
+        if joint and not Path(args.model).is_dir():
+            raise UserError(f"no model at {args.model}: python train.py --task {args.task} trains "
+                            "one, or name another with --model")
+    return out, joint
 
-    frames, bar = [], tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
 
-    def step(i, t, x, x0):
+def load_ensemble(args, model):
+    """DeMe's copies before merging, in the order of their timestep ranges -> their U-Nets."""
+    if not args.ensemble:
+        return []
+    from merge import check_order
+    check_order(args.ensemble, model.diffusion.T)
+    device = model.unet.conv_out.weight.device
+    copies = [load_model(path, DTYPES[args.precision], device) for path in args.ensemble]
+    for path, copy in zip(args.ensemble, copies):
+        if copy.unet.config != model.unet.config or copy.scheduler != model.scheduler:
+            raise UserError(f"--ensemble: {path} is another kind of model than {args.model}")
+    return [copy.unet for copy in copies]
+
+
+def draw_pictures(args, model, out):
+    """The command for tasks that draw one picture."""
+    image, example = EXAMPLES.get(args.task, (None, ""))
+    image = args.image or (image and str(ASSETS / "examples" / image))
+    prompts = [prompt for prompt in args.prompt or [example] for _ in range(args.num_images)]
+    ensemble = load_ensemble(args, model)
+    if args.compile:
+        for unet in ensemble or [model.unet]:
+            unet.forward = compiled(unet.forward, unet.conv_out.weight.device)
+
+    frames = []
+    bar = tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
+
+    def watch(i, t, x, x0):
         bar.update()
-        if args.trajectory:
+        if args.trajectory and not pictures:
             frames.append(torch.cat([x[:1], x0[:1]]))
 
-    pictures = generate(model, args.task, prompts, images, args.negative_prompt, args.guidance, args.image_guidance,
-                        args.steps, args.eta, args.strength, args.height, args.width, args.seed, step, args.sampler, args.guidance_rescale, ensemble,
-                        args.low_memory, args.keep_unchanged)
+    pictures = []
+    for first in range(0, len(prompts), 16):  # a batch of pictures at a time
+        chunk = prompts[first:first + 16]
+        source = [open_image(image)] * len(chunk) if image else None
+        bar.reset()
+        pictures += generate(
+            model, args.task, chunk, source, negative_prompt=args.negative_prompt,
+            guidance=args.guidance, image_guidance=args.image_guidance,
+            guidance_rescale=args.guidance_rescale, steps=args.steps, sampler=args.sampler,
+            eta=args.eta, strength=args.strength, height=args.height, width=args.width,
+            seed=args.seed + first, ensemble=ensemble, callback=watch)
     bar.close()
-    arguments = {**vars(args), "prompt": prompts, "image": image}
-    columns = args.num_images if len(prompts) > args.num_images > 1 else round(len(prompts) ** 0.5)
-    save_png(pictures[0] if len(pictures) == 1 else grid(pictures, columns), out, arguments)
-    print(f"{args.task}: {', '.join(map(repr, dict.fromkeys(prompts)))}" + (f" on {image}" if image else "") + f" -> {out}")
+
+    arguments = vars(args) | {"prompt": prompts, "image": image}
+    # One prompt makes a square of pictures, several make a row each.
+    columns = round(len(pictures) ** 0.5)
+    if len(prompts) > args.num_images > 1:
+        columns = args.num_images
+    if args.side_by_side and image:
+        source = on_white(open_image(image)).resize(pictures[0].size, Image.BICUBIC)
+        pictures = [one for picture in pictures for one in (source, picture)]
+        columns = 2 * columns
+    save_png(grid(pictures, columns), out, arguments)
+    words = ", ".join(map(repr, dict.fromkeys(prompts)))
+    print(f"{args.task}: {words}{f' on {image}' if image else ''} -> {out}")
     if args.trajectory:
-        with torch.no_grad():
-            decoded = [[to_pil(im) for im in model.vae.decode(f / model.vae.config["scaling_factor"])] for f in frames]
-        shown = [decoded[round(i * (len(decoded) - 1) / 9)] for i in range(10)] if len(decoded) > 10 else decoded
-        strip = out.with_name(f"{out.stem}-trajectory.png")
-        save_png(grid([f[0] for f in shown] + [f[1] for f in shown], columns=len(shown)), strip, arguments)
-        first, *rest = [f[1] for f in decoded]
-        first.save(strip.with_suffix(".gif"), save_all=True, append_images=rest, duration=[120] * len(rest) + [1500], loop=0)
-        print(f"denoising -> {strip} and {strip.with_suffix('.gif')}")
+        save_trajectory(model, frames, out, arguments)
+
+
+def draw_joint(args, model, out):
+    """The command for MT-Diffusion's tasks: all modalities side by side, one row a sample."""
+    # A picture that is known gives its shape to what is drawn.
+    shapes = [open_image(word.partition("=")[2]) for word in args.given
+              if word.partition("=")[0] in ("image", "source", "masked")]
+    height, width = picture_size(model, shapes, args.height, args.width)
+    known = read_known(model, args.given, args.num_images, height, width)
+    bar = tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
+    drawn = draw_modalities(model, args.num_images, known, steps=args.steps, seed=args.seed,
+                            sampler=args.sampler, eta=args.eta, height=height, width=width,
+                            callback=lambda *_: bar.update())
+    bar.close()
+    pictures = [value for value in drawn.values() if value.dim() == 4]
+    rows = [to_pil(picture) for row in zip(*pictures) for picture in row]
+    save_png(grid(rows, len(pictures)), out, vars(args))
+    for line in describe(model, drawn, known):
+        print(line)
+    print(f"{args.task}: {', '.join(drawn)}; given: {', '.join(args.given) or 'nothing'} -> {out}")
+
+
+def main():
+    args = get_args()
+    out, joint = check_args(args)
+    model = load_model(args.model, DTYPES[args.precision], pick_device(args.device))
+    rule_of(model, args.task)
+    draw = draw_joint if joint else draw_pictures
+    draw(args, model, out)
 
 
 if __name__ == "__main__":

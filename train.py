@@ -1,21 +1,29 @@
-"""Train: one flat loop for everything.
+"""Train: one loop for every method.
 
-    python train.py --task all                                  upcycles the shipped miniature to four tasks on the built-in data
-    python train.py --task t2i --model scratch                  trains the miniature itself, text encoder included
-    python train.py --task translate                            two drawings of a thing, generated together (joint.py)
-    torchrun --nproc_per_node 8 train.py --task all --model stable-diffusion-v1-5/stable-diffusion-v1-5 --data /data
+    python train.py --task all                      upcycles the miniature to four tasks (MTU)
+    python train.py --task t2i --routing dtr        every timestep sees its own channels (DTR)
+    python train.py --task translate                two drawings of one thing (MT-Diffusion)
+    python train.py --task t2i --t-range 0 500      fine-tunes for a range of timesteps (DeMe)
+    torchrun --nproc_per_node 8 train.py --task all --data /data \\
+        --model stable-diffusion-v1-5/stable-diffusion-v1-5
 
-Every batch holds every task (MTU Eq. 2: L = sum over tasks of the task's mean loss); sample k has task k mod S of the S that --task names,
-where one may stand twice to count twice. Data, noise and timesteps are a function of (seed, step, k) alone. The same command again resumes.
-Letters: B global batch, T tasks, S shares, C channels, h w latent.
+Every batch holds every task: MTU Eq. 2 is a sum over tasks of each task's mean loss. The samples of
+a batch take the tasks that --task names in turn; a task that stands there twice has twice the
+samples and twice the weight.
+Data, noise and timesteps follow from (seed, step, k) alone, so the same command again resumes a
+run exactly, on any number of processes.
+
+Letters: B batch, C channels, h w latent, S text length, D text width.
 """
-import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import json
 import os
-import tempfile
+import re
+import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,475 +32,1059 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import adm
-import cache
-import clip
+import aggregation
 import data
-import joint
 import merge
 import moe
-import watch
-from checkpoint import any_rank, averaged, forget_after, load_state, restart_store, same_on_all_ranks, same_start, save_state, stoppable
-from data import ALL, ASSETS, TASKS, Encoder
+import routing
+import unet
+from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
-from examples import BINS, Examples, collate, held_out_losses, mean_by_task, mean_by_task_and_t, per_sample_loss
-from export import pipeline_index
-from folders import UserError, command, compiled, pick_device, read_json, write_json
-from options import check, get_args
-from routing import add_routing
-from sample import Model, load_model, sample_grid
+from hub import Parser, UserError, command, compiled, load_state, pick_device, read_scalars
+from hub import replacing, save_state, write_json, write_text
+from sample import Model, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
-from vae import VAE, Pixels
 
-# From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv 2305.08891; the pictures are mostly white, which
-# noise of mean zero is not), and v-prediction, which that needs.
-SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-                 clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing", prediction_type="v_prediction",
-                 rescale_betas_zero_snr=True)
-# On pixels: DDPM's; ADM's U-Nets learn the variance, as improved DDPM's
-ADM_SCHEDULER = dict(_class_name="DDPMScheduler", beta_start=0.0001, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000,
-                     clip_sample=True, variance_type="learned_range")
-GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.5], "inpaint": [3.0, 1.5]}  # text and image scale that suit the miniature
-
-
-class Denoiser(nn.Module):
-    """All that trains, as one module for DDP and torch.compile: the per-sample losses of a batch."""
-
-    def __init__(self, unet, text_encoder, diffusion, loss_weight="none", teacher=None, consistency=0.0):
-        """text_encoder: where it trains too, else None. teacher: the frozen pretrained U-Net of DeMe Eq. 5."""
-        super().__init__()
-        self.unet, self.text_encoder, self.diffusion, self.loss_weight = unet, text_encoder, diffusion, loss_weight
-        self.teacher, self.consistency = teacher, consistency
-        self.uncertainty = UncertaintyWeight(diffusion.T).to(diffusion.alpha_bar.device) if loss_weight == "uw" else None
-
-    def forward(self, x0, source, text, t, noise, task, added=None):
-        """x0, noise, source or None (B, 4, h, w), text (B, 77) ids if its encoder trains, else states (B, 77, D), t, task (B,), added SDXL's
-        dict -> losses, weighted losses, both (B,). Eq. 5's second term stands beside the weighted loss."""
-        context = text if self.text_encoder is None else self.text_encoder(text)[0]
-
-        def model(x_t, t):  # concatenated along channels: MTU Eq. 2's Psi_C([z_t, E(c_I)])
-            z = x_t if source is None else torch.cat([x_t, source], dim=1)
-            out.append(self.unet(z, t, context, task=task, added=added))
-            if self.teacher is not None and torch.is_grad_enabled():
-                with torch.no_grad():
-                    out.append(self.teacher(z, t, context, task=task, added=added))
-            return out[0]
-
-        out = []
-        losses = self.diffusion.loss(model, x0, t, noise)
-        weighted = self.diffusion.objective(losses, out[0], x0, noise, t, self.loss_weight, self.uncertainty)
-        if len(out) == 2:  # DeMe Eq. 5
-            weighted = weighted + self.consistency * merge.consistency_loss(*(y[:, :x0.shape[1]] for y in out))
-        return losses, weighted
+# From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv
+# 2305.08891). The pictures are mostly white, which noise of mean zero is not. Zero signal needs
+# v-prediction.
+SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012,
+                 beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False,
+                 set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing",
+                 prediction_type="v_prediction", rescale_betas_zero_snr=True)
+# Text and image scales that suit the miniature.
+GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.5], "inpaint": [3.0, 1.5]}
+EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
+BINS = 4  # the loss is logged for this many equal ranges of timesteps
+JOINT = [task for task, rule in TASKS.items() if rule.modality]  # MT-Diffusion's tasks
 
 
-def new_tokenizer():
-    datasets = [data.builtin(task, "train") for task in ("t2i", "edit", "inpaint")]
-    return clip.Tokenizer.train([dataset[i]["prompt"] for dataset in datasets for i in range(0, len(dataset), 3)], vocab_size=2048)
+# -------------------------------------------------------------------------------------------------
+# Arguments
+
+def get_args():
+    parser = Parser("Train on one task or on several at once.")
+    run = parser.add_argument_group("run")
+    run.add_argument("--task", help=f"tasks with commas between them; all means {', '.join(ALL)}; "
+                     f"uncond, {', '.join(JOINT)} train alone (default: all; with --t-range the "
+                     "tasks of the model)")
+    run.add_argument("--model", default=str(ASSETS / "tiny"),
+                     help="model folder or hub id to start from, or scratch")
+    run.add_argument("--data", help="folder of pictures (see data.Folder), or one that data.py "
+                     "encode made (default: the built-in emoji)")
+    run.add_argument("--out", help="run folder; the same command resumes (default: runs/TASK)")
+    run.add_argument("--steps", type=int, help="optimiser steps (default: 200, or 5000 from "
+                     "scratch; MTU: 100 epochs)")
+    run.add_argument("--batch-size", type=int, default=32, help="global batch size, a multiple of "
+                     "the numbers of tasks and of processes (MTU: 128)")
+    run.add_argument("--device-batch-size", type=int, help="samples per micro-batch on one device; "
+                     "gradients are accumulated (default: all at once)")
+    run.add_argument("--seed", type=int, default=0,
+                     help="random seed for data, noise and initialisation")
+    run.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
+    run.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast, or fp32, which "
+                     "is TF32 on cuda (default: bf16 on cuda, else fp32)")
+    run.add_argument("--compile", action="store_true", help="compile the network (torch.compile)")
+    run.add_argument("--gradient-checkpointing", action="store_true",
+                     help="save memory by recomputing activations")
+    run.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+
+    scratch = parser.add_argument_group("--model scratch")
+    scratch.add_argument("--unet", help="size of the new network, a name in unet.CONFIGS or "
+                         "adm.CONFIGS (default: tiny for t2i, adm-tiny on pixels)")
+    scratch.add_argument("--encoders", default=str(ASSETS / "tiny"), help="model folder or hub id "
+                         "whose autoencoder, tokenizer and text encoder a t2i network uses")
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--lr", type=float, help="peak learning rate; without it 1.6e-2 to "
+                              "upcycle the miniature, 1e-3 to train it otherwise, 1e-4 for larger "
+                              "models (MTU: 1e-4, SDXL 5e-5)")
+    optimisation.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine",
+                              help="after the warm-up; cosine ends at zero")
+    optimisation.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    optimisation.add_argument("--weight-decay", type=float, default=0.0,
+                              help="AdamW's weight decay, applied to weight matrices only (MTU: "
+                              "0.01 for SDXL)")
+    optimisation.add_argument("--loss-weight", choices=("none", "v", "min-snr", "p2", "uw"),
+                              default="none", help="loss weighting over timesteps; uw learns it")
+
+    mtu = parser.add_argument_group("MTU, where a text-to-image model learns other tasks")
+    mtu.add_argument("--num-experts", type=int, default=4,
+                     help="N, experts per feed-forward layer (SD 1.5: 4, SDXL: 1)")
+    mtu.add_argument("--expert-width", type=float,
+                     help="G, an expert's share of the layer's width (default: 1/N)")
+    mtu.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve",
+                     help="preserve equals the pretrained network at step 0, literal is the "
+                     "paper's plain copy")
+    mtu.add_argument("--top-k", type=int, help="keep the k largest router weights (default: all)")
+    mtu.add_argument("--train", choices=("list", "all", "self", "cross", "ffn"), help="what "
+                     "trains: the paper's list (the default of an upcycled network), everything, or"
+                     " only the self-attention, cross-attention or feed-forward layers (Table 1)")
+
+    dtr = parser.add_argument_group("DTR")
+    dtr.add_argument("--routing", choices=("dtr", "random"),
+                     help="mask channels by timestep; random masks are the paper's control")
+    dtr.add_argument("--alpha", type=float, default=4.0,
+                     help="exponent of the window's shift, (t / T)^alpha")
+    dtr.add_argument("--beta", type=float, default=0.8,
+                     help="share of channels that a timestep sees")
+
+    deme = parser.add_argument_group("DeMe")
+    deme.add_argument("--t-range", type=int, nargs=2, metavar=("START", "END"),
+                      help="fine-tune for timesteps START <= t < END")
+    deme.add_argument("--p-global", type=float, default=0.3, help="probability of drawing t from "
+                      "all timesteps instead of the range (official code: 0.3)")
+    deme.add_argument("--consistency", type=float, default=1.0,
+                      help="weight of the consistency loss, Eq. 5's second term (paper: 1)")
+    deme.add_argument("--projection", nargs="?", const="convolutions",
+                      choices=("convolutions", "blocks"), help="channel projections: after "
+                      "convolutions, where they fold; or after blocks, as in the official code")
+
+    joint = parser.add_argument_group("MT-Diffusion")
+    joint.add_argument("--head", choices=("image", "linear", "classifier", "vector"),
+                       help="head of the other modality: image for pictures, vector for repr, "
+                       "linear (-M) or classifier (-E) for label (default: the first that fits)")
+    joint.add_argument("--input", choices=("z", "x"), default="z",
+                       help="x: also concatenate the other picture to the input (-X); z: the "
+                       "noisy latent only (-U)")
+    joint.add_argument("--drop", type=float, help="probability of hiding the other modality in "
+                       "training (default: 0.1, and 0 for translate with --input z)")
+    joint.add_argument("--schedule", choices=tuple(aggregation.SCHEDULES), default="vanishing",
+                       help="weights w_t of the other modality; interpolating needs betas that "
+                       "do not end in pure noise")
+    joint.add_argument("--k", type=float, default=1.0, help="scale of these weights")
+    joint.add_argument("--modality-weight", type=float, default=aggregation.LAMBDA,
+                       help="lambda of Eq. 6")
+
+    logging = parser.add_argument_group("logging")
+    logging.add_argument("--save-every", type=int, default=200, help="steps between checkpoints; "
+                         "0 saves none")
+    logging.add_argument("--sample-every", type=int, help="steps between sample grids, 0 for none "
+                         "(default: half way and at the end)")
+    logging.add_argument("--log-every", type=int, default=10, help="steps between lines of the log")
+    logging.add_argument("--eval-size", type=int, default=64,
+                         help="held-out examples per task for the loss before and after")
+    logging.add_argument("--eval-every", type=int, default=0,
+                         help="steps between held-out losses in the log; 0 for none")
+    return parser.parse_args()
 
 
-def text_parts(folder, width):
-    """Tokenizer and text encoder: the folder's, whose states must have that width, or new ones."""
-    if not folder:
-        tokenizer = new_tokenizer()
-        return tokenizer, clip.CLIPText(clip.tiny_config(tokenizer))
-    tokenizer, encoder = clip.Tokenizer.from_pretrained(folder), clip.CLIPText.from_pretrained(folder)
-    c = encoder.config
-    if c["hidden_size"] != width or max(tokenizer.vocab.values()) >= c["vocab_size"] or tokenizer.length > c["max_position_embeddings"]:
-        raise UserError(f"--text-encoder {folder} is {c['hidden_size']} wide, the U-Net reads {width}; or its tokenizer has more ids or positions")
-    return tokenizer, encoder
+def check_args(args):
+    """Refuse numbers that mean nothing, before anything is read or computed."""
+    ranges = {"steps": (1, 1e9), "batch_size": (1, 1e6), "device_batch_size": (1, 1e6),
+              "log_every": (1, 1e9), "eval_size": (1, 1e5), "save_every": (0, 1e9),
+              "sample_every": (0, 1e9), "eval_every": (0, 1e9), "warmup": (0, 1e9),
+              "workers": (0, 256), "seed": (0, 2 ** 62), "lr": (1e-12, 1e3),
+              "weight_decay": (0, 1e3), "consistency": (0, 1e6), "drop": (0, 0.999),
+              "modality_weight": (0, 1e6), "k": (-1e6, 1e6), "p_global": (0, 1)}
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: from {low:g} to {high:g}")
+    if args.t_range is None and args.projection:
+        raise UserError("--projection goes with --t-range")
 
+
+def parse_tasks(args):
+    """--task -> the tasks of samples 0, 1, .. in turn."""
+    if args.task is None:
+        tuned = args.t_range and args.model != "scratch"
+        args.task = ",".join(load_model(args.model).tasks) if tuned else "all"
+    shares = list(ALL) if args.task == "all" else args.task.split(",")
+    if unknown := [task for task in shares if task not in TASKS]:
+        raise UserError(f"--task: {', '.join(unknown)} is unknown; the tasks are "
+                        f"{', '.join(TASKS)}, and all means {', '.join(ALL)}")
+    if len(shares) > 1 and (alone := {"uncond", *JOINT} & set(shares)):
+        raise UserError(f"--task {args.task}: {min(alone)} trains alone")
+    return shares
+
+
+# -------------------------------------------------------------------------------------------------
+# Processes
+
+def restart_store():
+    """Where the processes of torchrun find each other; None is torch's own choice.
+
+    On one machine torchrun's store outlives a restart and keeps the addresses of dead processes
+    (pytorch issue 135712), so each restart gets names of its own.
+    """
+    env = os.environ
+    one_machine = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not one_machine:
+        return None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
+                          use_libuv=env.get("USE_LIBUV", "1") == "1")
+    return dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def join_processes(args):
+    """Join torchrun's processes, if there are several -> device, rank, number of processes."""
+    # torchrun tells each process its number by these variables; without it there is one process.
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    cuda = torch.cuda.is_available() and str(args.device or "cuda").startswith("cuda")
+    if world > 1 and cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError("--nproc_per_node asks for more processes than the "
+                            f"{torch.cuda.device_count()} devices here")
+        torch.cuda.set_device(local_rank)
+    device = pick_device(args.device)
+    if world > 1:
+        # While one process saves or draws, the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=restart_store(),
+                                rank=rank, world_size=world, timeout=datetime.timedelta(hours=1))
+    return device, rank, world
+
+
+class Stop:
+    """Notice SIGTERM and Ctrl-C: the step is finished, the run saved, and all ranks leave together.
+
+    torchrun sends SIGTERM after the terminal's Ctrl-C, which is still one request. A second Ctrl-C
+    stops at once.
+    """
+
+    def __init__(self):
+        self.received = []
+
+    def __enter__(self):
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        # nohup ignores some signals, and that stays so.
+        numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {n: signal.signal(n, self.receive) for n in numbers}
+        return self
+
+    def receive(self, number, frame):
+        if number == signal.SIGINT and number in self.received:
+            raise KeyboardInterrupt
+        self.received.append(number)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def on_any_rank(self, device):
+        """Whether any process was told to stop: torchrun kills the others once one has ended."""
+        if not dist.is_initialized():
+            return bool(self.received)
+        flag = torch.tensor(float(bool(self.received)), device=device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+
+def check_same_start(step, device):
+    """Raise a UserError where the processes found different checkpoints."""
+    if dist.is_initialized():
+        ends = torch.tensor([step, -step], device=device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise UserError("the processes found different checkpoints: --out must be on a disk "
+                            "that all machines share")
+
+
+def check_same_weights(params):
+    """Raise a UserError where the bits of a parameter differ between the processes.
+
+    Averaged gradients would hide it. A sum of the bits changes when any one bit does.
+    """
+    if not dist.is_initialized():
+        return
+    sums = [p.detach().contiguous().view(torch.int32).sum() for p in params.values()]
+    least = torch.stack(sums)
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    different = [name for name, same in zip(params, (least == most).tolist()) if not same]
+    if different:
+        raise UserError(f"the weights differ between the processes, {different[0]} first, "
+                        f"{len(different)} of {len(params)} in all: a device or a library is at "
+                        "fault; the last checkpoint is kept")
+
+
+# -------------------------------------------------------------------------------------------------
+# The model
 
 def build_model(args, tasks):
-    """The model to train and whether it is new; then its text encoder trains too, unless --text-encoder gives one."""
-    pixels = tasks == ["uncond"] or tasks[0] in joint.SETTINGS
-    if args.unet and not (args.model == "scratch" and pixels):
-        raise UserError(f"--unet goes with --model scratch and --task uncond, {', '.join(joint.SETTINGS)}")
-    if args.text_encoder and (pixels or args.t_range and args.consistency > 0):
-        raise UserError(f"--text-encoder goes with {', '.join(ALL)}; with --t-range at --consistency 0, since the pretrained output has read another")
+    """The model to train, with the methods that the arguments ask for."""
     if args.model == "scratch":
-        if not (tasks == ["t2i"] or pixels) or args.t_range:
-            raise UserError("--model scratch trains the base: use --task t2i, then --task all or --t-range with --model on the result; or uncond")
-        if pixels:
-            config = adm.CONFIGS[args.unet or "adm-tiny"] | dict(num_class_embeds=len(joint.classes()) + 1 if tasks == ["label"] else None)
-            scheduler = ADM_SCHEDULER | ({} if config.get("out_channels") == 6 else dict(variance_type="fixed_large"))
-            model = Model(adm.UNet2D(config), Pixels(config["sample_size"]), None, None, scheduler, {})
-            return replace(model, index=pipeline_index(model)), True
-        tokenizer, text_encoder = text_parts(args.text_encoder, CONFIGS["tiny"]["cross_attention_dim"])
-        model = Model(UNet(CONFIGS["tiny"]), VAE.from_pretrained(args.vae), text_encoder, tokenizer, SCHEDULER, {})
-        return replace(model, index=pipeline_index(model) | {"_guidance": {"t2i": GUIDANCE["t2i"]}}), True
-    model = load_model(args.model)
-    model.index.pop("base", None)  # a run folder is whole
-    if model.heads is not None and tasks[0] not in joint.SETTINGS:
-        raise UserError(f"{args.model} does not know {', '.join(tasks)}; it knows {', '.join(model.tasks)}")
-    upcycles = "moe" not in model.unet.config and not (tasks == ["t2i"] or pixels)
+        model = new_model(args, tasks)
+    else:
+        if args.unet:
+            raise UserError("--unet goes with --model scratch")
+        model = load_model(args.model)
+        model.index.pop("base", None)  # a run folder is complete
+        prepare_loaded(args, tasks, model)
+    network = model.unet
+    if args.routing:
+        routing.add_routing(network, args.alpha, args.beta, args.routing, model.diffusion.T,
+                            args.seed)
+    if tasks[0] in JOINT:
+        attach_modality(args, tasks[0], model)
+    elif args.head or args.input == "x" or args.drop is not None:
+        raise UserError(f"--head, --input and --drop belong to the tasks {', '.join(JOINT)}")
+    if unknown := [task for task in tasks if task not in model.tasks]:
+        raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows "
+                        f"{', '.join(model.tasks)}")
+    return model
+
+
+def name_own_classes(model):
+    """Name classes of our own in model_index.json where a method is attached.
+
+    diffusers would otherwise open the folder and draw wrong pictures.
+    """
+    name = model.unet.config.get("_class_name", "UNet")
+    if "moe" not in model.unet.config and name.startswith(("Routed", "Joint", "Projected")):
+        model.index["_class_name"] = name.replace("UNet", "Pipeline")
+        model.index["unet"] = ["diffusers", name]
+
+
+def new_model(args, tasks):
+    """A model with new weights: text-to-image on latents, or anything else on pixels."""
+    if args.t_range:
+        raise UserError("--t-range fine-tunes a trained model: name it with --model")
+    if tasks == ["t2i"]:
+        # Not SDXL, which reads two text encoders.
+        configs = {name: c for name, c in CONFIGS.items() if not c.get("addition_embed_type")}
+        config = named_config(args.unet or "tiny", configs)
+        base = load_model(args.encoders)
+        # Cross-attention is as wide as the text states that it reads.
+        width = base.text_encoder.config["hidden_size"]
+        network = UNet(config | dict(cross_attention_dim=width))
+        model = Model(network, base.vae, base.text_encoder, base.tokenizer, SCHEDULER, {},
+                      path="scratch")
+        guidance = {"_guidance": {"t2i": GUIDANCE["t2i"]}}
+        model.index = pipeline_index(model) | guidance
+        return model
+    if tasks[0] != "uncond" and tasks[0] not in JOINT:
+        raise UserError("--model scratch trains a base: use --task t2i, and then --task all with "
+                        f"--model on its folder; or one of uncond, {', '.join(JOINT)}")
+    import adm
+    config = named_config(args.unet or "adm-tiny", adm.CONFIGS)
+    # One row more than there are classes: the last means "no class".
+    classes = len(data.class_names(args.data)) + 1 if tasks == ["label"] else None
+    network = adm.UNet2D(config | dict(num_class_embeds=classes))
+    model = Model(network, adm.Pixels(network.config["sample_size"]), None, None,
+                  adm.scheduler_for(network.config), {}, path="scratch")
+    model.index = pipeline_index(model)
+    return model
+
+
+def named_config(name, configs):
+    if name not in configs:
+        raise UserError(f"--unet {name}: choose from {', '.join(configs)}")
+    return configs[name]
+
+
+def prepare_loaded(args, tasks, model):
+    """Upcycle a text-to-image model that shall learn other tasks, and choose what trains."""
+    network = model.unet
+    plain = tasks in (["t2i"], ["uncond"]) or tasks[0] in JOINT
+    # A text-to-image model is upcycled as soon as it shall do anything else.
+    upcycles = "moe" not in network.config and not plain
     if args.t_range and (upcycles or args.routing):
-        raise UserError("--t-range fine-tunes a model that can do its tasks already: train that first, then --model on it")
+        raise UserError("--t-range fine-tunes a model that knows its tasks and has its masks "
+                        "already: train that first, and then name it with --model")
     if upcycles:
-        moe.upcycle(model.unet, tasks, args.num_experts, args.expert_init, args.expert_width, args.top_k)
-        kept = {k: v for k, v in model.index.items() if k == "force_zeros_for_empty_prompt"}
-        model.index = kept | {"_class_name": "UpcycledPipeline"} | ({"guidance": GUIDANCE} if model.native_size <= 64 else {})
-    elif "_class_name" not in model.unet.config:  # an ordinary U-Net; parts that the base's index names besides are not written
+        moe.upcycle(network, tasks, args.num_experts, args.expert_init,
+                    expert_width=args.expert_width, top_k=args.top_k)
+        index = {"_class_name": "UpcycledPipeline"}
+        if "force_zeros_for_empty_prompt" in model.index:
+            index["force_zeros_for_empty_prompt"] = model.index["force_zeros_for_empty_prompt"]
+        if is_miniature(model):
+            index["guidance"] = GUIDANCE
+        model.index = index
+    elif "_class_name" not in network.config:
+        # An ordinary U-Net. Parts of the pipeline that are not written are not named either.
         model.index = pipeline_index(model)
-    if args.text_encoder:
-        if len(model.texts) != 1:
-            raise UserError(f"--text-encoder is for models with one text encoder, {args.model} has {len(model.texts)}")
-        model.tokenizer, model.text_encoder = text_parts(args.text_encoder, model.unet.config["cross_attention_dim"])
-    if args.full:
-        model.unet.requires_grad_(True)
-    if unknown := [task for task in tasks if task not in (*model.tasks, *joint.SETTINGS)]:
-        raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows {', '.join(model.tasks)}")
-    return model, False
+    if "moe" in network.config:
+        moe.trainable(network, args.train or "list")
+    elif args.train:
+        raise UserError("--train goes with several tasks (MTU)")
 
 
-def parameter_groups(module, weight_decay, lr):
-    """Norms, biases and rows per task get no weight decay: rows of absent tasks would drift. Learned loss weights have ANT-UW's own lr."""
-    rows = {id(p) for m in module.modules() if isinstance(m, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding)) for p in m.parameters()}
-    groups = [dict(params=[], weight_decay=weight_decay, peak_lr=lr), dict(params=[], weight_decay=0.0, peak_lr=lr),
-              dict(params=[], weight_decay=0.0, peak_lr=0.025)]
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            plain = p.dim() == 1 or not name.endswith("weight") or id(p) in rows
-            groups[2 if name.startswith("uncertainty.") else plain]["params"].append(p)
-    return groups
+def attach_modality(args, task, model):
+    """MT-Diffusion: give the model the head, the inputs and the process of a task."""
+    if args.t_range:
+        raise UserError(f"--t-range does not go with --task {task}")
+    classes = data.class_names(args.data) if task == "label" else ()
+    aggregation.prepare(model, task, TASKS[task].modality, head=args.head, input=args.input,
+                        weights=args.schedule, k=args.k, classes=classes)
 
 
-def channels_last(unet):
-    """As a GPU's convolutions want their weights. `to(memory_format=...)` does not take those of TaskConv, which have a dimension more."""
-    for p in unet.parameters():
+def is_miniature(model):
+    return sum(p.numel() for p in model.unet.parameters()) < 2e7
+
+
+class Net(nn.Module):
+    """Everything that trains, as the one module that DistributedDataParallel wraps."""
+
+    def __init__(self, unet, uncertainty=None):
+        super().__init__()
+        self.unet = unet                # with MT-Diffusion's heads and DeMe's projections
+        self.uncertainty = uncertainty  # ANT-UW's learned weights of timesteps
+
+    def forward(self, z, t, context, task=None, added=None):
+        return self.unet(z, t, context, task=task, added=added)
+
+
+def parameter_groups(net, weight_decay, lr):
+    """AdamW's groups: weight matrices decay; norms, biases and tables with a row per task do not.
+
+    Decay would make the rows of tasks that are absent from a batch drift. ANT-UW's weights have
+    the learning rate of their paper.
+    """
+    tables = set()
+    for module in net.modules():
+        if isinstance(module, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding)):
+            tables.update(id(p) for p in module.parameters())
+    decayed = dict(params=[], weight_decay=weight_decay, peak_lr=lr)
+    others = dict(params=[], weight_decay=0.0, peak_lr=lr)
+    uncertainty = dict(params=[], weight_decay=0.0, peak_lr=0.025)
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.startswith("uncertainty."):
+            uncertainty["params"].append(p)
+        elif p.dim() == 1 or not name.endswith("weight") or id(p) in tables:
+            others["params"].append(p)
+        else:
+            decayed["params"].append(p)
+    return [group for group in (decayed, others, uncertainty) if group["params"]]
+
+
+def channels_last(network):
+    """Lay out convolutions as a GPU wants them. Module.to refuses TaskConv's five dimensions."""
+    for p in network.parameters():
         if p.dim() == 4:
             p.data = p.data.to(memory_format=torch.channels_last)
 
 
-def make_optimizer(groups, device, zero):
-    fused = device.type in ("cuda", "cpu")  # one pass over memory, several times as fast
-    if zero:  # each process has the moments of its share
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer([group for group in groups if group["params"]], torch.optim.AdamW, fused=fused)
-    return torch.optim.AdamW(groups, fused=fused)
-
-
 def lr_factor(step, args):
-    """What multiplies the learning rate: linear warm-up, then constant or a cosine to zero."""
-    warm = min(1.0, (step + 1) / max(args.warmup, 1))
-    return warm * (0.5 * (1 + np.cos(np.pi * step / args.steps)) if args.lr_schedule == "cosine" else 1.0)
+    """The learning rate's factor: linear warm-up, then constant or a cosine to zero."""
+    warmup = min(1.0, (step + 1) / max(args.warmup, 1))
+    if args.lr_schedule == "constant":
+        return warmup
+    # Half a period of a cosine: 1 at the first step, 0 after the last.
+    return warmup * 0.5 * (1 + np.cos(np.pi * step / args.steps))
 
 
-def total_loss(losses, num_tasks, batch_size):
-    """MTU Eq. 2, the sum over tasks of each task's mean loss, from per-sample losses (B,) of the batch or of a part of it, where every task has
-    batch_size / num_tasks samples. A task with more of them weighs as much more."""
-    return losses.sum() * num_tasks / batch_size
+@contextlib.contextmanager
+def averaged(params, ema):
+    """Put the weight average in place of the weights, inside the block."""
+    def swap():
+        for name, p in params.items():
+            p.data, ema[name] = ema[name], p.data
+    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
-def open_data(args, model, shares, encode, rank=0, world=1):
-    """-> the training examples, the held-out data sets per task (of pictures, for grids), fixed examples of these. With --cache examples hold
-    moments in the place of pictures, and encode.texts is set."""
-    if not args.data and model.native_size != 64 and model.texts and model.heads is None:
-        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, the built-in ones are 64 x 64: give --data")
-    size, side = model.native_size, model.unet.config["sample_size"]
-    builtin = data.builtin if model.heads is None else joint.Pictures
-    train, held_out = ({task: data.Folder(args.data, task, split, size) if args.data else builtin(task, split, size)
-                        for task in dict.fromkeys(shares)} for split in ("train", "heldout"))
-    measured = held_out
-    if args.cache:
-        kept = cache.open_cache(args, model, [*train.values(), *held_out.values()], rank, world)
-        train, measured = kept.applied(train), kept.applied(held_out)
-        encode.texts = kept.states if kept.texts else None
-    examples = Examples(train, args.batch_size, args.seed, model.diffusion.T, (model.vae.config["latent_channels"], side, side),
-                        args.t_range, args.p_global, args.antithetic, model.heads and {shares[0]: (0, 0, args.drop)}, shares)
-    return examples, held_out, list(examples.held_out(measured, args.eval_size))
+# -------------------------------------------------------------------------------------------------
+# What a run logs
+
+def count_flops(network, task=None, backward=False):
+    """Count the multiplications and additions of one sample of the model's own size.
+
+    Of the forward pass; with `backward` of a training step, where frozen weights have no gradient
+    of their own. Attention's products count, MT-Diffusion's heads do not. Nothing is computed: the
+    tensors have only shapes.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    config = network.config
+    device = network.conv_out.weight.device
+    checkpointing = network.gradient_checkpointing
+    heads = network.heads
+    network.gradient_checkpointing = False
+    network.heads = None
+    # The counter does not know the CPU's fused attention, so that is switched off.
+    counter = FlopCounterMode(display=False)
+    shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
+    plain_products = sdpa_kernel(SDPBackend.MATH)
+    with shapes_only, plain_products, counter, torch.set_grad_enabled(backward):
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        tensors = {name: torch.empty_strided(p.shape, p.stride(), device=device)
+                   .requires_grad_(p.requires_grad) for name, p in network.named_parameters()}
+        tensors |= {name: empty(*b.shape, dtype=b.dtype) for name, b in network.named_buffers()}
+        channels, context, added, row = config["in_channels"], None, None, None
+        if task is not None:
+            channels = config["moe"]["in_channels"][config["moe"]["tasks"][task]]
+            row = empty(1, dtype=torch.long)
+        if config.get("cross_attention_dim"):
+            context = empty(1, 77, config["cross_attention_dim"])
+        if config.get("addition_embed_type"):
+            numbers = 6 * config["addition_time_embed_dim"]
+            pooled = config["projection_class_embeddings_input_dim"] - numbers
+            added = dict(text_embeds=empty(1, pooled), time_ids=empty(1, 6))
+        if config.get("num_class_embeds"):
+            added = dict(class_labels=empty(1, dtype=torch.long))
+        # One sample of the model's own size.
+        side = config["sample_size"]
+        z = empty(1, channels, side, side)
+        out = torch.func.functional_call(network, tensors, (z, empty(1), context, row, added))
+        if backward:
+            out.sum().backward()
+    network.gradient_checkpointing = checkpointing
+    network.heads = heads
+    return counter.get_total_flops()
 
 
-def decouple(args, shares, device, rank, world):
-    """DeMe as a whole: one copy a timestep range (each a run of its own, which resumes), the weights of Eq. 8 searched on one half of the
-    held-out examples, the merged model, and a table of losses on the other half."""
-    out, N, tasks = Path(args.out or "runs/deme"), args.decouple, list(dict.fromkeys(shares))
-    if args.t_range or args.model == "scratch" or args.eval_size < 2 * N or not args.save_every or args.text_encoder:
-        raise UserError(f"--decouple makes the ranges itself, of a pretrained --model and its text encoder, saves, needs --eval-size {2 * N} or more")
-    model = load_model(args.model, device=device)
-    if args.projection == "blocks":
-        merge.add_projections(model.unet, "blocks")  # each the identity: what the copies started from
-    T, ranges, copies = model.diffusion.T, merge.timestep_ranges(model.diffusion.T, N), [out / f"range-{i}" for i in range(N)]
-    for t_range, folder in zip(ranges, copies):
-        train(argparse.Namespace(**vars(args) | dict(decouple=None, t_range=list(t_range), out=str(folder))), shares, device, rank, world)
-    if rank > 0:
+# Peak TFLOP/s of one device, dense: in bf16, and in TF32, which fp32 runs use.
+PEAK = {"H200": (989, 494), "H100 PCIe": (756, 378), "H100": (989, 494), "A100": (312, 156),
+        "A10": (125, 62), "L40S": (362, 183), "RTX 4090": (165, 83)}
+
+
+def peak_flops(device, precision):
+    """FLOP/s of a device at its best, or None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for key, (bf16, tf32) in PEAK.items():
+        if re.search(rf"\b{key}\b", name) and not re.search("MIG|NVL|Laptop", name):
+            return (bf16 if precision == "bf16" else tf32) * 1e12
+    return None
+
+
+def peak_memory(device):
+    """GB: the most that CUDA had allocated, or that this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Meter:
+    """Mean losses by name and range of timesteps, and the speed, since they were last read."""
+
+    def __init__(self, tasks, modalities, num_timesteps, device):
+        self.names = [*tasks, *(f"{modality} head" for modality in modalities)]
+        self.tasks = tasks
+        self.num_timesteps = num_timesteps
+        self.device = device
+        self.reset()
+
+    def reset(self):
+        # A sum and a count in each cell; they stay on the device, so that nothing waits for it.
+        self.cells = torch.zeros(len(self.names) * BINS, 2, device=self.device)
+        self.busy = 0.0
+        self.waiting = 0.0
+
+    def add(self, batch, terms):
+        """terms: name -> (B,). The denoising term counts for the sample's task."""
+        bins = batch["t"].to(self.device) * BINS // self.num_timesteps
+        for name, values in terms.items():
+            if name == "denoising":
+                rows = [self.tasks.index(task) for task in batch["task"]]
+            else:
+                rows = [self.names.index(f"{name} head")] * len(values)
+            cells = torch.tensor(rows, device=self.device) * BINS + bins
+            values = values.detach().float()
+            there = values.isfinite()  # NaN: the sample has no such modality
+            self.cells[:, 0].index_add_(0, cells, values.where(there, 0))
+            self.cells[:, 1].index_add_(0, cells, there.float())
+
+    def read(self):
+        """-> mean loss by name, by name and range, samples seen; over all processes."""
+        if dist.is_initialized():
+            dist.all_reduce(self.cells)
+        # Sums and counts travel, not means: processes may have seen different numbers of a task.
+        total, count = self.cells.view(len(self.names), BINS, 2).cpu().double().unbind(-1)
+        mean, by_range = {}, {}
+        for name, sums, counts in zip(self.names, total, count):
+            if counts.any():
+                mean[name] = (sums.sum() / counts.sum()).item()
+            by_range[name] = [round(s / n, 5) if n else None
+                              for s, n in zip(sums.tolist(), counts.tolist())]
+        return mean, by_range, count[:len(self.tasks)].sum().item()
+
+
+def append_line(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def forget_after(path, step):
+    """Drop the lines of log.jsonl that steps after the checkpoint wrote: they come again."""
+    if not path.exists():
         return
-    denoiser, encode = Denoiser(model.unet, None, model.diffusion.to(device)), Encoder(model.vae)
-    fixed = open_data(args, model, tasks, encode)[2]
-    part, searched = np.array([e["t"] for e in fixed]) * N // T, np.arange(len(fixed)) // len(tasks) % 2 == 0
-    base = {key: value.cpu().clone() for key, value in model.unet.state_dict().items()}
-    vectors = [merge.task_vector(base, load_model(folder).unet.state_dict()) for folder in copies]
+    lines = []
+    for line in path.read_text().splitlines(keepends=True):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] > step:
+                continue
+        if line.endswith("\n"):
+            lines.append(line)  # also a line that somebody else wrote
+    write_text(path, "".join(lines))
 
-    def losses(weights, examples=fixed):
-        model.unet.load_state_dict(merge.merge(base, vectors, list(weights)))
-        return held_out_losses(denoiser, encode, model, examples, args.batch_size, device)
 
-    rows = {"before": losses([0] * N)} | {f"copy {i}": losses(np.eye(N)[i]) for i in range(N)}
-    rows["ensemble (Eq. 7)"] = np.choose(part, [rows[f"copy {i}"] for i in range(N)])
-    rows["merged, 1/N each"] = losses([1 / N] * N)
-    half = [e for e, s in zip(fixed, searched) if s]
-    weights, _ = merge.search_weights(lambda w: losses(w, half).mean(), N)
-    rows["merged, searched"] = losses(weights)
-    replace(model, index=read_json(copies[0] / "model_index.json")).save(out / "merged")
-    table = {name: [row[~searched & (part == i)].mean() for i in range(N)] + [row[~searched].mean()] for name, row in rows.items()}
-    unseen = dict(t=[e["t"] for e, s in zip(fixed, searched) if not s], losses={name: row[~searched].tolist() for name, row in rows.items()})
-    write_json(out / "merge.json", dict(ranges=ranges, weights=weights, losses=table, unseen=unseen))
-    print(" " * 20 + "".join(f"{f'{a}..{b - 1}':>12}" for a, b in ranges) + f"{'all':>12}")
-    for name, row in table.items():
-        print(f"{name:<20}" + "".join(f"{value:>12.4f}" for value in row))
-    print(f"weights {weights}; saved in {out / 'merged'}. Next: python sample.py --task {tasks[0]} --model {out / 'merged'}")
+# -------------------------------------------------------------------------------------------------
+# The held-out loss: fixed examples with fixed noise, so that two networks can be compared
+
+def held_out_examples(tasks, root, model, count):
+    """`count` fixed held-out examples of each task, with their timesteps and noise."""
+    side = model.unet.config["sample_size"]
+    datasets = {task: data.open_dataset(task, "heldout", model.native_size, root) for task in tasks}
+    examples = Examples(datasets, list(tasks), batch_size=len(tasks), seed=0,
+                        num_timesteps=model.diffusion.T,
+                        latent_shape=(model.vae.config["latent_channels"], side, side))
+    return examples.held_out(datasets, count)
+
+
+@torch.no_grad()
+def held_out_terms(model, net, examples, device, batch_size, encode_text=None):
+    """The terms of the loss for each of M examples -> {"denoising" or modality: (M,) numpy}."""
+    diffusion = model.diffusion.to(device)
+    encoder = Encoder(model.vae)
+    terms = {}
+    for first in range(0, len(examples), batch_size):
+        batch = collate(examples[first:first + batch_size])
+        t, noise = batch["t"].to(device), batch["noise"].to(device)
+        x0, source = encoder(batch, device)
+        context, added = (encode_text or text_encoding(model, device))(batch["prompt"])
+        known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:], device)
+        if known:
+            predict = aggregation.predictor(net, model.unet, known, context, added)
+            _, found = aggregation.loss(model.unet.heads, predict, x0, known, noise, t)
+        else:
+            z_t = diffusion.add_noise(x0, noise, t)
+            z = z_t if source is None else torch.cat([z_t, source], dim=1)
+            out = net(z, t, context, task_rows(model, batch, device), added)
+            found = {"denoising": diffusion.error(out, x0, noise, t)}
+        for name, values in found.items():
+            terms.setdefault(name, []).append(values.float().cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in terms.items()}
+
+
+def held_out_losses(model, net, examples, device, batch_size):
+    """The denoising loss of each of M examples -> (M,) numpy."""
+    return held_out_terms(model, net, examples, device, batch_size)["denoising"]
+
+
+def means(examples, terms, num_timesteps):
+    """Mean of the terms by task or modality -> {name: mean}, {name: [mean in each range]}."""
+    tasks = np.array([example["task"] for example in examples])
+    bins = np.array([example["t"] for example in examples]) * BINS // num_timesteps
+    values = {task: np.where(tasks == task, terms["denoising"], np.nan)
+              for task in dict.fromkeys(tasks.tolist())}
+    values |= {f"{name} head": v for name, v in terms.items() if name != "denoising"}
+
+    def mean(v):
+        return float(np.nanmean(v)) if np.isfinite(v).any() else None
+
+    return ({name: mean(v) for name, v in values.items()},
+            {name: [mean(v[bins == i]) for i in range(BINS)] for name, v in values.items()})
+
+
+def text_encoding(model, device, encoded=None):
+    """-> encode(prompts) -> context (B, S, D) and what SDXL adds to it; both None on pixels.
+
+    encoded: a data.Encoded, which has the states already.
+    """
+    size = model.native_size
+
+    def encode(prompts):
+        context, pooled = (encoded or model).encode_text(prompts)
+        context = None if context is None else context.to(device)
+        pooled = None if pooled is None else pooled.to(device)
+        return context, model.added(pooled, size, size)
+    return encode
+
+
+def task_rows(model, batch, device):
+    """The row of each sample's task in an upcycled network -> (B,)."""
+    return torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
+
+
+# -------------------------------------------------------------------------------------------------
+# Saving and resuming
+
+# Arguments that may change when a run is resumed: they do not change what it computes.
+FREE = ("out", "device", "device_batch_size", "workers", "compile", "gradient_checkpointing",
+        "save_every", "sample_every", "log_every", "eval_every")
+
+
+def fixed_settings(args):
+    """The arguments that must be the same when a run is resumed."""
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    for key in ("model", "encoders", "data"):
+        if settings[key] and Path(settings[key]).exists():
+            # Under another name it is the same folder, and so are our assets after they moved.
+            path = Path(settings[key]).resolve()
+            ours = path.is_relative_to(ASSETS.resolve())
+            settings[key] = str(path.relative_to(ASSETS.resolve()) if ours else path)
+    if args.lr_schedule == "constant":
+        # With a constant learning rate a longer run repeats the shorter one, so it may resume.
+        settings.pop("steps")
+    return settings
+
+
+def resume(out, args, params, ema, optimizer):
+    """Read the checkpoint of a run folder, if there is one -> its scalars."""
+    path = out / "state" / "state.safetensors"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; it names a folder")
+    if not path.exists():
+        if (out / "model_index.json").exists() and not (out / "arguments.json").exists():
+            raise UserError(f"{out} holds a model that train.py did not write; choose another "
+                            "--out")
+        # before: the held-out loss at the start; skipped: steps whose gradient was not finite.
+        return dict(step=0, before=None, skipped=0, in_a_row=0)
+    scalars = read_scalars(path)
+    settings = fixed_settings(args)
+    before = scalars["settings"]
+    # An option that is younger than the run was not in use then: it was None, or off.
+    before = {key: value and None for key, value in settings.items()} | before
+    changed = [f"--{key.replace('_', '-')} was {before[key]!r} and is now {value!r}"
+               for key, value in settings.items() if before[key] != value]
+    if changed:
+        raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give those, "
+                        "or another --out")
+    load_state(path, params, ema, optimizer)
+    return scalars
+
+
+def save(out, args, model, params, ema, optimizer, scalars, unet_only):
+    """Write the averaged model, and then the state, which says that the model is there."""
+    if not all(average.isfinite().all() for average in ema.values()):
+        raise UserError(f"weights are not finite at step {scalars['step']}; the last checkpoint in "
+                        f"{out} is kept. Try a lower --lr")
+    write_json(out / "arguments.json", vars(args))
+    with averaged(params, ema):
+        complete = model
+        if args.projection == "convolutions":
+            complete = replace(model, unet=merge.fold_projections(model.unet))
+        complete.save(out, unet_only=unet_only)
+    settings = fixed_settings(args)
+    save_state(out / "state" / "state.safetensors", params, ema, optimizer,
+               dict(scalars, settings=settings))
+
+
+# -------------------------------------------------------------------------------------------------
+# Training
+
+def train(args, shares, device, rank, world):
+    tasks = list(dict.fromkeys(shares))
+    print0 = tqdm.write if rank == 0 else lambda *_: None
+    # The seed decides new weights; what a batch draws has generators of its own.
+    torch.manual_seed(args.seed)
+    # TF32 keeps fp32's range and multiplies several times as fast on recent GPUs.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+    # Model, defaults that depend on it, and what is frozen.
+    model = build_model(args, tasks).to(device)
+    fill_defaults(args, model, device)
+    diffusion = model.diffusion.to(device)
+    if args.loss_weight == "v" and diffusion.config["prediction_type"] == "v_prediction":
+        raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} "
+                        "predicts v already")
+    per_rank, micro_size, accumulation = split_batch(args, shares, world)
+    for module in model.modules:
+        if module is not model.unet:
+            module.eval().requires_grad_(False)
+    network = model.unet.train()
+    network.gradient_checkpointing = args.gradient_checkpointing
+    if device.type == "cuda":
+        channels_last(network)
+    teacher = None
+    if args.t_range and args.consistency > 0:
+        # DeMe Eq. 5: the pretrained network, copied before anything is attached to it.
+        teacher = copy.deepcopy(network).requires_grad_(False)
+    row = model.tasks.index(tasks[0]) if "moe" in network.config else None
+    flops = count_flops(network, row, backward=True)  # every task costs the same
+    if args.projection:
+        merge.add_projections(network, args.projection)
+    name_own_classes(model)
+    uncertainty = UncertaintyWeight(diffusion.T).to(device) if args.loss_weight == "uw" else None
+    net = Net(network, uncertainty)
+    params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in params.items()}
+    # The fused AdamW passes over memory once, several times as fast on the CPU too.
+    optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay, args.lr),
+                                  fused=device.type in ("cuda", "cpu"))
+    trained = sum(p.numel() for p in params.values())
+    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
+    print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, "
+           f"on {world} x {device}")
+
+    # Resume.
+    folder = Path(args.out)
+    run = resume(folder, args, params, ema, optimizer)
+    start = run["step"]
+    check_same_start(start, device)
+    if start > 0:
+        print0(f"resuming {folder} at step {start}")
+    if start >= args.steps:
+        print0(f"{folder} is finished ({start} steps); to train on from it: --model {folder} with "
+               "another --out")
+
+    # Data.
+    examples, held_out, fixed, encoded = open_data(args, model, tasks, shares, print0)
+    encode_text = text_encoding(model, device, encoded)
+    encoder = Encoder(model.vae)
+
+    def held_out_means():
+        with averaged(params, ema):
+            terms = held_out_terms(model, network, fixed, device, args.batch_size, encode_text)
+        return means(fixed, terms, diffusion.T)
+
+    if run["before"] is None:
+        print0(f"measuring the held-out loss on {len(fixed)} examples")
+        run["before"] = held_out_means()[0]
+    numbers = micro_batches(start, args.steps, args.batch_size, rank * per_rank, per_rank,
+                            micro_size)
+    batches = iter(DataLoader(examples, batch_sampler=numbers, collate_fn=collate,
+                              num_workers=args.workers, persistent_workers=args.workers > 0))
+
+    if rank == 0:
+        # Only now, since all mistakes of the user have shown: they leave no folder behind.
+        folder.mkdir(parents=True, exist_ok=True)
+        forget_after(folder / "log.jsonl", start)
+
+    # Compile first, then wrap: DDP's hooks stay outside of the graph.
+    net = compiled(net, device) if args.compile else net
+    if world > 1:
+        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+        net = nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    # A new context for each forward pass: its cache of cast weights must not outlive a step.
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16,
+                                 enabled=args.precision == "bf16")
+    modalities = network.heads or ()
+    meter = Meter(tasks, modalities, diffusion.T, device)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task,
+                    disable=rank > 0)
+    saved = False
+
+    with Stop() as stop:
+        for step in progress:
+            began = time.time()
+            factor = lr_factor(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            seen = []
+            for micro in range(accumulation):
+                waited = time.time()
+                batch = next_batch(batches)     # a function of (seed, step, index in the batch)
+                meter.waiting += time.time() - waited
+                t, noise = batch["t"].to(device), batch["noise"].to(device)
+                task = task_rows(model, batch, device)
+                # The encoders are frozen. source: what the network reads beside z_t, or None.
+                with torch.no_grad(), autocast():
+                    x0, source = encoder(batch, device)              # (B, C, h, w)
+                    context, added = encode_text(batch["prompt"])    # (B, S, D)
+                    known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:], device)
+                # Gradients are averaged over the processes with the last micro-batch only.
+                net.require_backward_grad_sync = micro == accumulation - 1
+                with autocast():
+                    if known:                                        # MT-Diffusion Eq. 6
+                        predict = aggregation.predictor(net, network, known, context, added)
+                        loss, terms = aggregation.loss(
+                            network.heads, predict, x0, known, noise, t,
+                            head_weight=args.modality_weight, weighting=args.loss_weight,
+                            uncertainty=uncertainty)
+                    else:
+                        z_t = diffusion.add_noise(x0, noise, t)      # DDPM Eq. 4
+                        z = z_t if source is None else torch.cat([z_t, source], dim=1)
+                        out = net(z, t, context, task, added)        # MTU Eq. 2: [z_t, E(c_I)]
+                        loss = diffusion.loss(out, x0, noise, t, args.loss_weight, uncertainty)
+                        terms = {"denoising": diffusion.error(out.detach(), x0, noise, t)}
+                    if teacher is not None:
+                        # DeMe Eq. 5, second term. It does not go with MT-Diffusion, so z is there.
+                        with torch.no_grad():
+                            pretrained = teacher(z, t, context, task, added)
+                        channels = x0.shape[1]   # ADM has C more, for a variance; leave them out
+                        distance = merge.consistency_loss(out[:, :channels],
+                                                          pretrained[:, :channels])
+                        loss = loss + args.consistency * distance
+                # MTU Eq. 2: with as many samples of each task, this is the sum over tasks of each
+                # task's mean. DDP averages over processes, hence `world`.
+                (loss.sum() * len(tasks) / args.batch_size * world).backward()
+                meter.add(batch, terms)
+                seen.append((batch["task"], batch["t"], terms["denoising"].detach()))
+
+            # Clip the gradient, take the step, and let the average follow the weights.
+            norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
+            if torch.isfinite(norm):  # here the device finishes the step, so its time counts
+                optimizer.step()
+                # A smaller decay in the first steps, or the average keeps the initial weights.
+                decay = min(EMA_DECAY, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()],
+                                     1 - decay)
+                run["in_a_row"] = 0
+            else:
+                # A step whose gradient is not finite changes nothing.
+                run["skipped"] += 1
+                run["in_a_row"] += 1
+                if run["in_a_row"] == 3:
+                    raise UserError(f"the loss or its gradient is not finite at step {step}, nor "
+                                    f"at the two before{first_bad(seen)}; the last "
+                                    f"checkpoint in {folder} is kept. Try a lower --lr")
+            optimizer.zero_grad(set_to_none=True)
+            leaving = stop.on_any_rank(device)
+            meter.busy += time.time() - began
+            done = step + 1
+            last = done == args.steps
+            run["step"] = done
+
+            # Logging, held-out losses, checkpoints, pictures: none of it changes the step.
+            if done % args.log_every == 0 or last:
+                log_line(args, meter, run, norm, lr=args.lr * factor, flops=flops / world,
+                         device=device, write=rank == 0 and folder / "log.jsonl", print0=print0)
+            if rank == 0 and args.eval_every and (done % args.eval_every == 0 or last):
+                mean, by_range = held_out_means()
+                append_line(folder / "log.jsonl",
+                            dict(step=done, held_out=mean, held_out_by_t=by_range))
+            if args.save_every and (done % args.save_every == 0 or last or leaving):
+                check_same_weights(params)
+                if rank == 0:
+                    save(folder, args, model, params, ema, optimizer, run, unet_only=saved)
+                    saved = True
+            if leaving:
+                if world > 1:
+                    dist.barrier()
+                goes_on = f"; the same command goes on from the checkpoint in {folder}"
+                print0(f"stopped at step {done}{goes_on if args.save_every else ''}")
+                raise KeyboardInterrupt
+            if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
+                with averaged(params, ema):
+                    path = folder / "samples" / f"{done:06d}.png"
+                    sample_grid(model, held_out, 6, args.seed, path)
+
+    # The same fixed examples and noise as before the run, with the averaged weights.
+    after = held_out_means()[0]
+    print0(f"{'held-out loss':<20}{'before':>9}{'after':>9}")
+    for name in after:
+        print0(f"{name:<20}{run['before'][name]:>9.4f}{after[name]:>9.4f}")
+    if args.save_every:
+        print0(f"saved in {folder} (pictures in {folder / 'samples'}). Next: python sample.py "
+               f"--task {'edit' if 'edit' in tasks else tasks[0]} --model {folder}")
+
+
+def fill_defaults(args, model, device):
+    """Fill in the arguments whose defaults depend on the model or the device."""
+    scratch = args.model == "scratch"
+    name = "tiny" if scratch and args.task == "t2i" else args.task.replace(",", "-")
+    args.out = args.out or f"runs/{name}"
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if args.lr is None:
+        upcycled = "moe" in model.unet.config
+        args.lr = (1.6e-2 if upcycled else 1e-3) if is_miniature(model) else 1e-4
+    args.steps = args.steps or (5000 if scratch else 200)
+    if args.sample_every is None:
+        args.sample_every = max(1, args.steps // 2)
+
+
+def split_batch(args, shares, world):
+    """-> samples a process, samples at a time, and how many times they are accumulated."""
+    per_rank = args.batch_size // world
+    micro_size = min(args.device_batch_size or per_rank, per_rank)
+    if args.batch_size % len(shares) or args.batch_size % world or per_rank % micro_size:
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {len(shares)} "
+                        f"tasks, of the {world} processes and of --device-batch-size")
+    return per_rank, micro_size, per_rank // micro_size
+
+
+def open_data(args, model, tasks, shares, print0):
+    """-> training examples, held-out data sets, fixed held-out examples, encoded folder or None."""
+    if not args.data and model.texts and model.native_size != 64 and tasks[0] not in JOINT:
+        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, "
+                        "and the built-in ones are 64 x 64: name a folder with --data")
+    size = model.native_size
+    training, held_out = ({task: data.open_dataset(task, split, size, args.data) for task in tasks}
+                          for split in ("train", "heldout"))
+    counts = ", ".join(f"{task} {len(training[task])} + {len(held_out[task])}" for task in tasks)
+    print0(f"{args.data or 'built-in emoji'}: {counts} pictures (training + held out)")
+    encoded = training[tasks[0]]
+    encoded = encoded if isinstance(encoded, data.Encoded) else None
+    if encoded:
+        encoded.check(model)
+
+    # MT-Diffusion's starred variants train a share of the samples without the other modality.
+    drop = None
+    if tasks[0] in JOINT:
+        share = TASKS[tasks[0]].drop[2] if args.input == "z" else 0.1
+        drop = (0.0, 0.0, share if args.drop is None else args.drop)
+    sample_timestep = None
+    if args.t_range:
+        sample_timestep = functools.partial(draw_timestep, tuple(args.t_range), model.diffusion.T,
+                                            args.p_global)
+        sample_timestep(np.random.default_rng(0))  # a mistake shows now
+    side = model.unet.config["sample_size"]
+    examples = Examples(training, shares, batch_size=args.batch_size, seed=args.seed,
+                        num_timesteps=model.diffusion.T,
+                        latent_shape=(model.vae.config["latent_channels"], side, side),
+                        sample_timestep=sample_timestep, drop=drop)
+    return examples, held_out, examples.held_out(held_out, args.eval_size), encoded
+
+
+def micro_batches(start, steps, batch_size, first, per_rank, micro_size):
+    """Yield the numbers of the examples of each micro-batch of this process, in order."""
+    for step in range(start, steps):
+        for offset in range(first, first + per_rank, micro_size):
+            yield range(step * batch_size + offset, step * batch_size + offset + micro_size)
+
+
+def draw_timestep(t_range, num_timesteps, p_global, rng):
+    """DeMe Eq. 6, for one sample."""
+    return int(merge.sample_timesteps(t_range, num_timesteps, p_global, rng, 1)[0])
+
+
+def next_batch(batches):
+    """The next batch. A UserError of a worker process comes wrapped in its traceback: unwrap it."""
+    try:
+        return next(batches)
+    except UserError as error:
+        message = str(error).strip().splitlines()[-1]
+        raise UserError(message.removeprefix("hub.UserError: ")) from None
+
+
+def first_bad(seen):
+    """Words for the first sample whose loss is not finite; seen: tasks, t, losses of each part."""
+    for tasks, timesteps, losses in seen:
+        for task, t, value in zip(tasks, timesteps.tolist(), losses.tolist()):
+            if not np.isfinite(value):
+                return f" ({task} at timestep {t} first)"
+    return ""
+
+
+def log_line(args, meter, run, norm, *, lr, flops, device, write, print0):
+    """Print the losses since the last line and append them to log.jsonl.
+
+    flops: of one sample, on one device. MFU is FLOP/s over what the device can do at its best;
+    encoders, heads, a teacher and the optimiser do not count.
+    """
+    mean, by_range, count = meter.read()
+    speed = count / meter.busy
+    peak = peak_flops(device, args.precision)
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
+    skipped = f", {run['skipped']} steps skipped" if run["skipped"] else ""
+    print0(f"step {run['step']}: {losses}; lr {lr:.2e}, {speed:.1f} images/s{skipped}")
+    if write:
+        append_line(write, dict(
+            step=run["step"], loss=mean, loss_by_t=by_range, lr=lr, skipped=run["skipped"],
+            grad_norm=None if run["in_a_row"] else norm.item(), images_per_s=round(speed, 2),
+            tflops=round(speed * flops / 1e12, 4),
+            mfu=peak and round(speed * flops / peak, 4),
+            data_share=round(meter.waiting / meter.busy, 4),
+            memory_gb=round(peak_memory(device), 3)))
+    meter.reset()
 
 
 def main():
     args = get_args()
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if world > 1 and torch.cuda.is_available() and str(args.device or "cuda").startswith("cuda"):
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node asks for more processes than the {torch.cuda.device_count()} devices here")
-        torch.cuda.set_device(local_rank)
-    device = pick_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=restart_store(), rank=rank, world_size=world,
-                                timeout=datetime.timedelta(hours=1))  # while one saves, or makes more of a cache, the others wait
-    if args.task is None:
-        own = (args.t_range or args.decouple is not None) and args.model != "scratch"
-        args.task = ",".join(load_model(args.model).tasks) if own else "all"
-    tasks = list(ALL) if args.task == "all" else args.task.split(",")
-    alone = {"uncond", *joint.SETTINGS}
-    if not set(tasks) <= {*TASKS, *alone} or len(tasks) > 1 and alone & set(tasks):
-        raise UserError(f"--task {args.task} names an unknown task, or one that goes alone beside others; the tasks are {', '.join(ALL)}, "
-                        f"or all; or one of uncond, {', '.join(joint.SETTINGS)} alone")
-    joint.checked(args, tasks)
-    (bench if args.bench else decouple if args.decouple is not None else train)(args, tasks, device, rank, world)
+    check_args(args)
+    shares = parse_tasks(args)
+    device, rank, world = join_processes(args)
+    train(args, shares, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
-
-
-def bench(args, tasks, device, rank, world):
-    """The speed of the last two thirds of a short run's steps, by its log."""
-    steps = 30 if args.steps is None else args.steps
-    steps -= steps % 3 if steps > 3 else 0
-    if args.decouple is not None:
-        raise UserError("--bench times one run, not --decouple")
-    with tempfile.TemporaryDirectory() as out:
-        train(argparse.Namespace(**vars(args) | dict(out=out, steps=steps, log_every=max(1, steps // 3), save_every=0, sample_every=0, eval_every=0,
-                                                     eval_size=1)), tasks, device, rank, world)
-        if rank == 0:
-            rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-            speed, tflops, waited, mfu = (np.mean([np.nan if row[key] is None else row[key] for row in rows[1:] or rows])
-                                          for key in ("images_per_s", "tflops", "data_share", "mfu"))
-            print(f"{speed:.2f} images/s; U-Net, forward and backward, {tflops:.3f} TFLOP/s a device (watch.py tells what counts), MFU "
-                  f"{'unknown, for want of its peak' if np.isnan(mfu) else f'{100 * mfu:.1f} %'}; waiting for data {100 * waited:.1f} % of the time; "
-                  f"peak memory {rows[-1]['memory_gb'] or np.nan:.2f} GB")
-
-
-def train(args, shares, device, rank, world):
-    """One run, resumed if it was begun. shares: the task of each sample in turn."""
-    tasks = list(dict.fromkeys(shares))
-    print0 = tqdm.write if rank == 0 else lambda *_: None
-
-    # What is asked
-    check(args)
-    args.out = args.out or f"runs/{'tiny' if args.model == 'scratch' and args.task == 't2i' else args.task.replace(',', '-')}"
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    per_rank = args.batch_size // world
-    micro = min(args.device_batch_size or per_rank, per_rank)
-    if args.batch_size % len(shares) or args.batch_size % world or per_rank % micro:
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {len(shares)} that --task names, of {world} processes and of "
-                        "--device-batch-size")
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
-    # Model
-    model, scratch = build_model(args, tasks)
-    if args.routing:
-        add_routing(model.unet, args.alpha, args.beta, args.routing, model.diffusion.T, args.seed)
-    if tasks[0] in joint.SETTINGS:
-        joint.attach(model, tasks[0], args.head, args.input, args.schedule, args.image_encoder)
-    model.to(device)
-    if device.type == "cuda":
-        channels_last(model.unet)
-    model.unet.gradient_checkpointing = args.gradient_checkpointing
-    miniature = sum(p.numel() for p in model.unet.parameters()) < 2e7
-    args.lr = args.lr or (1e-3 if miniature else 1e-4)
-    args.steps = args.steps or (5000 if scratch else 200)
-    args.sample_every = max(1, args.steps // 2) if args.sample_every is None else args.sample_every
-    if args.train_text_encoder and (len(model.texts) != 1 or args.t_range or tasks[0] in joint.SETTINGS):
-        raise UserError("--train-text-encoder is for models with one text encoder, and not for --t-range or the joint tasks")
-    trained = model.text_encoder if scratch and not args.text_encoder or args.train_text_encoder else None
-    for part in filter(None, [model.vae, model.text_encoder_2, model.image_encoder, None if trained else model.text_encoder]):
-        part.eval().requires_grad_(False)
-    if trained is not None:
-        trained.train()
-    teacher = copy.deepcopy(model.unet).requires_grad_(False) if args.t_range and args.consistency > 0 else None
-    row = model.tasks.index(tasks[0]) if "moe" in model.unet.config else None  # every task costs the same
-    peak, per_image = watch.peak(device, args.precision), watch.flops(model.unet, row, backward=True) / 1e12 / world  # TFLOP of a device
-    if args.projection:
-        merge.add_projections(model.unet, args.projection)
-    if args.routing or model.heads is not None or args.projection == "blocks":
-        name = model.unet.config["_class_name"]
-        model.index |= {"_class_name": name.replace("UNet", "Pipeline")} | ({"unet": ["diffusers", name]} if "unet" in model.index else {})
-    if model.heads is None:
-        denoiser = Denoiser(model.unet, trained, model.diffusion.to(device), args.loss_weight, teacher, args.consistency)
-        encode, names = Encoder(model.vae), tasks
-    else:
-        denoiser, encode = joint.Denoiser(model, args.loss_weight, args.head_weight), joint.Encoder(model)
-        names = [*tasks, *(f"{modality} head" for modality in model.heads)]
-    params = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-    ema = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = make_optimizer(parameter_groups(denoiser, args.weight_decay, args.lr), device, args.zero and world > 1)
-    trains, frozen = (sum(p.numel() for p in group) for group in (params.values(), [p for p in model.unet.parameters() if not p.requires_grad]))
-    print0(f"{trains:,} parameters train, {frozen:,} of the U-Net are frozen, on {world} x {device}")
-
-    if args.loss_weight == "v" and model.scheduler.get("prediction_type") == "v_prediction":
-        raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} predicts v already")
-
-    # Resume
-    out, start, before, skipped, in_a_row = Path(args.out), 0, None, 0, 0
-    state = out / "state" / "state.safetensors"
-    settings = {k: v for k, v in vars(args).items() if k not in (  # what may change
-        "out", "device", "device_batch_size", "workers", "cache", "compile", "gradient_checkpointing", "save_every", "sample_every",
-        "log_every", "eval_every", "zero", "tensorboard", "bench", "preset")}
-    for key in ("model", "vae", "data", "text_encoder", "image_encoder"):  # under another name, or after the checkout moved, it is the same
-        if settings[key] and Path(settings[key]).exists():
-            path = Path(settings[key]).resolve()
-            settings[key] = str(path.relative_to(ASSETS.resolve().parent) if path.is_relative_to(ASSETS.resolve()) else path)
-    if not scratch:
-        del settings["vae"]
-    unused = ["p_global", "consistency", "projection", "antithetic"] * (args.t_range is None) + [*joint.OPTIONS] * (model.heads is None)
-    for key in ["steps"] * (args.lr_schedule == "constant") + unused:
-        del settings[key]  # a run at constant lr may be made longer
-    if state.exists():
-        scalars = load_state(state, params, ema, optimizer, settings)
-        start, before, skipped, in_a_row = scalars["step"], scalars["before"], scalars.get("skipped", 0), scalars.get("in_a_row", 0)
-        print0(f"resuming {out} at step {start}")
-    elif out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; it names a folder")
-    elif (out / "model_index.json").exists() and not (out / "arguments.json").exists():
-        raise UserError(f"{out} holds a model that is no run of train.py; choose another --out")
-    same_start(start, device)
-    if rank == 0:
-        forget_after(out / "log.jsonl", start)
-    if start >= args.steps:
-        print0(f"{out} is finished ({start} steps); to train on from it: --model {out} with another --out")
-
-    # Data
-    examples, held_out, fixed = open_data(args, model, shares, encode, rank, world)
-
-    def measured():
-        return mean_by_task(fixed, held_out_losses(denoiser, encode, model, fixed, args.batch_size, device), names[len(tasks):])
-
-    before = before or measured()
-
-    # The loop
-    run = denoiser
-    if world > 1:
-        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-        run = nn.parallel.DistributedDataParallel(denoiser, device_ids=ids, gradient_as_bucket_view=True)
-    run = compiled(run, device) if args.compile else run
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    first = rank * per_rank
-    batches = [range(step * args.batch_size + first + m, step * args.batch_size + first + m + micro)
-               for step in range(start, args.steps) for m in range(0, per_rank, micro)]
-    loader = iter(torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                                              persistent_workers=args.workers > 0))
-    sums, busy, waited, saved = torch.zeros(len(names) * BINS, 2, device=device), 0.0, 0.0, False
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log = watch.Log(out, args.tensorboard, start)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task, disable=rank > 0)
-    with stoppable() as told:
-        for step in bar:
-            began, seen, factor = time.time(), [], lr_factor(step, args)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            for m in range(0, per_rank, micro):
-                asked = time.time()
-                try:
-                    batch = next(loader)
-                except UserError as error:  # one from a worker process comes wrapped in its traceback
-                    raise UserError(str(error).strip().splitlines()[-1].removeprefix("folders.UserError: ")) from None
-                waited += time.time() - asked
-                last = m + micro == per_rank
-                with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
-                    losses, weighted = per_sample_loss(run, encode, model, batch, device)
-                    (total_loss(weighted, len(tasks), args.batch_size) * world).backward()  # DDP averages over the ranks
-                losses = losses.detach().reshape(len(losses), -1)  # a joint task's modalities beside its own; NaN: the sample goes without
-                cell = torch.tensor([tasks.index(task) for task in batch["task"]])[:, None] + torch.arange(losses.shape[1])
-                cell, finite = cell * BINS + (batch["t"] * BINS // denoiser.diffusion.T)[:, None], losses.isfinite()
-                sums.index_add_(0, cell.flatten().to(device), torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=-1).flatten(0, 1))
-                seen.append((batch["task"], batch["t"], losses[:, 0]))
-            norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-            if torch.isfinite(norm):
-                optimizer.step()
-                decay, in_a_row = min(args.ema, (1 + step) / (10 + step)), 0
-                torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
-            else:  # such a step changes nothing
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-                if in_a_row == 3:
-                    where = [f", that of {name} at timestep {t}" for part in seen for name, t, v in zip(*part) if not torch.isfinite(v)]
-                    raise UserError(f"the loss{''.join(where[:1])} or its gradient is not finite at step {step}, nor at the two before; the last "
-                                    f"checkpoint in {out} is kept. Try a lower --lr")
-            optimizer.zero_grad(set_to_none=True)
-            leaving = any_rank(told, device)  # waits for what the device has still to do
-            done, busy = step + 1, busy + time.time() - began
-
-            if done % args.log_every == 0 or done == args.steps:
-                if world > 1:
-                    dist.all_reduce(sums)
-                total, count = sums.view(len(names), BINS, 2).cpu().unbind(-1)
-                mean = {name: (total[i].sum() / count[i].sum()).item() for i, name in enumerate(names) if count[i].any()}
-                bins = {name: [round(s / n, 5) if n else None for s, n in zip(total[i].tolist(), count[i].tolist())] for i, name in enumerate(names)}
-                speed = count[:len(tasks)].sum().item() / busy
-                print0(f"step {done}: " + ", ".join(f"{name} {v:.4f}" for name, v in mean.items()) + f"; lr {args.lr * factor:.2e}, "
-                       f"{speed:.1f} images/s" + f", {skipped} steps skipped" * (skipped > 0))
-                if rank == 0:
-                    memory = watch.memory(device)
-                    log.write(dict(step=done, loss=mean, loss_by_t=bins, lr=args.lr * factor, skipped=skipped,
-                                   grad_norm=None if in_a_row else norm.item(), images_per_s=round(speed, 2), tflops=round(speed * per_image, 4),
-                                   mfu=peak and round(speed * per_image * 1e12 / peak, 4), data_share=round(waited / busy, 4),
-                                   memory_gb=memory and round(memory, 3)))
-                sums, busy, waited = torch.zeros_like(sums), 0.0, 0.0
-            if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-                with averaged(params, ema):
-                    losses = held_out_losses(denoiser, encode, model, fixed, args.batch_size, device)
-                log.write(dict(step=done, held_out=mean_by_task(fixed, losses, names[len(tasks):]),
-                               held_out_by_t=mean_by_task_and_t(fixed, losses, examples.T, names[len(tasks):])))
-            saving = args.save_every > 0 and (done % args.save_every == 0 or done == args.steps or leaving)
-            if saving and world > 1:
-                same_on_all_ranks(params)
-                if args.zero:
-                    optimizer.consolidate_state_dict(to=0)
-            if rank == 0 and saving:
-                if not all(e.isfinite().all() for e in ema.values()):
-                    raise UserError(f"weights are not finite at step {step}; the last checkpoint in {out} is kept. Try a lower --lr")
-                write_json(out / "arguments.json", vars(args))
-                with averaged(params, ema):
-                    whole = replace(model, unet=merge.fold_projections(model.unet)) if args.projection == "convolutions" else model
-                    whole.save(out, frozen_too=trained is not None or not saved)  # what does not train, once per start
-                saved = True
-                scalars = dict(step=done, before=before, skipped=skipped, in_a_row=in_a_row, settings=settings)
-                save_state(state, params, ema, optimizer, scalars)  # last: what it counts is there
-            if leaving:
-                if world > 1:
-                    dist.barrier()  # torchrun ends the others when one has ended
-                print0(f"stopped at step {done}" + f", saved in {out}; the same command goes on from there" * saving)
-                raise KeyboardInterrupt
-            if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
-                with averaged(params, ema):
-                    sample_grid(model, held_out, 6, args.seed, out / "samples" / f"{done:06d}.png")
-
-    if not args.save_every:
-        return
-    with averaged(params, ema):
-        after = measured()
-    print0("held-out loss      before    after")
-    for name in names:
-        print0(f"{name:<16}{before[name]:>9.4f}{after[name]:>9.4f}")
-    print0(f"saved in {out} (samples in {out / 'samples'}). "
-           f"Next: python sample.py --task {'edit' if 'edit' in tasks else tasks[0]} --model {out}")
 
 
 if __name__ == "__main__":

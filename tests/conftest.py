@@ -1,7 +1,8 @@
+"""What several test files share: running a command, two processes, a full disk."""
 import contextlib
-import functools
 import importlib
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ |= dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")  # two workers on two cores; children of tests too
+# Two workers on two cores: one thread each, for the children of tests too.
+os.environ |= dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -19,84 +21,88 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def called(script, *words):
-    """What `python script words` does -> its returncode, stdout and stderr, without the seconds that Python and torch take to start."""
+counted = {}
+
+
+@contextlib.contextmanager
+def counting_once():
+    """Inside the block the FLOPs of a network, which take seconds, are counted once."""
     import train
-    from folders import command
-    if not hasattr(train.new_tokenizer, "cache_info"):  # always the same, and seconds
-        train.new_tokenizer = functools.cache(train.new_tokenizer)
-    before, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
+    if not hasattr(train, "count_flops"):  # a test put a stand-in for train.py there
+        yield
+        return
+    count_flops = train.count_flops
+
+    def remembered(network, *how, **options):
+        trained = [name for name, p in network.named_parameters() if p.requires_grad]
+        key = json.dumps([type(network).__name__, network.config, trained, how, options])
+        if key not in counted:
+            counted[key] = count_flops(network, *how, **options)
+        return counted[key]
+
+    train.count_flops = remembered
+    try:
+        yield
+    finally:
+        train.count_flops = count_flops
+
+
+def call(script, *words):
+    """Run `python script words` in this process -> its returncode, stdout and stderr.
+
+    It saves the seconds that Python and torch take to start.
+    """
+    from hub import command
+    arguments = sys.argv
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
     sys.argv = [script, *map(str, words)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), counting_once():
             command(importlib.import_module(Path(script).stem).main)
     except SystemExit as end:
         code = end.code
     finally:
-        sys.argv = before
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def as_rank(rank, port, function, words, counted):
-    import watch
-    watch.counted |= counted  # seconds
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    return function(*words)
+        sys.argv = arguments
+    return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def copies():
-    """-> multiprocessing, whose processes start as copies of one that has imported torch, which saves seconds"""
+    """multiprocessing, whose processes start as copies of one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo", "torch.utils.flop_counter"])
     return context
 
 
+def as_rank(rank, port, function, words, flops):
+    counted.update(flops)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    return function(*words)
+
+
 def in_two_processes(function, *words):
-    """function(*words) in two processes that find each other as torchrun's do -> what each returned."""
-    import watch
+    """function(*words) in two processes that find each other as torchrun's do -> both results."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    jobs = [(rank, port, function, words, counted) for rank in range(2)]
     with copies().Pool(2) as pool:
-        return pool.starmap_async(as_rank, [(rank, port, function, words, watch.counted) for rank in range(2)], chunksize=1).get(timeout=240)
+        return pool.starmap_async(as_rank, jobs, chunksize=1).get(timeout=240)
 
 
 @contextlib.contextmanager
 def full_disk(size):
-    """No file can grow beyond `size` bytes."""
+    """Inside the block no file can grow beyond `size` bytes."""
     resource = pytest.importorskip("resource")
-    before, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
-
-
-class OneThread:
-    """In the place of a ThreadPoolExecutor."""
-
-    def __init__(self, jobs):
-        self.map = map
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-
-def in_one_process(monkeypatch):
-    """compare.py's runs of train.py, one after another in this process."""
-    import compare
-
-    def run(words, stdout, **options):
-        done = called(Path(words[1]).name, *words[2:])
-        stdout.write(done.stdout + done.stderr)
-        return done
-    monkeypatch.setattr(compare.subprocess, "run", run)
-    monkeypatch.setattr(compare, "ThreadPoolExecutor", OneThread)
 
 
 @pytest.fixture(autouse=True)
