@@ -1,0 +1,282 @@
+"""The scripts in experiments/: what they run, what they compare, and what they report."""
+import contextlib
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import common  # noqa: E402
+import compare  # noqa: E402
+import data  # noqa: E402
+import deme  # noqa: E402
+import gradients  # noqa: E402
+import plot  # noqa: E402
+from hub import UserError, command  # noqa: E402
+from sample import load_model  # noqa: E402
+
+TINY = "--task uncond --model scratch --unet ddpm-tiny --batch-size 2"
+
+
+def call(monkeypatch, module, *words):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+    module.main()
+
+
+@pytest.fixture
+def in_one_process(monkeypatch):
+    """Run the scripts' child processes here, one after another."""
+    def run(words, stdout, **options):
+        before = sys.argv
+        sys.argv = words[1:]
+        try:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+                command(importlib.import_module(Path(words[1]).stem).main)
+        except SystemExit as end:
+            return SimpleNamespace(returncode=end.code)
+        finally:
+            sys.argv = before
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(common.subprocess, "run", run)
+    monkeypatch.setattr(common, "in_parallel", lambda f, items, jobs: [f(item) for item in items])
+
+
+# -------------------------------------------------------------------------------------------------
+# compare.py
+
+def test_a_comparison_from_runs_to_table_and_curve(in_one_process, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    arms = {"plain": (TINY, None), "routed": (TINY + " --routing dtr", "plain")}
+    monkeypatch.setitem(compare.ARMS, "dtr", arms)
+    call(monkeypatch, compare, "dtr", "--eval-size", 4, "--steps", 3, "--seeds", 2,
+         "--out", tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text())
+    for arm in arms:
+        for seed in range(2):
+            rows = common.read_log(tmp_path / f"{arm}-{seed}")
+            last = [row for row in rows if "held_out" in row][-1]
+            assert last["step"] == 3
+            expected = [*last["held_out_by_t"]["uncond"], last["held_out"]["uncond"]]
+            assert table["losses"][arm][seed] == expected
+            assert table["curves"][arm][seed][-1] == expected[-1]
+            assert len(table["curves"][arm][seed]) == len(table["steps"]) == 3
+    plain, routed = ([row[-1] for row in table["losses"][arm]] for arm in arms)
+    assert plain[0] != plain[1] != routed[1]
+    difference = np.subtract(routed, plain)
+    printed = f"{difference.mean():+.4f} ({difference.std(ddof=1):.4f}) | plain"
+    assert printed in capsys.readouterr().out
+    assert Image.open(tmp_path / "curve.png").format == "PNG"
+
+
+def test_a_run_that_fails_is_named(in_one_process, tmp_path, monkeypatch):
+    monkeypatch.setitem(compare.ARMS, "dtr", {"bad": (TINY + " --lr -1", None)})
+    with pytest.raises(UserError, match="bad-0.txt: error: .*--lr -1"):
+        call(monkeypatch, compare, "dtr", "--steps", 6, "--seeds", 1, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--steps", "--jobs"])
+def test_bad_numbers_are_refused(option, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=option):
+        call(monkeypatch, compare, "dtr", option, 0, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("arms", compare.ARMS.values(), ids=compare.ARMS)
+def test_arms_are_compared_within_one_forward_process_only(arms):
+    def process(options):
+        words = dict(re.findall(r"--([\w-]+) (\S+)", options))
+        return [words.get(key) for key in ("task", "unet", "input", "schedule", "k")]
+
+    for options, control in arms.values():
+        if control is not None:
+            assert process(options) == process(arms[control][0])
+            assert options != arms[control][0]
+
+
+def test_the_curve_shows_every_arm_in_the_panel_of_its_control(tmp_path):
+    pytest.importorskip("matplotlib")
+    curves = {name: np.array([[4.0, 3, 2, k], [4.1, 3, 2, k]]) for k, name in enumerate("abc")}
+    compare.draw_curves(curves, [10, 20, 30, 40], dict(a=None, b="a", c="b"), tmp_path / "1.png")
+    compare.draw_curves(curves, [10, 20, 30, 40], dict(a=None, b="a", c=None), tmp_path / "2.png")
+    one, two = (Image.open(tmp_path / f"{n}.png").convert("RGB") for n in (1, 2))
+    assert two.width == 2 * one.width
+    pixels = np.asarray(one).reshape(-1, 3).astype(int)
+    for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # matplotlib's first three
+        assert (np.abs(pixels - colour).sum(axis=1) < 30).sum() > 50
+
+
+# -------------------------------------------------------------------------------------------------
+# deme.py
+
+@pytest.fixture
+def deme_runs(monkeypatch):
+    """Replace training and measuring; -> the options of all runs of train.py."""
+    runs = []
+
+    def train(options, out, jobs):
+        runs.append(dict(re.findall(r"--([\w-]+) ([^-]\S*(?: \d+)?)", shlex.join(options))))
+
+    def measure(args, copies, seed):
+        name = copies[0].name
+        loss = 9.0 if "plain" in name else 7.0 if "consistency" in name else 5.0
+        arms = ["before", "copy 0", "ensemble (Eq. 7)", "merged, 1/N each", "merged, searched"]
+        losses = np.array([loss, loss, loss, loss + 4])
+        return np.array([0, 250, 500, 999]), {arm: losses for arm in arms}
+
+    monkeypatch.setattr(common, "train", train)
+    monkeypatch.setattr(deme, "measure", measure)
+    monkeypatch.setattr(common, "in_parallel", lambda f, items, jobs: [f(item) for item in items])
+    return runs
+
+
+def test_deme_is_compared_at_equal_cost_with_draws_of_its_own(deme_runs, tmp_path, monkeypatch):
+    call(monkeypatch, deme, "--steps", 5, "--seeds", 2, "--eval-size", 8, "--out", tmp_path)
+    assert len(deme_runs) == 2 * 6
+    for first in (0, 6):
+        plain, consistent, *copies = deme_runs[first:first + 6]
+        assert "t-range" not in plain and "consistency" not in plain
+        assert consistent["t-range"] == "0 1000"
+        assert [copy["t-range"] for copy in copies] == ["0 250", "250 500", "500 750", "750 1000"]
+        assert {run["steps"] for run in (plain, consistent)} == {"20"}
+        assert {copy["steps"] for copy in copies} == {"5"}
+        assert len({copy["seed"] for copy in copies}) == 4
+        for run in (plain, consistent, *copies):
+            assert run["lr-schedule"] == "constant"
+            assert run["warmup"] == "0"
+    assert not {run["seed"] for run in deme_runs[:6]} & {run["seed"] for run in deme_runs[6:]}
+
+
+def test_deme_reports_all_arms_beside_plain_fine_tuning(deme_runs, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, deme, "--steps", 5, "--seeds", 2, "--eval-size", 8, "--out", tmp_path)
+    losses = json.loads((tmp_path / "table.json").read_text())["losses"]
+    assert losses["merged, searched"] == [[5.0, 5.0, 5.0, 9.0, 6.0]] * 2
+    assert losses["fine-tuning"][0][-1] == 10.0
+    assert losses["fine-tuning, consistency"][0][-1] == 8.0
+    assert not any(arm.startswith("copy") for arm in losses)
+    assert "| -4.0000 (0.0000) | fine-tuning |" in capsys.readouterr().out
+
+
+def test_one_copy_and_many_report_the_same_unseen_examples(tmp_path):
+    tuned = load_model(data.ASSETS / "tiny")
+    with torch.no_grad():
+        tuned.unet.conv_out.bias += 0.1
+    tuned.save(tmp_path)
+    args = SimpleNamespace(model=str(data.ASSETS / "tiny"), task="t2i", eval_size=4)
+    t, one = deme.measure(args, [tmp_path], seed=3)
+    same_t, two = deme.measure(args, [tmp_path, data.ASSETS / "tiny"], seed=3)
+    assert len(t) == 2
+    assert np.array_equal(t, same_t)
+    assert np.allclose(one["copy 0"], two["copy 0"], rtol=1e-4)
+    assert np.allclose(one["before"], two["copy 1"], rtol=1e-4)
+    assert not np.allclose(one["before"], one["copy 0"], rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------
+# gradients.py
+
+def test_cosines_of_gradients_are_those_of_two_disjoint_halves():
+    model = load_model(data.ASSETS / "tiny")
+    cosines = gradients.cosines(model, count=2, levels=2, batch_size=1)
+    dataset = data.builtin("t2i", "train")
+    found = []
+    for half, t in ((0, 250), (1, 750), (0, 750), (1, 250)):
+        generator = torch.Generator().manual_seed(half)
+        noise, latent_noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
+        examples = [dataset[(2 * k + half) * len(dataset) // 4] for k in range(2)]
+        mean, logvar = model.vae.encode(torch.stack([e["target"] for e in examples]))
+        x0 = (mean + (0.5 * logvar).exp() * latent_noise) * model.vae.config["scaling_factor"]
+        t = torch.full((2,), t)
+        context, _ = model.encode_text([e["prompt"] for e in examples])
+        out = model.unet(model.diffusion.add_noise(x0.detach(), noise, t), t, context)
+        a = model.diffusion.alpha_bar[t].view(2, 1, 1, 1)
+        v = a.sqrt() * noise - (1 - a).sqrt() * x0.detach()
+        model.unet.zero_grad()
+        (out - v).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.unet.parameters()]))
+
+    def cosine(i, j):
+        return torch.cosine_similarity(found[i], found[j], dim=0).item()
+
+    assert abs(cosines[0, 1] - (cosine(0, 1) + cosine(2, 3)) / 2) < 1e-3
+    assert abs(cosines[0, 0] - cosine(0, 3)) < 1e-3
+    assert cosines.shape == (2, 2)
+    assert np.allclose(cosines, cosines.T)
+    other = gradients.cosines(model, count=2, levels=2, batch_size=2)
+    assert np.allclose(cosines, other, atol=1e-3)
+
+
+def test_the_heatmap_is_blue_where_gradients_agree_and_red_where_they_do_not(tmp_path):
+    pytest.importorskip("matplotlib")
+    gradients.draw(np.array([[1.0, -1.0], [-1.0, 1.0]]), 1000, tmp_path / "x.png")
+    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
+    height, width, _ = pixels.shape
+    top_left = pixels[height // 4, width // 4]
+    bottom_left = pixels[3 * height // 4, width // 4]
+    assert top_left[2] > top_left[0] + 50
+    assert bottom_left[0] > bottom_left[2] + 50
+
+
+# -------------------------------------------------------------------------------------------------
+# plot.py
+
+@pytest.fixture
+def run_folder(tmp_path):
+    lines = [dict(step=step, loss=dict(edit=1 / step, sr=2.0),
+                  loss_by_t=dict(edit=[1.0, None, 2.0, 3.0])) for step in (10, 20, 30)]
+    lines.append(dict(step=30, held_out=dict(edit=0.5), held_out_by_t=dict(edit=[1, 2, 3, 4])))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    # Lines of somebody's own, and one that a killed run left behind.
+    text += '[1]\nnote\n{"step": 40, "loss": {"edit": "low"}}\n{"loss": {"edit": 1}}\n{"step": 50'
+    (tmp_path / "log.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_a_log_is_read_past_lines_of_somebodys_own(run_folder):
+    curves = plot.read_curves(run_folder, "loss")
+    steps, losses = curves["edit"]
+    assert steps.tolist() == [10, 20, 30, 40]
+    assert np.allclose(losses[:3, 0], [1 / 10, 1 / 20, 1 / 30])
+    assert np.isnan(losses[3]).all()
+    assert np.array_equal(losses[0, 1:], [1.0, np.nan, 2.0, 3.0], equal_nan=True)
+    assert np.isnan(curves["sr"][1][:, 1:]).all()
+    assert plot.read_curves(run_folder, "held_out")["edit"][1].tolist() == [[0.5, 1, 2, 3, 4]]
+
+
+def test_the_running_mean_leaves_out_what_is_missing():
+    values = np.array([1.0, np.nan, 3.0, 5.0])
+    assert plot.smoothed(values, 2).tolist() == [1.0, 1.0, 3.0, 4.0]
+    assert plot.smoothed(values, 1)[3] == 5.0
+
+
+@pytest.mark.parametrize("options", [[], ["--by-t"], ["--held-out", "--by-t"]])
+def test_curves_of_several_runs_are_drawn(run_folder, options, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    out = run_folder / "curves.png"
+    call(monkeypatch, plot, run_folder, run_folder, *options, "--out", out)
+    assert Image.open(out).format == "PNG"
+    assert "edit" in capsys.readouterr().out
+
+
+def test_a_run_without_the_curve_is_named(run_folder, monkeypatch):
+    (run_folder / "log.jsonl").write_text('{"step": 1, "loss": {"edit": 1.0}}')
+    with pytest.raises(UserError, match="--eval-every"):
+        call(monkeypatch, plot, run_folder, "--held-out")
+    with pytest.raises(UserError, match="no .*log.jsonl"):
+        call(monkeypatch, plot, run_folder / "nowhere")
+
+
+def test_help_needs_none_of_the_packages_that_only_experiments_use():
+    for path in (ROOT / "experiments").glob("*.py"):
+        packages = r"^(import|from) (matplotlib|diffusers|transformers)"
+        assert not re.search(packages, path.read_text(), re.M), path.name
