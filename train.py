@@ -40,11 +40,10 @@ import data
 import merge
 import moe
 import routing
-import unet
 from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
 from hub import Parser, UserError, command, compiled, load_state, pick_device, read_scalars
-from hub import replacing, save_state, write_json, write_text
+from hub import save_state, write_json, write_text
 from sample import Model, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
@@ -637,11 +636,20 @@ def held_out_examples(tasks, root, model, count):
     return examples.held_out(datasets, count)
 
 
+@functools.lru_cache(maxsize=1)
+def encoder_of(vae):
+    """One Encoder per autoencoder, so that fixed examples are encoded only the first time.
+
+    merge.py's search measures them many times, and a run before and after.
+    """
+    return Encoder(vae)
+
+
 @torch.no_grad()
 def held_out_terms(model, net, examples, device, batch_size, encode_text=None):
     """The terms of the loss for each of M examples -> {"denoising" or modality: (M,) numpy}."""
     diffusion = model.diffusion.to(device)
-    encoder = Encoder(model.vae)
+    encoder = encoder_of(model.vae)
     terms = {}
     for first in range(0, len(examples), batch_size):
         batch = collate(examples[first:first + batch_size])
@@ -828,7 +836,7 @@ def train(args, shares, device, rank, world):
     # Data.
     examples, held_out, fixed, encoded = open_data(args, model, tasks, shares, print0)
     encode_text = text_encoding(model, device, encoded)
-    encoder = Encoder(model.vae)
+    encoder = encoder_of(model.vae)
 
     def held_out_means():
         with averaged(params, ema):
