@@ -14,15 +14,13 @@ there. MTU finds no feed-forward network here. Only models on pixels need this f
 
 Letters: as in unet.py.
 """
-import re
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import unet
-from hub import UserError, fetch
-from unet import Cond, Conv2d, DownBlock, MidBlock, TimestepEmbedding, UNet, complete, per_level
+from hub import UserError, fetch, older_attention_names
+from unet import Cond, UNet
 
 # -------------------------------------------------------------------------------------------------
 # Configurations
@@ -165,6 +163,7 @@ class ResnetBlock2D(unet.ResnetBlock2D):
         self.resample = resample or nn.Identity()
         self.scale_shift = c["resnet_time_scale_shift"] == "scale_shift"
         if self.scale_shift:
+            # One half of the outputs scales, the other shifts.
             self.time_emb_proj = nn.Linear(self.time_emb_proj.in_features, 2 * cout)
 
     def skip(self, x):
@@ -198,73 +197,20 @@ class Attention(unet.Attention):
 
     def forward(self, x, cond):                                     # (B, C, H, W)
         h = self.group_norm(x).flatten(2).transpose(1, 2)           # (B, L, C)
+        # Unlike in Stable Diffusion, attention stands by itself, without a feed-forward network.
         h = super().forward(h)
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
-class Downsample2D(nn.Module):
+class Downsample2D(unet.Downsample2D):
     """Halve by a convolution that is padded on the right and at the bottom only, as DDPM's is."""
 
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
     def forward(self, x, cond):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample2D(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x, cond):
-        return self.conv(double(x))
-
-
-class UpBlock(unet.UpBlock):
-    """A level of the way up whose upsampling may be a residual block, which reads `cond`."""
-
-    def upsample(self, x, cond, skips, run):
-        for upsampler in self.upsamplers:
-            x = run(upsampler, x, cond)
-        return x
-
-
-def middle_attention(channels, c):
-    """Make the attention of the middle block, in a list that may stay empty."""
-    if not c["add_attention"]:
-        return []
-    groups = c["attn_norm_num_groups"]
-    if groups is None and c["resnet_time_scale_shift"] == "default":
-        # With AdaGN, diffusers leaves this norm out if it has no number of groups.
-        groups = c["norm_num_groups"]
-    return [Attention(channels, groups, c)]
-
-
-def downsampler(channels, block_type, c):
-    """Make what halves the picture after a level of the way down."""
-    by_resnet = c["downsample_type"] == "resnet" and block_type.startswith("Attn")
-    if by_resnet or block_type.startswith("Resnet"):
-        return ResnetBlock2D(channels, channels, c, halve)
-    if c["downsample_padding"] == 0:
-        return Downsample2D(channels)
-    return unet.Downsample2D(channels)
-
-
-def upsampler(channels, block_type, c):
-    """Make what doubles the picture after a level of the way up."""
-    by_resnet = c["upsample_type"] == "resnet" and block_type.startswith("Attn")
-    if by_resnet or block_type.startswith("Resnet"):
-        return ResnetBlock2D(channels, channels, c, double)
-    return Upsample2D(channels)
+        return super().forward(F.pad(x, (0, 1, 0, 1)), cond)
 
 
 # -------------------------------------------------------------------------------------------------
 # The network
-
-OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 class UNet2D(UNet):
     """DDPM's and ADM's U-Net. config: differences from DEFAULTS, in diffusers' keys.
@@ -273,65 +219,52 @@ class UNet2D(UNet):
     Height and width must be multiples of `multiple`, since every level but the last halves them.
     """
     diffusers_name = "UNet2DModel"
+    defaults = DEFAULTS
+    implemented = IMPLEMENTED
+    rename = staticmethod(older_attention_names)  # google/ddpm-cifar10-32 is of 2022
 
     def __init__(self, config):
-        nn.Module.__init__(self)
-        self.config = c = complete(config, DEFAULTS, IMPLEMENTED)
-        widths = c["block_out_channels"]
-        down_types = per_level(c, "down_block_types")
-        up_types = per_level(c, "up_block_types")[::-1]  # diffusers lists these from the bottom up
-        bottom = len(widths) - 1
-        size = c["sample_size"]
-        self.multiple = 2 ** bottom
+        super().__init__(config)
+        size = self.config["sample_size"]
+        self.multiple = 2 ** (len(self.config["block_out_channels"]) - 1)
         if size is not None and size % self.multiple:
             raise UserError(f"U-Net config: sample_size = {size} is no multiple of {self.multiple}")
 
-        def add_layer(block, cin, level, block_type):
-            block.resnets.append(ResnetBlock2D(cin, widths[level], c))
-            if block_type.startswith("Attn"):
-                block.attentions.append(Attention(widths[level], c["norm_num_groups"], c))
+    def add_condition(self, width):
+        classes = self.config["num_class_embeds"]
+        self.class_embedding = None if classes is None else nn.Embedding(classes, width)
 
-        self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
-        self.class_embedding = None
-        if c["num_class_embeds"] is not None:
-            self.class_embedding = nn.Embedding(c["num_class_embeds"], 4 * widths[0])
+    def make_resnet(self, cin, cout, resample=None):
+        return ResnetBlock2D(cin, cout, self.config, resample)
 
-        # As in unet.py, a stack of widths follows the stack of tensors in `forward`.
-        channels = widths[0]
-        skips = [channels]
-        self.down_blocks = nn.ModuleList()
-        for level, width in enumerate(widths):
-            block = DownBlock()
-            for _ in range(c["layers_per_block"]):
-                add_layer(block, channels, level, down_types[level])
-                channels = width
-                skips.append(channels)
-            if level < bottom:
-                block.downsamplers.append(downsampler(channels, down_types[level], c))
-                skips.append(channels)
-            self.down_blocks.append(block)
+    def make_attention(self, level, block_type):
+        c = self.config
+        groups = c["norm_num_groups"]
+        if block_type == "Mid":
+            if not c["add_attention"]:
+                return []
+            # With AdaGN, diffusers leaves this norm out if it has no number of groups.
+            if c["attn_norm_num_groups"] or c["resnet_time_scale_shift"] != "default":
+                groups = c["attn_norm_num_groups"]
+        elif not block_type.startswith("Attn"):
+            return []
+        return [Attention(c["block_out_channels"][level], groups, c)]
 
-        self.mid_block = MidBlock()
-        self.mid_block.resnets.append(ResnetBlock2D(channels, channels, c))
-        self.mid_block.attentions.extend(middle_attention(channels, c))
-        self.mid_block.resnets.append(ResnetBlock2D(channels, channels, c))
+    def make_downsampler(self, channels, block_type):
+        c = self.config
+        by_resnet = c["downsample_type"] == "resnet" and block_type.startswith("Attn")
+        if by_resnet or block_type.startswith("Resnet"):
+            return self.make_resnet(channels, channels, halve)
+        # DDPM, written in TensorFlow, pads on one side only; diffusers' own default is symmetric.
+        if c["downsample_padding"] == 0:
+            return Downsample2D(channels, padding=0)
+        return unet.Downsample2D(channels)
 
-        self.up_blocks = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            block = UpBlock()
-            for _ in range(c["layers_per_block"] + 1):
-                add_layer(block, channels + skips.pop(), level, up_types[level])
-                channels = widths[level]
-            if level > 0:
-                block.upsamplers.append(upsampler(channels, up_types[level], c))
-            self.up_blocks.append(block)
-
-        self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], channels, c["norm_eps"])
-        self.conv_out = nn.Conv2d(channels, c["out_channels"], 3, padding=1)
-        self.task_embedding = None
-        self.heads = None
-        self.gradient_checkpointing = False
+    def make_upsampler(self, channels, block_type):
+        by_resnet = self.config["upsample_type"] == "resnet" and block_type.startswith("Attn")
+        if by_resnet or block_type.startswith("Resnet"):
+            return self.make_resnet(channels, channels, double)
+        return unet.Upsample2D(channels)
 
     def condition(self, x, t, context, task, added):
         """Embed the time and the class -> Cond."""
@@ -341,16 +274,6 @@ class UNet2D(UNet):
                 raise ValueError('this U-Net has classes: pass added={"class_labels": (B,)}')
             temb = temb + self.class_embedding(added["class_labels"])
         return Cond(temb, None, t, task, None, added)
-
-    @staticmethod
-    def rename(key):
-        """Turn a parameter's name in a file into its name here.
-
-        Files from before diffusers 0.17, such as google/ddpm-cifar10-32's, say query for to_q.
-        """
-        for old, new in OLDER_NAMES.items():
-            key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
-        return key
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="", dtype=torch.float32):

@@ -3,50 +3,33 @@ arXiv 2407.17571).
 
 Each step of the forward process adds, besides noise, what encoders make of other modalities
 X = (x_1, .., x_M): a source picture, a masked one, a label, a representation. So z_t carries them
-all, and one network predicts its noise and, through one head each, the x_i.
-
-The formulas were reconstructed from the paper's prose, from Eq. 3 as others quote it, and by the
-derivations below; tests/test_aggregation.py verifies each by another way to compute it. With
-a_t = alpha_t and ab_t = a_1 .. a_t, ab_0 = 1:
+all, and one network predicts its noise and, through one head each, the x_i. With
+a_t = alpha_t and ab_t = a_1 .. a_t, ab_0 = 1, the paper's equations are
 
     Eq. 1      q(z_t, X | z_{t-1}) = q(z_t | z_{t-1}, X) prod_i q(x_i)
-    Eq. 2      -ELBO = KL(q(z_T | z_0, X) || p(z_T))
-                       + sum_{t>1} KL(q(z_{t-1} | z_t, z_0, X) || p(z_{t-1} | z_t))
-                       + sum_t sum_i KL(q(x_i) || p(x_i | z_t)) - log p(z_0 | z_1)
-    Eq. 3      q(z_t | z_{t-1}, X) = N(sqrt(a_t) (z_{t-1} + A_t), (1 - a_t) I)
+    Eq. 2      the bound on -log p(z_0, X), whose terms Eq. 6 weights             `loss`
+    Eq. 3      q(z_t | z_{t-1}, X) = N(sqrt(a_t) (z_{t-1} + A_t), (1 - a_t) I)    `transition`
                A_t = sum_i w_t^i E_i(x_i)
-    Eq. 4, 7   q(z_t | z_0, X) = N(sqrt(ab_t) z_0 + C_t, (1 - ab_t) I)
+    Eq. 4, 7   q(z_t | z_0, X) = N(sqrt(ab_t) z_0 + C_t, (1 - ab_t) I)            `marginal`
                C_t = sqrt(a_t) (C_{t-1} + A_t),  C_0 = 0
-    Eq. 5, 9   q(z_{t-1} | z_t, z_0, X) = N(mu_t, s2_t I)
+    Eq. 5, 9   q(z_{t-1} | z_t, z_0, X) = N(mu_t, s2_t I)                         `posterior`
                s2_t = (1 - ab_{t-1}) (1 - a_t) / (1 - ab_t)
                mu_t = (z_t - (1 - a_t) / sqrt(1 - ab_t) eps) / sqrt(a_t) - A_t
-    Eq. 6      L = mean over z_0, X, t and eps of
-                   || eps - eps_theta(z_t, t) ||^2 + lambda sum_i KL(q(x_i) || p_theta(x_i | z_t))
-    Eq. 8      sqrt(a_t) w_t^i = k (1 - sqrt(a_t))  =>  C_t = k (1 - sqrt(ab_t)) E_i (our reading)
+                                                                         `posterior_from_eps`
+    Eq. 6      L = mean over z_0, X, t and eps of || eps - eps_theta(z_t, t) ||^2
+                   + lambda sum_i KL(q(x_i) || p_theta(x_i | z_t))                `loss`
+    Eq. 8      sqrt(a_t) w_t = k (1 - sqrt(a_t))  =>  C_t = k (1 - sqrt(ab_t)) E  `interpolating`
 
-E_i encodes x_i. ||.||^2 is a mean over channels and positions, to which lambda = 0.1 belongs.
+and Algorithms 1 and 2 draw and train: `sample` and `loss`.
 
-Eq. 2. As DDPM's bound, with every p and q joint with X. By Bayes' rule, q(z_t | z_{t-1}, X) =
-q(z_{t-1} | z_t, z_0, X) q(z_t | z_0, X) / q(z_{t-1} | z_0, X). The quotients of all t telescope to
-q(z_T | z_0, X), and the product of Eq. 1 leaves one KL term of x_i at each step.
-Eq. 4. The noises add up (Lemma 3): a_t (1 - ab_{t-1}) + (1 - a_t) = 1 - ab_t. So do the means:
-sqrt(a_t) (sqrt(ab_{t-1}) z_0 + C_{t-1} + A_t).
-Eq. 5. Lemma 4 multiplies two Gaussians in z: N(z; sqrt(ab_{t-1}) z_0 + C_{t-1}, 1 - ab_{t-1}) and
-N(z_t; sqrt(a_t) (z + A_t), 1 - a_t). The mean of the product, times 1 - ab_t, is
-    sqrt(ab_{t-1}) (1 - a_t) z_0 + sqrt(a_t) (1 - ab_{t-1}) z_t
-    + (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t.
-Written with eps, only -A_t remains of X: put z_0 = (z_t - C_t - sqrt(1 - ab_t) eps) /
-sqrt(ab_t) into it. Since C_t / sqrt(a_t) = C_{t-1} + A_t, the terms in E are (1 - a_t) C_{t-1}
-- a_t (1 - ab_{t-1}) A_t - (1 - a_t) (C_{t-1} + A_t) = -(1 - ab_t) A_t (Remark 2).
-Appendix D. E = grad log p(label | z_t) with w_t = -g s2_t is classifier guidance of scale g; E =
-eps(label) - eps with w_t = g (1 - a_t) / sqrt(a_t (1 - ab_t)) is classifier-free guidance.
+E_i encodes x_i, and ||.||^2 is a mean over channels and positions, to which lambda = 0.1 belongs.
+These formulas were reconstructed from the paper's prose, from Eq. 3 as others quote it, and by the
+derivations that stand beside each method below; tests/test_aggregation.py verifies each by another
+way to compute it.
 
 In y_t = z_t - C_t all of this is plain DDPM. So v, where the network predicts it, is DDPM's of y,
 and a known x is no more than a shift. What changes is what the network sees, z_t, and that it
 predicts every x_i.
-
-The paper's variants: -U sees z_t alone, -X sees x beside it (`widen`). -M reads the label off the
-middle block, -E by a classifier. Starred ones train some samples without x.
 
 What each task of data.TASKS means by z_0; x; E(x); head:
 
@@ -56,6 +39,9 @@ What each task of data.TASKS means by z_0; x; E(x); head:
                 class embedding); a linear layer on the middle block, or a classifier
     repr        a picture; a vector of its caption or of the picture; the U-Net reading it as one
                 token; two layers on the middle block
+
+The paper's variants: -U sees z_t alone, -X sees x beside it (`widen`). -M reads the label off the
+middle block, -E by a classifier. Starred ones train some samples without x.
 
     python aggregation.py       draws the forward process with and without aggregation
 
@@ -73,7 +59,9 @@ from diffusion import randn, seeded
 from hub import Parser, UserError, command, replacing
 from unet import Cond, sinusoidal
 
-LAMBDA = 0.1  # the weight of the heads in Eq. 6
+# lambda of Eq. 6, the weight of the heads, as the paper has it. `loss` takes another one as
+# head_weight, and train.py as --modality-weight.
+LAMBDA = 0.1
 
 
 # -------------------------------------------------------------------------------------------------
@@ -81,7 +69,7 @@ LAMBDA = 0.1  # the weight of the heads in Eq. 6
 # small". Weights of order 1 would drown the unit noise. The functions below are our choices.
 
 def on_cpu(numbers):
-    """Numbers -> a float64 tensor on the CPU, also where new tensors are made on another device."""
+    """Make a float64 tensor on the CPU, also where new tensors are made on another device."""
     return torch.as_tensor(numbers, dtype=torch.float64, device="cpu").detach()
 
 
@@ -103,10 +91,11 @@ def vanishing(alpha_bar, k=1.0):
 
 
 def interpolating(alpha_bar, k=1.0):
-    """w_t = k (1 - sqrt(a_t)) / sqrt(a_t), so that c_t = k (1 - sqrt(ab_t)): Eq. 8.
+    """Eq. 8: w_t = k (1 - sqrt(a_t)) / sqrt(a_t), so that c_t = k (1 - sqrt(ab_t)).
 
     The mean goes from z_0 to k E. This is for x that is always known: sampling starts from k E.
     """
+    # The factor k in Eq. 8 is our reading.
     a, _ = alphas(alpha_bar)
     return k * (1 - a.sqrt()) / a.sqrt()
 
@@ -123,22 +112,21 @@ SCHEDULES = {schedule.__name__: schedule for schedule in (vanishing, interpolati
 # The process
 
 class Aggregation:
-    """The equations of the forward process and its posterior.
+    """Compute the forward process and its posterior.
 
-    alpha_bar (T,), decreasing. weights: (M, T), or M rows, each T numbers or a function of
+    alpha_bar: (T,), decreasing. weights: (M, T), or M rows, each T numbers or a function of
     alpha_bar that returns them.
 
-    Tensors may be of any floating type; coefficients are computed in float64, results are in fp32
-    (in float64 for float64). z is (B, C, H, W), E is (M, B, C, H, W) with zeros for what is
-    unknown, t is a number or (B,). std and var come as (B or 1, 1, 1, 1).
+    In all methods z is (B, C, H, W), E is (M, B, C, H, W) with zeros for what is unknown, t is a
+    number or (B,), and std and var come as (B or 1, 1, 1, 1). Tensors may be of any floating type:
+    coefficients are computed in float64, results are in fp32 (in float64 for float64).
     """
 
     def __init__(self, alpha_bar, weights):
         a, _ = alphas(alpha_bar)
         T = len(a)
         ab = on_cpu(alpha_bar)
-        rows = [row(alpha_bar) if callable(row) else row for row in weights]
-        rows = [on_cpu(row) for row in rows]
+        rows = [on_cpu(row(alpha_bar) if callable(row) else row) for row in weights]
         self.ab = torch.cat([ab.new_ones(1), ab])                             # (T + 1,)
         if not ((self.ab.diff() < 0).all() and self.ab[-1] >= 0):
             raise UserError("aggregation: alpha_bar must decrease, from below 1 to 0 or above")
@@ -147,9 +135,10 @@ class Aggregation:
                             "timestep (interpolating has none where betas end in pure noise)")
         # Column t + 1 of the tables is timestep t, column 0 is clean.
         self.w = torch.cat([ab.new_zeros(len(rows), 1), torch.stack(rows)], dim=1)  # (M, T + 1)
-        self.c = torch.zeros_like(self.w)                             # C_t = sum_i c_t^i E_i(x_i)
+        # C_t is linear in the E_i, so their coefficients c_t^i follow its recursion (Eq. 7).
+        self.c = torch.zeros_like(self.w)
         for t in range(T):
-            self.c[:, t + 1] = a[t].sqrt() * (self.c[:, t] + self.w[:, t + 1])     # Eq. 4, 7
+            self.c[:, t + 1] = a[t].sqrt() * (self.c[:, t] + self.w[:, t + 1])
 
     def to(self, device):
         # MPS has no float64.
@@ -160,44 +149,51 @@ class Aggregation:
         return self
 
     def at(self, table, t):
-        """Timestep t of a table (.., T + 1) -> (.., B or 1, 1, 1, 1)."""
+        """Look up timestep t of a table (.., T + 1) -> (.., B or 1, 1, 1, 1)."""
         t = torch.as_tensor(t, device=table.device).reshape(-1)
         return table.index_select(-1, t + 1)[..., None, None, None]
 
-    def between(self, t, r=None):
-        """-> ab_t, ab_r and a = ab_t / ab_r, the product of the alphas after r (default t - 1)."""
+    def between(self, t, r):
+        """Return ab_t, ab_r and a = ab_t / ab_r, the product of the alphas after r."""
         ab = self.at(self.ab, t)
-        before = self.at(self.ab, t - 1 if r is None else r)
+        before = self.at(self.ab, r)
         return ab, before, ab / before
 
     def aggregate(self, E, t, table=None):
-        """C_t = sum_i c_t^i E_i -> (B, C, H, W). With the table w: A_t."""
+        """Compute C_t = sum_i c_t^i E_i -> (B, C, H, W). With the table w: A_t.
+
+        Sampling starts from it, at z_T = C_T + noise.
+        """
         if E.dim() != 5 or len(E) != len(self.c):
             raise ValueError(f"E is (M, B, C, H, W) with M = {len(self.c)}, not {tuple(E.shape)}")
         return (like(self.at(self.c if table is None else table, t), E) * E).sum(0)
 
     def transition(self, z, E, t):
-        """Eq. 3: z = z_{t-1} -> mean, std of z_t. Training and sampling need only its sums."""
-        _, _, a = self.between(t)
+        """Eq. 3: z = z_{t-1} -> mean and std of z_t.
+
+        Nothing below calls it: training and sampling need only what many of these steps sum up to.
+        """
+        _, _, a = self.between(t, t - 1)
         mean = like(a.sqrt(), z) * (z + self.aggregate(E, t, self.w))
         return mean, like((1 - a).sqrt(), z)
 
     def marginal(self, z0, E, t):
-        """Eq. 4 -> mean, std of z_t."""
+        """Eq. 4 and 7 -> mean and std of z_t."""
+        # By induction over Eq. 3, where the noises add up (Lemma 3),
+        #     a_t (1 - ab_{t-1}) + (1 - a_t) = 1 - ab_t,
+        # and so do the means: sqrt(a_t) (sqrt(ab_{t-1}) z_0 + C_{t-1} + A_t).
         ab = self.at(self.ab, t)
         mean = like(ab.sqrt(), z0) * z0 + self.aggregate(E, t)
         return mean, like((1 - ab).sqrt(), z0)
 
-    def start(self, E, noise, t=None):
-        """Where sampling starts: z_T = C_T + noise, or C_t + noise where t < T - 1 comes first."""
-        return self.aggregate(E, len(self.ab) - 2 if t is None else t) + noise
-
     def posterior(self, z0, zt, E, t, r=None):
-        """Eq. 5, 9 -> mean, var of z_{t-1}, or of z_r for any r < t.
-
-        It is DDPM's Eq. 7 of y_t = z_t - C_t, and then C_r is added. Where r < t - 1, a is the
-        product of the alphas between.
-        """
+        """Eq. 5 and 9 -> mean and var of z_{t-1}, or of z_r for any r < t."""
+        # Lemma 4 multiplies two Gaussians in z: N(z; sqrt(ab_{t-1}) z_0 + C_{t-1}, 1 - ab_{t-1})
+        # and N(z_t; sqrt(a_t) (z + A_t), 1 - a_t). The mean of the product, times 1 - ab_t, is
+        #     sqrt(ab_{t-1}) (1 - a_t) z_0 + sqrt(a_t) (1 - ab_{t-1}) z_t
+        #     + (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t.
+        # The code says the same in y_t = z_t - C_t, where it is DDPM's Eq. 7, and adds C_r to the
+        # result. Over several steps a is the product of the alphas between.
         r = t - 1 if r is None else r
         ab, before, a = self.between(t, r)
         from_z0 = like(before.sqrt() * (1 - a) / (1 - ab), zt)
@@ -206,12 +202,19 @@ class Aggregation:
         return mean, like((1 - before) * (1 - a) / (1 - ab), zt)
 
     def posterior_from_eps(self, zt, eps, E, t):
-        """Eq. 5, 9 by the noise -> mean, var of z_{t-1}: DDPM's Eq. 11, less A_t; ab_t > 0.
+        """Eq. 5 and 9 by the noise, as the paper prints them -> mean and var of z_{t-1}; ab_t > 0.
 
-        This is the form that the paper prints. `sample` uses `posterior`, which is equal to it and
-        also steps over several timesteps.
+        `sample` uses `posterior`, which is equal to it and also steps over several timesteps.
         """
-        ab, before, a = self.between(t)
+        # Put z_0 = (z_t - C_t - sqrt(1 - ab_t) eps) / sqrt(ab_t) into the mean above. Since
+        # C_t / sqrt(a_t) = C_{t-1} + A_t, the terms in E are
+        #     (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t - (1 - a_t) (C_{t-1} + A_t),
+        # which is -(1 - ab_t) A_t: of X only -A_t remains beside DDPM's Eq. 11 (Remark 2).
+        #
+        # So classifier guidance of scale g is E = grad log p(label | z_t) with w_t = -g var_t, and
+        # classifier-free guidance is E = eps(label) - eps with
+        # w_t = g (1 - a_t) / sqrt(a_t (1 - ab_t)) (Appendix D).
+        ab, before, a = self.between(t, t - 1)
         mean = like(1 / a.sqrt(), zt) * zt - like((1 - a) / (a * (1 - ab)).sqrt(), zt) * eps
         mean = mean - self.aggregate(E, t, self.w)
         return mean, like((1 - before) * (1 - a) / (1 - ab), zt)
@@ -226,14 +229,11 @@ class Aggregation:
         if z0 is None:
             y = zt - self.aggregate(E, t)
             z0 = like(1 / ab.sqrt(), zt) * y - like(((1 - ab) / ab).sqrt(), zt) * eps
+        # Of the variance 1 - ab_r of z_r, fresh noise brings sigma^2 and the old noise the rest.
         sigma2 = torch.as_tensor(sigma).to(before) ** 2
         direction = (1 - before - sigma2).clamp(min=0).sqrt()
         mean = like(before.sqrt(), zt) * z0 + self.aggregate(E, r) + like(direction, zt) * eps
         return mean if noise is None else mean + sigma * noise.to(mean.dtype)
-
-    def to_z0_eps(self, diffusion, prediction, zt, E, t):
-        """The network's prediction at z_t, noise or v -> z_0, eps: diffusion's, of y_t. t (B,)"""
-        return diffusion.to_x0_eps(prediction, zt - self.aggregate(E, t), t)
 
 
 def like(coefficient, z):
@@ -251,13 +251,13 @@ class ImageHead(nn.Module):
 
     def __init__(self, unet, channels, silu=True):
         super().__init__()
-        self.norm = copy.deepcopy(unet.conv_norm_out)
-        self.conv = copy.deepcopy(unet.conv_out)
+        old = unet.conv_out
         self.silu = silu
+        self.norm = copy.deepcopy(unet.conv_norm_out)
+        self.conv = nn.Conv2d(old.in_channels, channels, 3, padding=1)
         # Only the first channels: ADM's others describe a variance.
-        self.conv.weight = nn.Parameter(self.conv.weight.detach()[:channels].clone())
-        self.conv.bias = nn.Parameter(self.conv.bias.detach()[:channels].clone())
-        self.conv.out_channels = channels
+        self.conv.weight = nn.Parameter(old.weight.detach()[:channels].clone())
+        self.conv.bias = nn.Parameter(old.bias.detach()[:channels].clone())
 
     def forward(self, features, t):                                          # -> (B, C, H, W)
         h = self.norm(features["up"])
@@ -347,7 +347,7 @@ HEADS_OF = {"source": ("image",), "masked": ("image",), "label": ("linear", "cla
 
 
 class Heads(nn.ModuleDict):
-    """One head a modality, in the order of E's rows, and the process that they belong to.
+    """Hold one head a modality, in the order of E's rows, and the process that they belong to.
 
     modalities: name -> dict(kind=, a name in HEADS; weights=, a name in SCHEDULES, and its k=;
     options of that kind of head). channels: of z. `diffusion` tells what the network predicts.
@@ -361,11 +361,12 @@ class Heads(nn.ModuleDict):
         for name, m in modalities.items():
             options = {k: v for k, v in m.items() if k not in ("kind", "weights", "k")}
             self[name] = HEADS[m["kind"]](unet, channels, **options)
+            # Each modality has weights of its own, w_t^i.
             schedules.append(SCHEDULES[m["weights"]](diffusion.alpha_bar, m["k"]))
         self.process = Aggregation(diffusion.alpha_bar, schedules)
 
     def forward(self, features, t):
-        """What the U-Net computed at z_t -> {modality: its head's output}."""
+        """Turn what the U-Net computed at z_t into {modality: its head's output}."""
         if any(isinstance(head, Classifier) for head in self.values()):
             # Of z_t, not of z_t - C_t, which would give x away.
             z = features["z"][:, :self.channels]
@@ -383,6 +384,7 @@ def add_heads(unet, modalities, channels, diffusion):
         names = ", ".join(unet.config["aggregation"]["modalities"])
         raise UserError(f"this U-Net has heads already: {names}")
     heads = Heads(unet, modalities, channels, diffusion)
+    # Heads always train, also beside a U-Net that is frozen.
     unet.heads = heads.to(unet.conv_out.weight).requires_grad_(True)
     unet.config["aggregation"] = dict(modalities=modalities, channels=channels)
     # With a class name of its own, no other loader opens the folder and draws wrong pictures.
@@ -397,7 +399,7 @@ def widen(unet, channels):
     Their weights start at zero, so the network is what it was. In pure generation x is all zeros.
     """
     old = unet.conv_in
-    unet.conv_in = copy.deepcopy(old)
+    unet.conv_in = copy.deepcopy(old)   # its class takes a Cond beside z
     extra = old.weight.new_zeros(len(old.weight), channels, 3, 3)
     unet.conv_in.weight = nn.Parameter(torch.cat([old.weight.detach(), extra], dim=1))
     unet.conv_in.in_channels = old.in_channels + channels
@@ -415,40 +417,33 @@ def prepare(model, task, modality, *, head=None, input="z", weights="vanishing",
 
     head: a name in HEADS_OF[modality], by default the first. input: "z" (-U) or "x" (-X).
     classes: the names of the label's classes. A model that has these heads already stays as it is.
+    UserError where the model and the modality do not go together.
     """
     unet = model.unet
-    config = dict(kind=head or HEADS_OF[modality][0], weights=weights, k=k)
-    if config["kind"] not in HEADS_OF[modality]:
+    # Mistakes first: a model that is refused stays as it was.
+    kind = head or HEADS_OF[modality][0]
+    if kind not in HEADS_OF[modality]:
         raise UserError(f"--head {head}: the heads of {task} are {', '.join(HEADS_OF[modality])}")
-    if input == "x" and config["kind"] != "image":
+    if input == "x" and kind != "image":
         raise UserError("--input x puts a picture beside z_t, and the other modality of "
                         f"{task} is none")
-    width = unet.config.get("cross_attention_dim")
-    if task == "masked":
-        config["silu"] = False
-    if task == "label":
-        config["classes"] = list(classes)
-    if config["kind"] == "classifier":
-        # As deep as the U-Net, and no wider than guided-diffusion's.
-        first = unet.config["block_out_channels"][0]
-        config["width"] = min(128, max(32, first // 64 * 32))
-        config["depth"] = unet.config["layers_per_block"]
-    if task == "repr":
-        config["width"] = width
+    config = dict(kind=kind, weights=weights, k=k, **head_options(unet, modality, kind, classes))
     if unet.heads is not None:
-        if unet.config["aggregation"]["modalities"] != {modality: config} or (
-                reads_x(unet) != (input == "x")):
-            raise UserError(f"{model.path} has other heads, weights or inputs: "
-                            f"{unet.config['aggregation']['modalities']}")
+        # Training goes on from a model of the same kind, and from no other.
+        heads = unet.config["aggregation"]["modalities"]
+        if heads != {modality: config} or reads_x(unet) != (input == "x"):
+            raise UserError(f"{model.path} has other heads, weights or inputs: {heads}")
         return
     if model.tasks not in (["t2i"], ["uncond"]):
         raise UserError(f"{task} starts from a model that draws from text or from nothing, and "
                         f"{model.path} knows {', '.join(model.tasks)}")
-    if task == "repr" and (width is None or vectors(model, [""]).shape[1] != width):
+    if modality == "repr" and not (
+            model.texts and vectors(model, [""]).shape[1] == config["width"]):
         raise UserError("repr enters as one token of the U-Net's cross-attention: it needs a text "
                         "encoder whose pooled state is as wide")
-    if task == "label" and not model.texts and (
-            unet.config["num_class_embeds"] != len(classes) + 1):
+    # One row of the embedding a class, and one for no class.
+    embedded = unet.config.get("num_class_embeds")
+    if modality == "label" and not model.texts and embedded != len(classes) + 1:
         raise UserError("label enters a model on pixels by its class embedding, which this one "
                         "lacks or has for other classes: use --model scratch")
     channels = model.vae.config["latent_channels"]
@@ -457,35 +452,54 @@ def prepare(model, task, modality, *, head=None, input="z", weights="vanishing",
     add_heads(unet, {modality: config}, channels, model.diffusion)
 
 
+def head_options(unet, modality, kind, classes):
+    """Choose the sizes of a head to suit a U-Net -> the options that its constructor takes."""
+    options = {}
+    if modality == "masked":
+        options["silu"] = False
+    if modality == "label":
+        options["classes"] = list(classes)
+    if modality == "repr":
+        options["width"] = unet.config.get("cross_attention_dim")
+    if kind == "classifier":
+        # As deep as the U-Net, and no wider than guided-diffusion's.
+        first = unet.config["block_out_channels"][0]
+        options["width"] = min(128, max(32, first // 64 * 32))
+        options["depth"] = unet.config["layers_per_block"]
+    return options
+
+
 # -------------------------------------------------------------------------------------------------
-# Encoders x -> E(x) (B, C, H, W), without parameters of their own. A picture, in the space of z,
+# Encoders x -> E(x) (B, C, h, w), without parameters of their own. A picture, in the space of z,
 # is its own encoding. Everything else is read by the U-Net itself: E(x) = U-Net(0, t = 0, x).
 
 class Known(NamedTuple):
-    """What training knows of one modality."""
-    x: torch.Tensor      # pictures in the space of z (B, C, h, w), classes (B,), vectors (B, D)
-    E: torch.Tensor      # its encoding (B, C, h, w)
-    given: torch.Tensor  # (B,) of 0 and 1: samples with 0 train as if x were not there
+    """What a training batch knows of one modality."""
+    x: torch.Tensor     # pictures in the space of z (B, C, h, w), classes (B,), vectors (B, D)
+    E: torch.Tensor     # its encoding (B, C, h, w)
+    keep: torch.Tensor  # (B,) of 0 and 1: samples with 0 train as if x were not there
 
 
 def predictor(net, unet, known, context, added):
-    """-> predict(z_t, t) -> prediction, {modality: output}, for `loss` and `sample`.
+    """Make predict(z_t, t) -> prediction, {modality: output}, for `loss` and `sample`.
 
     net: the U-Net, or what wraps it. known: {modality: Known}, of which -X reads x beside z_t; a
-    sample whose x is not given reads zeros. With a class embedding, z_t itself has no class.
+    sample that does not keep its x reads zeros. With a class embedding, z_t itself has no class.
+    added: what SDXL reads besides the context, see sample.Model.added.
     """
-    beside = None
+    x_input = None
     if reads_x(unet):
-        ((x, _, given),) = known.values()
-        beside = x * given[:, None, None, None]
+        ((x, _, keep),) = known.values()
+        x_input = x * keep[:, None, None, None]
 
     def predict(z, t):
         conditions = added
         if unet.config.get("num_class_embeds"):
-            none = torch.full((len(z),), unet.config["num_class_embeds"] - 1, device=z.device)
-            conditions = dict(class_labels=none)
-        if beside is not None:
-            z = torch.cat([z, beside.to(z.dtype)], dim=1)
+            # A class reaches z_t through E alone, or there would be nothing to aggregate.
+            no_class = unet.config["num_class_embeds"] - 1
+            conditions = dict(class_labels=torch.full((len(z),), no_class, device=z.device))
+        if x_input is not None:
+            z = torch.cat([z, x_input.to(z.dtype)], dim=1)
         return net(z.to(unet.conv_out.weight.dtype), t, context, added=conditions)
     return predict
 
@@ -501,36 +515,51 @@ def unet_encoding(unet, shape, context=None, added=None):
     B = len(context) if context is not None else len(added["class_labels"])
     zeros = weight.new_zeros(B, unet.config["in_channels"], *shape[1:])
     context = None if context is None else context.to(weight)
-    out = unet(zeros, torch.zeros(B, device=weight.device, dtype=torch.long), context, added=added)
-    out = out if torch.is_tensor(out) else out[0]
-    return out[:, :shape[0]].float()
+    t = torch.zeros(B, device=weight.device, dtype=torch.long)
+    prediction, _ = unet(zeros, t, context, added=added)
+    # Only the first channels: ADM's others describe a variance.
+    return prediction[:, :shape[0]].float()
 
 
-def encode_classes(model, numbers, shape):
-    """Classes (n,) -> E (n, C, h, w), from their names or, on pixels, the class embedding."""
-    if not model.texts:
-        return unet_encoding(model.unet, shape, added={"class_labels": numbers})
-    modality = model.unet.config["aggregation"]["modalities"]["label"]
-    names = [modality["classes"][number] for number in numbers.tolist()]
-    context, pooled = model.encode_text(names)
+def encode_context(model, context, pooled, shape):
+    """Encode what the text encoder says: context (B, S, D), pooled as `added` wants it -> E."""
     factor = model.vae.factor
+    if pooled is not None:
+        pooled = pooled.expand(len(context), -1)    # one text may stand for all samples
     added = model.added(pooled, shape[1] * factor, shape[2] * factor)
     return unet_encoding(model.unet, shape, context, added)
+
+
+def encode_classes(model, classes, shape):
+    """Classes (n,) -> E (n, C, h, w), from their names or, on pixels, the class embedding."""
+    if not model.texts:
+        return unet_encoding(model.unet, shape, added={"class_labels": classes})
+    # A text-to-image model knows what the classes' names mean.
+    names = model.unet.config["aggregation"]["modalities"]["label"]["classes"]
+    texts = [names[number] for number in classes.tolist()]
+    return encode_context(model, *model.encode_text(texts), shape)
 
 
 def encode_vectors(model, x, shape):
     """Vectors (B, D) -> E (B, C, h, w); each enters as one token."""
     _, pooled = model.encode_text([""])
-    pooled = None if pooled is None else pooled.expand(len(x), -1)
-    factor = model.vae.factor
-    added = model.added(pooled, shape[1] * factor, shape[2] * factor)
-    return unet_encoding(model.unet, shape, x[:, None], added)
+    return encode_context(model, x[:, None], pooled, shape)
 
 
-def encode_labels(model, labels, shape):
-    """Labels (B,) -> E (B, C, h, w). Each class that occurs is encoded once."""
-    classes, rows = labels.unique(return_inverse=True)
-    return encode_classes(model, classes, shape).index_select(0, rows)
+def encoder_of(model, modality, shape):
+    """Make the function x -> E(x) that sampling uses, for the modality of a model.
+
+    x: pictures in the space of z, vectors (B, D), classes (B,), or probabilities (B, K), which give
+    the mean of all classes' encodings.
+    """
+    if modality == "repr":
+        return lambda x: encode_vectors(model, x, shape)
+    if modality != "label":
+        return lambda x: x
+    # Every step of sampling may change the probabilities, but never the classes.
+    K = len(model.unet.config["aggregation"]["modalities"]["label"]["classes"])
+    table = encode_classes(model, torch.arange(K, device=model.unet.conv_out.weight.device), shape)
+    return lambda x: expected_encoding(table, F.one_hot(x, K) if x.dim() == 1 else x)
 
 
 def expected_encoding(table, probabilities):
@@ -543,7 +572,7 @@ def expected_encoding(table, probabilities):
 
 @torch.no_grad()
 def vectors(model, captions):
-    """The representation x of pictures by their captions -> (B, D).
+    """Compute the representation x of pictures by their captions -> (B, D).
 
     It is the frozen text encoder's pooled state. The paper takes CLIP's vector of the picture,
     which lies in the same space where both towers of one CLIP are at hand.
@@ -554,22 +583,25 @@ def vectors(model, captions):
 
 @torch.no_grad()
 def encode_batch(model, encoder, batch, shape, device):
-    """What a training batch says of the other modality -> {name: Known}; {} without heads.
+    """Encode what a training batch says of the other modality -> {name: Known}; {} without heads.
 
     encoder: data.Encoder. shape: (C, h, w) of z_0.
     """
     if model.unet.heads is None:
         return {}
     (name,) = model.unet.heads
-    given = batch["keep"].to(device)
     if name == "label":
         x = torch.tensor(batch["x"], device=device)
-        return {name: Known(x, encode_labels(model, x, shape), given)}
-    if name == "repr":
+        # Each class that occurs is encoded once.
+        classes, rows = x.unique(return_inverse=True)
+        E = encode_classes(model, classes, shape).index_select(0, rows)
+    elif name == "repr":
         x = vectors(model, batch["x"])
-        return {name: Known(x, encode_vectors(model, x, shape), given)}
-    x = encoder.modality(batch, device)
-    return {name: Known(x, x, given)}
+        E = encode_vectors(model, x, shape)
+    else:
+        x = encoder.modality(batch, device)
+        E = x
+    return {name: Known(x, E, batch["keep"].to(device))}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -585,30 +617,38 @@ def divergence(head, output, x):
     return (output.float() - x).square().flatten(1).mean(1)
 
 
-def loss(heads, predict, x0, known, noise, t, *, head_weight=LAMBDA, **weighting):
+def loss(heads, predict, z0, known, noise, t, *, head_weight=LAMBDA, **weighting):
     """Eq. 6 by Algorithm 2 -> the loss (B,) and its terms, {"denoising" or modality: (B,)}.
 
-    predict(z_t, t) -> prediction, {modality: output}. known: {modality: Known}. weighting: options
-    of Diffusion.loss for the denoising term, which in y_t = z_t - C_t is DDPM's.
+    predict(z_t, t) -> prediction, {modality: output}. known: {modality: Known}. head_weight: the
+    paper's lambda. weighting: options of Diffusion.loss for the denoising term, which in
+    y_t = z_t - C_t is DDPM's.
 
-    A sample whose x is not given has E = 0 and no KL, whatever its values; its KL term is NaN. A
-    modality that is absent from `known` has E = 0, and its head's gradient is zero.
+    A sample that does not keep its x has E = 0 and no KL, whatever its values; its KL term is NaN.
+    A modality that is absent from `known` has E = 0, and its head's gradient is zero.
     """
-    E = [known[name].E * known[name].given[:, None, None, None] if name in known
-         else torch.zeros_like(x0) for name in heads]
+    # Eq. 2 is DDPM's bound with every p and q joint with X:
+    #     KL(q(z_T | z_0, X) || p(z_T)) + sum_{t>1} KL(q(z_{t-1} | z_t, z_0, X) || p(z_{t-1} | z_t))
+    #     + sum_t sum_i KL(q(x_i) || p(x_i | z_t)) - log p(z_0 | z_1).
+    # By Bayes' rule q(z_t | z_{t-1}, X) = q(z_{t-1} | z_t, z_0, X) q(z_t | z_0, X) / q(z_{t-1} |
+    # z_0, X). The quotients of all t telescope to q(z_T | z_0, X), and the product of Eq. 1 leaves
+    # one KL term of x_i at each step. Eq. 6 replaces the factors of both sums by 1 and lambda.
+    E = torch.stack([known[name].E * known[name].keep[:, None, None, None] if name in known
+                     else torch.zeros_like(z0) for name in heads])
     # Eq. 4, as y_t + C_t: with w = 0 this is DDPM to the last bit.
-    z_t = heads.diffusion.add_noise(x0, noise, t) + heads.process.aggregate(torch.stack(E), t)
+    z_t = heads.diffusion.add_noise(z0, noise, t) + heads.process.aggregate(E, t)
     out, outputs = predict(z_t, t)
-    total = heads.diffusion.loss(out, x0, noise, t, **weighting)
-    terms = {"denoising": heads.diffusion.error(out, x0, noise, t)}
+    total = heads.diffusion.loss(out, z0, noise, t, **weighting)
+    terms = {"denoising": heads.diffusion.error(out, z0, noise, t)}
     for name, output in outputs.items():
         if name not in known:
+            # Under DDP every parameter needs a gradient, if only of zero.
             total = total + 0 * output.float().flatten(1).sum(1)
             continue
-        kl = divergence(heads[name], output, known[name].x)
-        given = known[name].given
-        total = total + head_weight * given * kl                                         # Eq. 6
-        terms[name] = torch.where(given > 0, kl, torch.nan)
+        x, _, keep = known[name]
+        kl = divergence(heads[name], output, x)
+        total = total + head_weight * keep * kl                                          # Eq. 6
+        terms[name] = torch.where(keep > 0, kl, torch.nan)
     return total, terms
 
 
@@ -636,22 +676,28 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
     if unknown := [name for name in known if name not in heads]:
         raise UserError(f"this model was not trained on {', '.join(unknown)}; it knows "
                         f"{', '.join(heads)}")
-    fixed = {name: encoders[name](x) for name, x in known.items()}
-    E = torch.stack([fixed.get(name, torch.zeros_like(noise)) for name in heads])
+    # What is known is encoded once. What is unknown changes with every step.
+    known_E = {name: encoders[name](x) for name, x in known.items()}
+    E = torch.stack([known_E.get(name, torch.zeros_like(noise)) for name in heads])
 
     def noisy(t):
         mean, std = process.marginal(z0, E, t)
         return mean + std * noise
 
-    z = process.start(E, noise, visited[0]) if z0 is None else noisy(visited[0])
+    # Nearly nothing is left of z_0 at the first timestep, so z_T = C_T + noise.
+    z = process.aggregate(E, visited[0]) + noise if z0 is None else noisy(visited[0])
     for i, (t, r) in enumerate(zip(visited, visited[1:])):
         batch_t = torch.full((len(z),), t, dtype=torch.long, device=z.device)
         prediction, outputs = predict(z, batch_t)
+        prediction = prediction.float()
+        # The heads' word on what is unknown takes the place of its last encoding.
         x = {name: infer(heads[name], output) for name, output in outputs.items()} | known
-        E = torch.stack([fixed[name] if name in fixed else encoders[name](x[name])
+        E = torch.stack([known_E[name] if name in known else encoders[name](x[name])
                          for name in heads])
-        z0_hat, eps = process.to_z0_eps(diffusion, prediction.float(), z, E, batch_t)
+        y = z - process.aggregate(E, batch_t)
+        z0_hat, eps = diffusion.to_x0_eps(prediction, y, batch_t)
         if z0 is not None:
+            # Only x is asked for: z stays on the marginal of the picture that is known.
             z, z0_hat = noisy(r), z0
         elif sampler == "ddim":
             _, var = process.posterior(z0_hat, z, E, t, r)
@@ -659,9 +705,11 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
             z = process.ddim_step(z, eps, E, t, r, sigma=eta * var.sqrt(), noise=fresh, z0=z0_hat)
         else:
             z, var = process.posterior(z0_hat, z, E, t, r)
-            if r >= 0:
+            if t > 0:
+                # As diffusion.ddpm: the variance may be the posterior's, or 1 - a, or learned.
                 beta = like(1 - process.between(t, r)[2], z)
-                var = diffusion.step_variance(prediction.float(), var, beta, z.shape[1])
+                small = var.clamp(min=1e-20)
+                var = diffusion.step_variance(prediction, small, beta, z.shape[1])
                 z = z + var.sqrt() * randn(z.shape, generators, z.device)
         if callback is not None:
             callback(i, t, z, z0_hat, x)
@@ -669,65 +717,73 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
 
 
 def infer(head, output):
-    """What a head says of x: probabilities, or the mean of its Gaussian."""
+    """Return what a head says of x: probabilities, or the mean of its Gaussian."""
     return output.float().softmax(-1) if head.probabilities else output.float()
 
 
 # -------------------------------------------------------------------------------------------------
+# The demonstration
 
-def main():
-    from pathlib import Path
+TIMES = (0, 100, 200, 300, 400, 500, 600, 800, 999)
+SIDE = 128  # pixels of one picture on the sheet
 
+
+def draw_processes(processes, z0, x, noise, style):
+    """Draw means and samples of z_t at TIMES, two rows a process -> one picture with legends.
+
+    processes: {name: Aggregation}. z0, x, noise: (1, 3, H, W). style: of the legends, for Pillow.
+    """
     from PIL import Image, ImageDraw
 
+    from emoji import to_pil
+    sheet = Image.new("RGB", (SIDE * (1 + len(TIMES)), 24 + 2 * SIDE * len(processes)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, t in enumerate(TIMES, 1):
+        draw.text((SIDE * column + 6, 4), f"t = {t}", **style)
+    for row, (name, process) in enumerate(processes.items()):
+        source = "z_0" if name == "zero" else "x"
+        means = [z0 if name == "zero" else x]
+        draws = [torch.ones_like(z0)]  # white, for the legend
+        for t in TIMES:
+            mean, std = process.marginal(z0, x[None], t)
+            means.append(mean)
+            draws.append(mean + std * noise)
+        rows = torch.cat([torch.cat(means, dim=3), torch.cat(draws, dim=3)], dim=2)
+        top = 24 + 2 * SIDE * row
+        enlarged = to_pil(rows[0]).resize((sheet.width, 2 * SIDE), Image.NEAREST)
+        sheet.paste(enlarged, (0, top))
+        title = "w = 0: DDPM" if name == "zero" else f"w: {name}"
+        legend = f"{title}\n\nabove: {source}, and\nthe mean of z_t\n\nhere: z_t"
+        draw.text((6, top + SIDE + 6), legend, **style)
+    return sheet
+
+
+def main():
     from diffusion import Diffusion
-    from emoji import STYLES, load, on_white, sheet_picture, to_pil, to_tensor
+    from emoji import STYLES, load, on_white, sheet_picture, to_tensor
     parser = Parser("Draw the forward process of one emoji in two styles, z_0 and x.")
-    parser.add_argument("--emoji", default="dragon face", help="its name in emoji.json")
-    parser.add_argument("--k", type=float, default=1.0, help="scale of the weights w_t")
     parser.add_argument("--out", default="samples/aggregation.png", help="where the picture goes")
     args = parser.parse_args()
-    rows = {row.name: row for row in load()}
-    if args.emoji not in rows:
-        raise UserError(f"--emoji {args.emoji} is not a name in assets/emoji/emoji.json")
-    x, z0 = (to_tensor(on_white(sheet_picture(style, rows[args.emoji].cells[None])))[None]
+    (dragon,) = (row for row in load() if row.name == "dragon face")
+    x, z0 = (to_tensor(on_white(sheet_picture(style, dragon.cells[None])))[None]
              for style in STYLES)
-    noise = randn(z0.shape, seeded([0]))
     alpha_bar = Diffusion.from_config({}).alpha_bar
-    times = (0, 100, 200, 300, 400, 500, 600, 800, 999)
-    processes = {name: Aggregation(alpha_bar, [SCHEDULES[name](alpha_bar, args.k)])
+    processes = {name: Aggregation(alpha_bar, [SCHEDULES[name]])
                  for name in ("zero", "vanishing", "interpolating")}
-
-    side = 128
-    sheet = Image.new("RGB", (side * (1 + len(times)), 24 + 6 * side), "white")
-    draw = ImageDraw.Draw(sheet)
-    ink = dict(fill="#222222", font_size=14)
-    for column, t in enumerate(times, 1):
-        draw.text((side * column + 6, 4), f"t = {t}", **ink)
-    for row, (name, process) in enumerate(processes.items()):
-        steps = [process.marginal(z0, x[None], t) for t in times]
-        means = torch.cat([z0 if name == "zero" else x, *[mean for mean, _ in steps]], dim=3)
-        noisy = [mean + std * noise for mean, std in steps]
-        draws = torch.cat([torch.ones_like(z0), *noisy], dim=3)
-        picture = to_pil(torch.cat([means, draws], dim=2)[0])
-        top = 24 + 2 * side * row
-        sheet.paste(picture.resize((sheet.width, 2 * side), Image.NEAREST), (0, top))
-        title = "w = 0: DDPM" if name == "zero" else f"w: {name}"
-        source = "z_0" if name == "zero" else "x"
-        text = f"{title}\n\nabove: {source}, and\nthe mean of z_t\n\nhere: z_t"
-        draw.text((6, top + side + 6), text, **ink)
-    with replacing(Path(args.out)) as beside:
+    sheet = draw_processes(processes, z0, x, randn(z0.shape, seeded([0])),
+                           style=dict(fill="#222222", font_size=14))
+    with replacing(args.out) as beside:
         sheet.save(beside, format="PNG")
 
-    print(f"z_t = sqrt(ab_t) z_0 + c_t x + std_t noise; k = {args.k:g}, DDPM's linear betas")
+    print("z_t = sqrt(ab_t) z_0 + c_t x + std_t noise, with DDPM's linear betas")
     print(f"{'t':>6}{'sqrt(ab_t)':>12}{'std_t':>8}   c_t:"
           + "".join(f"{name:>15}" for name in processes))
-    for t in times:
+    for t in TIMES:
         signal = alpha_bar[t].sqrt()
         std = (1 - alpha_bar[t]).sqrt()
         coefficients = "".join(f"{p.c[0, t + 1]:>15.4f}" for p in processes.values())
         print(f"{t:>6}{signal:>12.4f}{std:>8.4f}       {coefficients}")
-    print(f"{args.emoji} in two styles, t from left to right -> {args.out}")
+    print(f"a dragon's face in two styles, t from left to right -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ the last layer of two towers, and on the pooled state of the second.
 
     Tokenizer      text -> ids (B, 77), by byte-pair encoding
     CLIPText       ids -> hidden states, and a pooled state
-    CLIPVision     pictures as `preprocess` makes them -> hidden states, and a pooled state
+    CLIPVision     pictures as transformers' CLIPImageProcessor makes them -> the same
 
 Letters: B batch, S = 77 positions, N patches of a picture, D width.
 """
@@ -14,17 +14,14 @@ import functools
 import json
 import re
 import unicodedata
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
-from hub import UserError, blaming, fetch, load_weights, read_json, save_weights
+from hub import UserError, blaming, fetch, is_number, load_weights, read_json, save_weights
 from hub import write_json, write_text
 
 # -------------------------------------------------------------------------------------------------
@@ -39,8 +36,10 @@ EOS = "<|endoftext|>"
 # Unicode's white space. Python's \s would also take the control characters 1c to 1f.
 SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 
-# CLIP's words: an English ending, letters, one digit, or a run of anything else but spaces.
-WORDS = re.compile("'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
+# CLIP's words: an English ending, letters, one digit, or a run of anything else but spaces. Before
+# these, a special token's name, which in capitals is no token, and falls into three words.
+WORDS = re.compile(r"(<\|)((?:start|end)oftext)(\|>)|"
+                   "('s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+)")
 
 
 def normalize(text):
@@ -58,7 +57,8 @@ def split_words(text):
     for c in text:
         category = unicodedata.category(c)[0]
         copy += c if c.isascii() else {"L": "z", "N": "0"}.get(category, "!")
-    return [text[match.start():match.end()] for match in WORDS.finditer(copy)]
+    return [text[match.start(i):match.end(i)] for match in WORDS.finditer(copy)
+            for i in range(1, 5) if match[i]]
 
 
 @functools.cache
@@ -86,35 +86,6 @@ def merge_pair(symbols, pair):
         else:
             merged.append(symbol)
     return merged
-
-
-def learn_merges(texts, vocab_size):
-    """Learn byte-pair encoding from texts -> vocabulary (symbol -> id), merges in their order.
-
-    Each round joins the pair of neighbours that is commonest in all texts to a new symbol.
-    """
-    # Words are counted once and for all: pairs never reach from one word into the next.
-    counts = Counter(word for text in texts for word in split_words(normalize(text)))
-    words = {word: to_symbols(word) for word in counts}
-    symbols = list(byte_symbols().values())
-    vocab = symbols + [symbol + "</w>" for symbol in symbols]
-    merges = []
-    while len(vocab) < vocab_size - 2:
-        pairs = Counter()
-        for word, parts in words.items():
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += counts[word]
-        if not pairs:
-            break
-        # The commonest pair; of several equally common ones the first in the alphabet.
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        vocab.append("".join(best))
-        for word, parts in words.items():
-            if best[0] in parts:
-                words[word] = merge_pair(parts, best)
-    # Different pairs may join to one symbol, as a|bc and ab|c do. It gets one id.
-    return {symbol: i for i, symbol in enumerate([*dict.fromkeys(vocab), BOS, EOS])}, merges
 
 
 # -------------------------------------------------------------------------------------------------
@@ -154,11 +125,13 @@ def read_added_tokens(folder):
     config = read("tokenizer_config.json")
     listed = config.get("added_tokens_decoder")
     older = read("special_tokens_map.json") if listed is None else {}
-    named = {name: value for name, value in {**SPECIAL, **config, **older}.items()
+    named = {name: value for name, value in {**config, **older}.items()
              if name.endswith("_token") and isinstance(value, (str, dict))}
     more = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     if listed is None:
-        special = {AddedToken.read(value).content for value in (*named.values(), *(more or []))}
+        # transformers overlooks the objects, other than strings, that tokenizer_config.json names.
+        plain = [value for name, value in named.items() if name in older or isinstance(value, str)]
+        special = {AddedToken.read(value).content for value in (*plain, *(more or []))}
         listed = {id: dict(content=content, special=content in special)
                   for content, id in read("added_tokens.json").items()}
         for token in read("tokenizer.json").get("added_tokens", []):
@@ -166,6 +139,7 @@ def read_added_tokens(folder):
     if more is None:
         more = older.get("additional_special_tokens", [])
 
+    named = SPECIAL | named
     # The order matters: new tokens get their ids in it, the listed ones first. Where a token comes
     # twice, a dict keeps its first place and its last flags, so a list has the last word.
     by_id = [listed[id] for id in sorted(listed, key=int)]
@@ -240,11 +214,6 @@ class Tokenizer:
         # The same words come again and again.
         self.encode = functools.lru_cache(maxsize=65536)(self.encode_word)
 
-    @classmethod
-    def train(cls, texts, vocab_size):
-        """Learn a tokenizer from texts."""
-        return cls(*learn_merges(texts, vocab_size))
-
     def encode_word(self, word):
         """Encode one word: join the pair that was learned first, as long as one is left -> ids."""
         symbols = to_symbols(word)
@@ -267,6 +236,21 @@ class Tokenizer:
                 else:
                     pieces += [(word, self.encode(word)) for word in split_words(part)]
         return pieces
+
+    def expand(self, text):
+        """Write out the words that textual inversion learned as several tokens, as diffusers does.
+
+        <toy> becomes "<toy> <toy>_1 <toy>_2" where these are added tokens. An encoder's caller
+        does this first; the tokenizer itself takes <toy> for one token, as transformers does.
+        """
+        for word in self.added:
+            names = [word]
+            while f"{word}_{len(names)}" in self.added:
+                names.append(f"{word}_{len(names)}")
+            if len(names) > 1:
+                # A part that is named by itself stays as it is.
+                text = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _: " ".join(names), text)
+        return text
 
     def __call__(self, texts):
         """Encode a list of B strings -> (B, 77) long: start, tokens, end, padding.
@@ -337,9 +321,6 @@ CONFIGS = {
     "clip_bigg": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
                       num_attention_heads=20, projection_dim=1280, hidden_act="gelu",
                       architectures=["CLIPTextModelWithProjection"]),
-    # The image tower of ViT-L/14.
-    "clip_l_vision": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                          num_attention_heads=16, patch_size=14, projection_dim=768),
 }
 
 # OpenAI trained with the first, an approximation of the second, which OpenCLIP's models use.
@@ -423,6 +404,11 @@ class Tower(nn.Module):
         super().__init__()
         self.config = {key: config.get(key, default) for key, default in self.defaults.items()}
         # What else may be wrong in a config shows while the layers are built.
+        sizes = [key for key, default in self.defaults.items()
+                 if isinstance(default, int) and not key.endswith("_token_id")]
+        if wrong := [key for key in sizes if not is_number(self.config[key], key, 1)]:
+            raise UserError(f"{self.subfolder} config: {wrong[0]} = {self.config[wrong[0]]!r} is "
+                            "not implemented")
         implemented = dict(hidden_act=[*ACTIVATIONS], architectures=[[m] for m in self.models])
         for key, values in implemented.items():
             if self.config[key] not in values:
@@ -440,14 +426,6 @@ class Tower(nn.Module):
         if self.config["architectures"][0].endswith("WithProjection"):
             return nn.Linear(self.config["hidden_size"], self.width, bias=False)
         return nn.Identity()
-
-    def initialize(self):
-        """Draw first weights from narrow normal distributions, and set biases to zero."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder=None, dtype=torch.float32):
@@ -521,7 +499,6 @@ class CLIPText(Tower):
         super().__init__(config)
         self.text_model = TextTransformer(self.config)
         self.text_projection = self.projection()
-        self.initialize()
 
     def forward(self, ids):
         """Encode ids (B, S) -> last (B, S, D), penultimate (B, S, D), pooled (B, width).
@@ -580,7 +557,6 @@ class CLIPVision(Tower):
         super().__init__(config)
         self.vision_model = VisionTransformer(self.config)
         self.visual_projection = self.projection()
-        self.initialize()
 
     def forward(self, pixels):
         """Encode pixels (B, 3, H, W) -> last (B, 1+N, D), pooled (B, width).
@@ -596,31 +572,3 @@ class CLIPVision(Tower):
         x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
         last, _ = self.vision_model.encoder(x)
         return last, self.visual_projection(self.vision_model.post_layernorm(last[:, 0]))
-
-
-# Mean and standard deviation of each colour, from CLIP's preprocessor_config.json.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def preprocess(pictures, size=224):
-    """Turn B PIL pictures into the image tower's input (B, 3, size, size).
-
-    The result is that of transformers' CLIPImageProcessorPil: transparency becomes white, the
-    shorter side `size` pixels (bicubic), and the centre is cut out and normalised.
-    """
-    cut = []
-    for picture in pictures:
-        if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        # The longer side is rounded down, as transformers does it.
-        width, height = (size * side // min(picture.size) for side in picture.size)
-        picture = picture.convert("RGB").resize((width, height), Image.BICUBIC)
-        left = (width - size) // 2
-        top = (height - size) // 2
-        picture = picture.crop((left, top, left + size, top + size))
-        cut.append(torch.from_numpy(np.array(picture)))
-    x = torch.stack(cut).movedim(-1, 1) / 255
-    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

@@ -6,6 +6,7 @@ the samplers, and guidance.
 
     DDPM                Ho et al. 2020, arXiv 2006.11239
     DDIM                Song et al. 2020, arXiv 2010.02502
+    PNDM                Liu et al. 2022, arXiv 2202.09778
     improved DDPM       Nichol and Dhariwal 2021, arXiv 2102.09672: a learned variance
     v                   Salimans and Ho 2022, arXiv 2202.00512
     zero terminal SNR   Lin et al. 2023, arXiv 2305.08891
@@ -27,7 +28,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from hub import UserError, blaming
+from hub import UserError, blaming, is_number
 
 # -------------------------------------------------------------------------------------------------
 # The schedule
@@ -50,14 +51,18 @@ DEFAULTS = dict(
     variance_type="fixed_small",
 )
 
-# The values that are implemented, for keys that name one of a few.
-CHOICES = dict(
+# What is implemented of the process itself. Another value makes another model, so it is refused.
+# A key that stands in no table has no effect here, or belongs to another class than the file's:
+# files keep what the classes that once read them left.
+PROCESS = dict(
     beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"),
     prediction_type=("epsilon", "v_prediction"),
+    predict_epsilon=(True,),    # the same before diffusers 0.8
     timestep_spacing=("leading", "linspace", "trailing"),
     timestep_type=("discrete",),
     use_flow_sigmas=(False,),
-    use_karras_sigmas=(False, True),
+    snr_shift_scale=(1.0,),
+    thresholding=(False,),
     variance_type=("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
                    "learned_range", None),
 )
@@ -65,51 +70,58 @@ CHOICES = dict(
 # How our samplers step. A scheduler that steps in another way describes the same process, but none
 # of ours draws the picture that it would draw.
 STEPPING = dict(
-    algorithm_type="dpmsolver++",
-    solver_order=2,
-    solver_type="midpoint",
-    final_sigmas_type="zero",
-    interpolation_type="linear",
-    lambda_min_clipped=-math.inf,
-    sigma_min=None,
-    sigma_max=None,
-    use_beta_sigmas=False,
-    use_exponential_sigmas=False,
-    use_lu_lambdas=False,
+    algorithm_type=("dpmsolver++", "deis"),             # DPM++ reads deis, and the last three
+    solver_type=("midpoint", "logrho", "bh1", "bh2"),   # here, as the first: they are another's
+    solver_order=(2,),
+    final_sigmas_type=("zero",),
+    interpolation_type=("linear",),
+    lambda_min_clipped=(-math.inf, "-Infinity"),        # strict JSON has no infinity
+    sigma_min=(None,),
+    sigma_max=(None,),
+    skip_prk_steps=(True,),
+    use_beta_sigmas=(False,),
+    use_exponential_sigmas=(False,),
+    use_lu_lambdas=(False,),
 )
-
-# Keys that may have any value. The last seven have no effect: parameters of thresholding and of
-# flows, which are refused, of PNDM's warm-up, which DDIM does not have, and of DPM++'s last step,
-# which ends at sigma = 0 and so is of first order in any case.
-FREE = {*DEFAULTS, *STEPPING,
-        "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type",
-        "skip_prk_steps", "lower_order_final", "euler_at_final"}
 
 # Class of the scheduler -> where its defaults differ, and the sampler below that steps as it does.
 SIGMAS = dict(clip_sample=False, timestep_spacing="linspace")
 CLASSES = {
     "DDIMScheduler": ({}, "ddim"),
     "DDPMScheduler": ({}, "ddpm"),
-    "PNDMScheduler": (dict(clip_sample=False, set_alpha_to_one=False), "ddim"),
+    "PNDMScheduler": (
+        dict(clip_sample=False, set_alpha_to_one=False, skip_prk_steps=False), "pndm"),
     "EulerDiscreteScheduler": (SIGMAS, "euler"),
     "EulerAncestralDiscreteScheduler": (SIGMAS, "euler-a"),
     "DPMSolverMultistepScheduler": (SIGMAS, "dpm++"),
 }
 
 # Some pipelines of diffusers correct old scheduler files without a word, and so do we for the same
-# pipelines. Those of Stable Diffusion XL and InstructPix2Pix take the file as it is.
+# pipelines: those for Stable Diffusion 1.x and 2.x, but not those for SDXL and InstructPix2Pix.
 LATENTS = dict(clip_sample=False, steps_offset=1)
 CORRECTIONS = {
     "StableDiffusionPipeline": LATENTS,
     "StableDiffusionImg2ImgPipeline": LATENTS,
+    "StableDiffusionInpaintPipelineLegacy": LATENTS,
     "StableDiffusionPipelineSafe": LATENTS,
-    "StableDiffusionInpaintPipeline": dict(steps_offset=1),
+    "StableDiffusionPAGPipeline": LATENTS,
+    "StableDiffusionPAGImg2ImgPipeline": LATENTS,
+    "StableDiffusionPAGInpaintPipeline": LATENTS,
+    "AltDiffusionPipeline": LATENTS,
+    "AltDiffusionImg2ImgPipeline": LATENTS,
+    "CycleDiffusionPipeline": dict(steps_offset=1),
+    "StableDiffusionInpaintPipeline": dict(steps_offset=1, skip_prk_steps=True),
+    "StableDiffusionDiffEditPipeline": dict(steps_offset=1, skip_prk_steps=True),
+    # On pixels this pipeline steps by DDIM, whatever class the file names.
+    "DDIMPipeline": dict(_class_name="DDIMScheduler"),
 }
 
 
 def noise_schedule(config):
     """Compute alpha_bar (T,), fp32 and falling, by diffusers' arithmetic and so with its values."""
     T = config["num_train_timesteps"]
+    if not is_number(T, "num_train_timesteps", 1000):
+        raise ValueError(f"num_train_timesteps = {T!r} is not implemented")
     first = config["beta_start"]
     last = config["beta_end"]
     if config["trained_betas"] is not None:
@@ -137,52 +149,51 @@ def noise_schedule(config):
     return alpha_bar
 
 
+def not_implemented(file, table):
+    """Find the keys of a scheduler file whose values are not in the table -> key: value."""
+    return {key: file[key] for key in table if key in file and file[key] not in table[key]}
+
+
 class Diffusion:
     """Hold a noise schedule and compute what follows from it, in fp32 also for half precision.
 
     alpha_bar   (T,) fp32, falling; inputs on another device work too, with a copy of it per call
     config      every key of DEFAULTS with its value
     sampler     the name in SAMPLERS that the scheduler's file stands for, or None
+    missing     what the file asks for and no sampler does, where sampler is None
     """
 
-    def __init__(self, alpha_bar, config, sampler="ddim"):
+    def __init__(self, alpha_bar, config, sampler="ddim", missing=""):
         self.alpha_bar = alpha_bar
         self.config = config
         self.sampler = sampler
+        self.missing = missing
         self.T = len(alpha_bar)
 
     @classmethod
-    def from_config(cls, scheduler_config, pipeline=None):
+    def from_config(cls, scheduler_config):
         """Build from the dict of a scheduler_config.json.
 
-        pipeline: the `_class_name` in model_index.json, for CORRECTIONS.
-
-        Absent keys take the defaults of the class that the file names, or of DDIM. PNDM, which
-        Stable Diffusion 1.5 names, is sampled by DDIM. A class or a way of stepping that none of
-        our samplers has makes `sampler` None: the file still describes the process, and every
-        sampler can be picked by name. What would change the process unnoticed raises UserError.
+        Absent keys take the defaults of the class that the file names, or of DDIM. A class or a way
+        of stepping that none of our samplers has makes `sampler` None: the file still describes
+        the process, and every sampler can be picked by name. Another process raises UserError.
         """
-        file = {**scheduler_config, **CORRECTIONS.get(pipeline, {})}
-        name = str(file.get("_class_name", "DDIMScheduler"))
-        known_class = name in CLASSES
+        name = str(scheduler_config.get("_class_name", "DDIMScheduler"))
+        differences, sampler = CLASSES.get(name, (dict(clip_sample=False), None))
         # Other classes have other defaults, so their files must state the betas. A flow has none.
         betas = {"beta_start", "beta_end", "beta_schedule"}
-        if not known_class and ("Flow" in name or not betas <= file.keys()):
+        if sampler is None and ("Flow" in name or not betas <= scheduler_config.keys()):
             raise UserError(f"scheduler {name} is not implemented; use one of {', '.join(CLASSES)}")
-        differences, sampler = CLASSES.get(name, (dict(clip_sample=False), None))
+        file = differences | scheduler_config
+        config = {key: file.get(key, default) for key, default in DEFAULTS.items()}
 
-        # A key that we have never heard of may change the process, unless it is switched off.
-        for key, value in file.items():
-            unknown = known_class and key not in FREE and not key.startswith("_")
-            choices = CHOICES.get(key, (None, False))
-            if (key in CHOICES or unknown) and value not in choices:
-                raise UserError(f"scheduler config: {key} = {value!r} is not implemented; "
-                                f"use {' or '.join(map(repr, choices))}")
-            # Strict JSON writes an infinite lambda_min_clipped as a string.
-            if key in STEPPING and value not in (STEPPING[key], "-Infinity"):
-                sampler = None
-        config = DEFAULTS | differences
-        config |= {key: file[key] for key in DEFAULTS if key in file}
+        for key, value in not_implemented(file, PROCESS).items():
+            raise UserError(f"scheduler config: {key} = {value!r} is not implemented; "
+                            f"use {' or '.join(map(repr, PROCESS[key]))}")
+        stepping = not_implemented(file, STEPPING)
+        missing = ", ".join(f"{key} = {value!r}" for key, value in stepping.items())
+        if sampler is None:
+            missing = name
         if sampler and config["use_karras_sigmas"]:
             sampler += "-karras"
             if sampler not in SAMPLERS:
@@ -192,7 +203,7 @@ class Diffusion:
             alpha_bar = noise_schedule(config)
             if not 0 <= config["steps_offset"] < len(alpha_bar):
                 raise ValueError("steps_offset is not a timestep")
-        return cls(alpha_bar, config, sampler)
+        return cls(alpha_bar, config, None if missing else sampler, missing)
 
     def to(self, device):
         """Move the schedule to a device, in place."""
@@ -201,8 +212,14 @@ class Diffusion:
 
     def signal_noise(self, t, x):
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), each (B, 1, 1, 1)."""
-        a = self.alpha_bar.to(x.device)[t.to(x.device)].view(-1, 1, 1, 1)
-        return a.sqrt(), (1 - a).sqrt()
+        alpha_bar = self.alpha_bar.to(x.device)[t.to(x.device)].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def level(self, t):
+        """Return alpha_bar at one timestep; below 0 is the level at which DDIM and PNDM end."""
+        if t < 0 and self.config["set_alpha_to_one"]:
+            return torch.ones_like(self.alpha_bar[0])       # clean
+        return self.alpha_bar[max(t, 0)]                    # for Stable Diffusion that of t = 0
 
     def add_noise(self, x0, noise, t):
         """Draw x_t from q(x_t | x_0): x0, noise (B, C, H, W), t (B,) long -> (B, C, H, W)."""
@@ -288,14 +305,14 @@ class Diffusion:
         The error of predicted v is that of the noise over alpha_bar already. There none and v are
         1, and the others are multiplied by alpha_bar.
         """
-        a = self.alpha_bar.to(t.device)[t]
+        alpha_bar = self.alpha_bar.to(t.device)[t]
         predicts_noise = self.config["prediction_type"] == "epsilon"
         if kind == "none" or (kind == "v" and not predicts_noise):
-            return torch.ones_like(a)
+            return torch.ones_like(alpha_bar)
         # Both forms are finite at alpha_bar = 0, where min(5, snr) / snr would be 0 / 0.
-        snr = a / (1 - a)
-        weight = {"v": 1 / a, "min-snr": (5 / snr).clamp(max=1), "p2": 1 / (1 + snr)}[kind]
-        return weight if predicts_noise else weight * a
+        snr = alpha_bar / (1 - alpha_bar)
+        weight = {"v": 1 / alpha_bar, "min-snr": (5 / snr).clamp(max=1), "p2": 1 / (1 + snr)}[kind]
+        return weight if predicts_noise else weight * alpha_bar
 
     # ---------------------------------------------------------------------------------------------
     # A learned variance. Each reverse step adds noise. DDPM fixes its variance; the networks of
@@ -309,8 +326,9 @@ class Diffusion:
         for the constant L_T. It trains the second half of out (B, 2 C, H, W): no gradient reaches
         the first, which learns from the error.
         """
-        a = self.alpha_bar.to(t.device)
-        of_x0, _, small, beta = posterior(a, torch.cat([torch.ones_like(a[:1]), a[:-1]]))
+        alpha_bar = self.alpha_bar.to(t.device)
+        clean = torch.ones_like(alpha_bar[:1])
+        of_x0, _, small, beta = posterior(alpha_bar, torch.cat([clean, alpha_bar[:-1]]))
         # At t = 0 the posterior's variance is zero. The official code takes that of t = 1 there.
         small[0] = small[1]
         of_x0, small, beta = (y[t].view(-1, 1, 1, 1) for y in (of_x0, small, beta))
@@ -374,16 +392,18 @@ class Diffusion:
         return times
 
 
-def posterior(a, a_prev):
+def posterior(alpha_bar, alpha_bar_prev):
     """Return DDPM's Eq. 7, q(x_{t-1} | x_t, x_0), for alpha_bar at t and at t - 1.
 
     Four tensors of their shape: the factors of x_0 and of x_t in the mean, the variance, and beta,
     the variance of q(x_t | x_{t-1}).
     """
-    beta = 1 - a / a_prev
-    of_x0 = a_prev.sqrt() * beta / (1 - a)
-    of_x_t = (a / a_prev).sqrt() * (1 - a_prev) / (1 - a)
-    return of_x0, of_x_t, beta * (1 - a_prev) / (1 - a), beta
+    # Where timesteps are left out between the two, alpha and beta are those of one long step.
+    alpha = alpha_bar / alpha_bar_prev
+    beta = 1 - alpha
+    of_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+    of_x_t = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    return of_x0, of_x_t, beta * (1 - alpha_bar_prev) / (1 - alpha_bar), beta
 
 
 def learned_variance(v, low, high):
@@ -439,18 +459,14 @@ def ddim(diffusion, model, x, steps=50, eta=0.0, start=0, generators=None, callb
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta = {eta}: choose from 0 (deterministic) to 1 (DDPM)")
-    a_bar = diffusion.alpha_bar
-    # The last step ends clean or, for Stable Diffusion, at the level of t = 0.
-    final = torch.ones_like(a_bar[0]) if diffusion.config["set_alpha_to_one"] else a_bar[0]
     for i, t in enumerate(diffusion.timesteps(steps)[start:]):
         batch_t = for_each(x, t)
         x0, eps = diffusion.to_x0_eps(model(x, batch_t), x, batch_t)
-        prev = t - diffusion.T // steps
-        a = a_bar[t]
-        a_prev = a_bar[prev] if prev >= 0 else final
+        alpha_bar = diffusion.level(t)
+        alpha_bar_prev = diffusion.level(t - diffusion.T // steps)
         # Eq. 12: the predicted x0, the direction to x_t, and random noise of variance Eq. 16
-        var = eta ** 2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-        x = a_prev.sqrt() * x0 + (1 - a_prev - var).sqrt() * eps
+        var = eta ** 2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+        x = alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev - var).sqrt() * eps
         if eta > 0:
             x = x + var.sqrt() * randn(x.shape, generators, x.device)
         if callback:
@@ -458,23 +474,64 @@ def ddim(diffusion, model, x, steps=50, eta=0.0, start=0, generators=None, callb
     return x
 
 
+# Adams and Bashforth's weights of the last one, two, three and four outputs, the newest first.
+MULTISTEP = (
+    (1,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+@torch.no_grad()
+def pndm(diffusion, model, x, steps=50, start=0, generators=None, callback=None):
+    """Sample by PNDM without its warm-up, as Stable Diffusion 1.x does: DDIM with a memory.
+
+    Each step is DDIM's for a sum of the last four outputs (PNDM Eq. 12). The first has no past, so
+    it is made twice, the second time with the mean of the outputs at both its ends.
+    """
+    stride = diffusion.T // steps
+    times = diffusion.timesteps(steps)[start:]
+    outputs = []
+
+    def step(out, t):
+        """Go from x at t to t - stride -> the new x, and x0."""
+        x0, eps = diffusion.solved(out, x, *diffusion.signal_noise(torch.tensor([t]), x))
+        alpha_bar_prev = diffusion.level(t - stride)
+        return alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev).sqrt() * eps, x0
+
+    for i, t in enumerate(times):
+        outputs = [model(x, for_each(x, t)), *outputs[:3]]
+        out = sum(weight * y for weight, y in zip(MULTISTEP[len(outputs) - 1], outputs))
+        if i == 0 and len(times) > 1:
+            x_next, _ = step(out, t)
+            out = (out + model(x_next, for_each(x, times[1]))) / 2
+            # As in diffusers, the second attempt is counted back from where it ends.
+            t = times[1] + stride
+        x, x0 = step(out, t)
+        if callback:
+            callback(i, times[i], x, x0)
+    return x
+
+
 @torch.no_grad()
 def ddpm(diffusion, model, x, steps=50, start=0, generators=None, callback=None):
     """Sample as DDPM does (Algorithm 2), with the variance of `Diffusion.step_variance`.
 
-    The last step adds no noise. (With a large or a learned variance diffusers adds some where that
-    step starts above t = 0.)
+    Only a step that starts at t = 0 adds no noise. As in diffusers, a last step that starts later
+    adds some where the variance is large or learned.
     """
     times = diffusion.timesteps(steps) + [-1]
-    a_bar = torch.cat([diffusion.alpha_bar, diffusion.alpha_bar.new_ones(1)])   # [-1] is clean
+    alpha_bar = torch.cat([diffusion.alpha_bar, diffusion.alpha_bar.new_ones(1)])   # [-1] is clean
     for i, (t, prev) in enumerate(zip(times[start:], times[start + 1:])):
         batch_t = for_each(x, t)
         out = model(x, batch_t)
         x0, _ = diffusion.to_x0_eps(out, x, batch_t)
-        of_x0, of_x_t, small, beta = posterior(a_bar[t], a_bar[prev])
+        of_x0, of_x_t, small, beta = posterior(alpha_bar[t], alpha_bar[prev])
+        small = small.clamp(min=1e-20)      # it is 0 at the end, and has no logarithm there
         var = diffusion.step_variance(out, small, beta, channels=x.shape[1])
         x = of_x0 * x0 + of_x_t * x
-        if prev >= 0:
+        if t > 0:
             x = x + var.sqrt() * randn(x.shape, generators, x.device)
         if callback:
             callback(i, t, x, x0)
@@ -578,6 +635,7 @@ def dpm_solver(diffusion, model, x, steps=50, start=0, generators=None, callback
 SAMPLERS = {
     "ddim": ddim,
     "ddpm": ddpm,
+    "pndm": pndm,
     "euler": euler,
     "euler-karras": partial(euler, sampler="euler-karras"),
     "euler-a": partial(euler, sampler="euler-a"),

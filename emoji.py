@@ -109,7 +109,7 @@ class Emoji(NamedTuple):
 @functools.cache
 def load():
     """Read the table of all emoji, once."""
-    rows = json.loads((ASSETS / "emoji" / "emoji.json").read_text(encoding="utf-8"))
+    rows = json.loads((ASSETS / "emoji/emoji.json").read_bytes())
     # JSON cannot have null as a key, so the file holds pairs of a skin tone and a cell.
     return [Emoji(**row)._replace(cells=dict(row["cells"])) for row in rows]
 
@@ -117,7 +117,7 @@ def load():
 @functools.cache
 def sheet(style):
     """Open the sheet of all drawings in a style, once -> RGBA."""
-    return Image.open(ASSETS / "emoji" / f"{style}.png").convert("RGBA")
+    return Image.open(ASSETS / f"emoji/{style}.png").convert("RGBA")
 
 
 def sheet_picture(style, cell):
@@ -282,12 +282,24 @@ def draw_removal(emoji, place, rng):
 # -------------------------------------------------------------------------------------------------
 # The data set
 
-class Builtin(torch.utils.data.Dataset):
+class ItemDataset(torch.utils.data.Dataset):
+    """A data set of `items`, whose get(i, rng) makes an example of item i.
+
+    [i] is always the same example: its random parts come from a generator seeded with (len, i).
+    """
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.get(i, np.random.default_rng((len(self), i)))
+
+
+class Builtin(ItemDataset):
     """Make the examples of one task: dicts with a prompt (str) and a target (3, H, W).
 
     Image-to-image tasks add a source (3, H, W); MT-Diffusion's tasks add x, the other modality: a
-    picture, the number of a class, or a caption. `get(i, rng)` takes the random parts of an example
-    (words, places, noise) from rng; [i] takes them from a generator seeded with (len, i).
+    picture, the number of a class, or a caption. Random are words, tones, places and noise.
 
     split: "train" or "heldout". size: of the pictures of uncond and of MT-Diffusion's tasks.
     """
@@ -307,12 +319,6 @@ class Builtin(torch.utils.data.Dataset):
         for style in STYLES:
             # Opened before a data loader forks, the sheets are shared by all its workers.
             sheet(style)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.get(i, np.random.default_rng((len(self), i)))
 
     def get(self, i, rng):
         """Make an example of item i by the method that has the task's name."""

@@ -12,8 +12,6 @@ Text-to-image has no single right answer. There it prints how often a drawing is
 caption's own picture than to any other picture of the split. No figure replaces a look: --grid
 saves the pictures that were counted.
 """
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,13 +32,16 @@ def squared_error(a, b):
 
 def psnr(errors):
     """Mean of 10 log10(1 / MSE) over examples, in dB."""
-    return float(np.mean([-10 * np.log10(max(error, 1e-10)) for error in errors]))
+    # An error of zero, where nothing had to change, counts as 100 dB instead of infinity.
+    return float(np.mean(-10 * np.log10(np.maximum(errors, 1e-10))))
 
 
 def batches(count, length, batch_size=25):
     """Indices of `count` examples, spread over a data set of `length`, a batch at a time."""
-    chosen = [i * length // count for i in range(count)]
-    return [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
+    count = min(count, length)
+    # Neighbours in the built-in data are alike: one figure in its genders and tones.
+    indices = [i * length // count for i in range(count)]
+    return [indices[i:i + batch_size] for i in range(0, count, batch_size)]
 
 
 @torch.no_grad()
@@ -52,16 +53,20 @@ def measure_edits(model, task, count, seed, split="heldout", **options):
     """
     dataset = data.builtin(task, split)
     device = model.unet.conv_out.weight.device
-    rows, pictures = [], []
-    for indices in tqdm(batches(min(count, len(dataset)), len(dataset)), desc=task, leave=False):
+    rows = []
+    pictures = []
+    for indices in tqdm(batches(count, len(dataset)), desc=task, leave=False):
         examples = [dataset[i] for i in indices]
         sources = [to_pil(example["source"]) for example in examples]
+        # Drawing n of a call has the seed `seed + n`: a figure does not depend on how examples are
+        # batched.
         drawn = generate(model, task, [example["prompt"] for example in examples], sources,
                          seed=seed + len(rows), **options)
         # A latent model can hardly be better than the autoencoder's own copy of the target.
         targets = torch.stack([example["target"] for example in examples])
         ceiling = model.vae.decode(model.vae.encode(targets.to(device))[0]).cpu()
         for example, source, picture, best in zip(examples, sources, drawn, ceiling):
+            # All three are compared with the target as it is, and not as the autoencoder copies it.
             target = example["target"]
             rows.append(dict(kind=example.get("kind", ""),
                              output=squared_error(to_tensor(picture), target),
@@ -74,8 +79,18 @@ def measure_edits(model, task, count, seed, split="heldout", **options):
 def summary(rows):
     """Rows of `measure_edits` -> their figures."""
     figures = {key: psnr([row[key] for row in rows]) for key in ("output", "nothing", "ceiling")}
+    # A mean of decibels is ruled by the best pictures; this share counts every example alike.
     closer = float(np.mean([row["output"] < row["nothing"] for row in rows]))
     return dict(count=len(rows), closer=closer, **figures)
+
+
+def summaries(rows):
+    """Rows of `measure_edits` -> the figures of all of them, and of each kind of edit."""
+    figures = {"all": summary(rows)}
+    # Kinds of change differ much in how hard they are, so each has a line of its own.
+    for kind in sorted({row["kind"] for row in rows} - {""}):
+        figures[kind] = summary([row for row in rows if row["kind"] == kind])
+    return figures
 
 
 def rank_own(drawn, pictures, own):
@@ -84,6 +99,8 @@ def rank_own(drawn, pictures, own):
     drawn (B, 3, H, W); all pictures (N, 3, H, W); own (B,): the number of the right one. By squared
     error at a quarter of the size, where colours and coarse shapes count and detail does not.
     """
+    # All pictures of a split are candidates, not only those that were drawn: the more there are,
+    # the harder it is to be the nearest.
     drawn = F.avg_pool2d(drawn, 4).flatten(1)
     pictures = F.avg_pool2d(pictures, 4).flatten(1)
     distances = torch.cdist(drawn, pictures)  # (B, N)
@@ -93,27 +110,61 @@ def rank_own(drawn, pictures, own):
 def measure_captions(model, count, seed, split="heldout", **options):
     """Measure text-to-image -> figures, and (drawn, own) pictures."""
     captions, pictures = emoji.plain(split)
-    count = min(count, len(captions))
-    drawn, own = [], []  # the drawings, and the number of each one's own picture
+    drawn = []
+    own = []  # for each drawing the number of its own picture
     for indices in tqdm(batches(count, len(captions)), desc="t2i", leave=False):
+        # A caption's own picture has its number: both are lists of the same drawings.
         drawn += generate(model, "t2i", [captions[i] for i in indices], seed=seed + len(own),
                           **options)
         own += indices
     rank = rank_own(torch.stack([to_tensor(picture) for picture in drawn]),
-                    torch.stack([to_tensor(picture) for picture in pictures]), torch.tensor(own))
-    figures = dict(count=count, of=len(captions), nearest_1=(rank < 1).float().mean().item(),
-                   nearest_10=(rank < 10).float().mean().item())
+                    torch.stack([to_tensor(picture) for picture in pictures]),
+                    torch.tensor(own)).numpy()
+    # A rank of 0 means that no other picture is nearer.
+    figures = dict(count=len(own), of=len(captions), nearest_1=float(np.mean(rank < 1)),
+                   nearest_10=float(np.mean(rank < 10)))
     return figures, [(picture, pictures[i]) for picture, i in zip(drawn, own)]
 
 
-def save_grid(shown, path, arguments, columns=12):
+def measure(model, task, args):
+    """Measure one task -> its figures, and the pictures that were counted."""
+    # What is not given here, such as the guidance, is the model's own.
+    options = dict(seed=args.seed, split=args.split, steps=args.steps)
+    if TASKS[task].source is None:
+        return measure_captions(model, args.count, **options)
+    rows, pictures = measure_edits(model, task, args.count, **options)
+    return summaries(rows), pictures
+
+
+# -------------------------------------------------------------------------------------------------
+# The command
+
+HEADER = f"{'PSNR in dB':<20}{'count':>6}{'drawing':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}"
+
+
+def print_figures(task, figures):
+    """Print the lines of one task, below HEADER."""
+    # Text-to-image has no PSNR, and fills the columns with a sentence.
+    if "all" not in figures:
+        print(f"{task:<20}{figures['count']:>6}   own picture nearest of {figures['of']}: "
+              f"{figures['nearest_1']:.0%}, among the ten nearest: {figures['nearest_10']:.0%}")
+        return
+    for kind, f in figures.items():
+        name = task if kind == "all" else f"  {kind}"
+        print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}"
+              f"{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
+
+
+def save_grid(examples, path, arguments, columns=12):
     """Save tuples of pictures: in blocks of rows, each picture of a tuple below the other."""
     # The last block may be short: white pictures fill its rows.
-    blank = Image.new("RGB", shown[0][0].size, "white")
+    blank = Image.new("RGB", examples[0][0].size, "white")
     pictures = []
-    for first in range(0, len(shown), columns):
-        for row in zip(*shown[first:first + columns]):
-            pictures += [*row, *[blank] * (columns - len(row))]
+    for first in range(0, len(examples), columns):
+        # zip(*..) turns a block of tuples into a row of sources, one of drawings, one of targets.
+        for row in zip(*examples[first:first + columns]):
+            filling = [blank] * (columns - len(row))
+            pictures += [*row, *filling]
     save_png(grid(pictures, columns), path, arguments)
 
 
@@ -125,59 +176,49 @@ def get_args():
     parser.add_argument("--split", choices=("heldout", "train"), default="heldout",
                         help="train measures pictures that were trained on")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--guidance", type=float,
-                        help="text guidance scale (default: the model's own)")
-    parser.add_argument("--image-guidance", type=float, help="image guidance scale, likewise")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the drawings")
     parser.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
     parser.add_argument("--out", help="JSON file for the figures")
     parser.add_argument("--grid", help="PNG file for the pictures of one task: source (but for "
                         "t2i), drawing and target below each other")
     args = parser.parse_args()
-    if not 1 <= args.count <= 100_000 or not 0 <= args.seed < 2 ** 62:
-        raise UserError(f"--count {args.count} must be at least 1, and --seed {args.seed} at least "
-                        "0")
+    if args.count < 1:
+        raise UserError(f"--count {args.count} must be at least 1")
+    if not 0 <= args.seed < 2 ** 62:
+        raise UserError(f"--seed {args.seed} must be from 0 to 2^62 - 1")
     return args
+
+
+def measured_tasks(args, model):
+    """The tasks that --task names. A UserError says what cannot be measured."""
+    if model.native_size != 64:
+        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, "
+                        "and the built-in ones are 64 x 64")
+    # Pictures that were drawn without any input, and joint tasks, have no target to compare with.
+    measurable = [task for task in model.tasks if task in ALL]
+    tasks = measurable if args.task == "all" else [args.task]
+    if not tasks or not set(tasks) <= set(measurable):
+        raise UserError(f"--task {args.task}: {args.model} can be measured on "
+                        f"{', '.join(measurable) or 'nothing'}")
+    # Refused now, and not after minutes of drawing.
+    if args.grid and (len(tasks) > 1 or not args.grid.endswith(".png")):
+        raise UserError(f"--grid {args.grid} is a .png file for the pictures of one --task")
+    return tasks
 
 
 def main():
     args = get_args()
     model = load_model(args.model, device=pick_device(args.device))
-    if model.native_size != 64:
-        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, "
-                        "and the built-in ones are 64 x 64")
-    # Pictures that were drawn without any input, and joint tasks, have no target to compare with.
-    measured = [task for task in model.tasks if task in ALL]
-    tasks = measured if args.task == "all" else [args.task]
-    if not tasks or not set(tasks) <= set(measured):
-        raise UserError(f"--task {args.task}: {args.model} can be measured on "
-                        f"{', '.join(measured) or 'nothing'}")
-    if args.grid and (len(tasks) > 1 or not args.grid.endswith(".png")):
-        raise UserError(f"--grid {args.grid} is a .png file for the pictures of one --task")
-    options = dict(seed=args.seed, split=args.split, steps=args.steps, guidance=args.guidance)
+    tasks = measured_tasks(args, model)
     results = {}
-    # Each drawing has a seed of its own, so a figure does not depend on how examples are batched.
-    print(f"{'PSNR in dB':<20}{'count':>6}{'drawing':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}")
+    print(HEADER)
     for task in tasks:
-        if TASKS[task].source is None:
-            results[task], shown = measure_captions(model, args.count, **options)
-            f = results[task]
-            print(f"{task:<20}{f['count']:>6}   own picture nearest of {f['of']}: "
-                  f"{f['nearest_1']:.0%}, among the ten nearest: {f['nearest_10']:.0%}")
-            continue
-        rows, shown = measure_edits(model, task, args.count, **options,
-                                    image_guidance=args.image_guidance)
-        results[task] = {"all": summary(rows)}
-        # Kinds of change differ much in how hard they are, so each has a line of its own.
-        for kind in sorted({row["kind"] for row in rows} - {""}):
-            results[task][kind] = summary([row for row in rows if row["kind"] == kind])
-        for kind, f in results[task].items():
-            name = task if kind == "all" else f"  {kind}"
-            print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}"
-                  f"{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
+        results[task], pictures = measure(model, task, args)
+        print_figures(task, results[task])
     if args.grid:
-        save_grid(shown, Path(args.grid), vars(args))
+        save_grid(pictures, args.grid, vars(args))
     if args.out:
+        # The arguments stand beside the figures, so that a file says how it was made.
         write_json(args.out, dict(arguments=vars(args), results=results))
 
 

@@ -8,18 +8,31 @@ This file imports nothing of the project; every other file may import it.
 """
 import argparse
 import contextlib
+import errno
+import functools
 import json
 import os
+import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# The names that diffusers and transformers give to a file of weights.
+try:
+    import fcntl
+except ImportError:
+    # Windows has no such locks: see `lock`.
+    fcntl = None
+
+# The names that diffusers and transformers give to a file of weights, and the variants that are
+# read, the preferred one first. The variant of weights without averaging, non_ema, is not read.
 STEMS = ("diffusion_pytorch_model", "model")
+VARIANTS = ("", ".fp16", ".bf16")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -57,24 +70,38 @@ def command(main):
         # A terminal that cannot show a character of somebody's prompt shows a question mark.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    code = 2
     try:
         return main()
     except (UserError, SafetensorError) as error:
-        message = str(error)
+        message = f"error: {error}"
     except OSError as error:
         # A full disk, a read-only folder, a file where a folder should be.
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        message = f"error: {reason}"
     except (RuntimeError, MemoryError) as error:
+        # PyTorch has a class for a GPU that is full, but on a CPU only a message says so.
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not memory and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        message = ("out of memory; take fewer or smaller pictures, and for training a smaller "
-                   "--device-batch-size or --gradient-checkpointing")
+        message = ("error: out of memory; take fewer or smaller pictures, and for training a "
+                   "smaller --device-batch-size or --gradient-checkpointing")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+        message = "interrupted"
+        code = 130
+    if not is_first():
+        # Under torchrun every process meets the same mistake. As soon as the first has printed it
+        # and left, torchrun ends the others with SIGTERM, so they wait here for that. Only a
+        # mistake that the first one does not share, such as one machine's full disk, is printed.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def is_first():
+    """Whether this process is alone, or the first of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def pick_device(name=None):
@@ -83,6 +110,7 @@ def pick_device(name=None):
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
+        # A device that is visible may still refuse to work, so something is computed on it.
         torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -107,8 +135,11 @@ def blaming(path):
     """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        # It says what is wrong, but its writer may not have known in which file.
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError,
             RuntimeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -118,75 +149,223 @@ def blaming(path):
 # -------------------------------------------------------------------------------------------------
 # Reading
 
-# Files of a repository whose parts lie at its top: google/ddpm-cifar10-32, openai/clip-vit-*.
-TOP_LEVEL = ["model_index.json", "config.json", "scheduler_config.json",
-             "diffusion_pytorch_model.safetensors", "model.safetensors"]
+# What lies at the top of a repository that has no folders: google/ddpm-cifar10-32, for example.
+TOP_LEVEL = ["model_index.json", "config.json", "scheduler_config.json"]
 
 
 def fetch(path_or_hub_id, subfolder):
     """A local folder, or a hub id -> the path of its `subfolder` on this disk.
 
-    From the hub only the files of that part are downloaded, and full precision is preferred to
-    half. A download stays in the hub's cache and is found there without a network.
+    A hub id is owner/name, or owner/name@revision for a branch, a tag or a commit. Only the files
+    of that part are downloaded, in full precision if there is a choice. A download stays in the
+    hub's cache and is found there without a network.
     """
     root = Path(path_or_hub_id)
     name = str(path_or_hub_id)
-    if not root.is_dir():
-        if root.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise UserError(f"no model folder at {name} (a hub id has the form owner/name)")
-        root = download(name, subfolder)
-    if not (root / subfolder).is_dir():
-        raise UserError(f"{name} has no folder {subfolder}/: it is not a model in the Hugging Face "
-                        "layout")
+    if root.is_dir():
+        names = {path.name for path in root.iterdir()}
+    elif root.is_file():
+        names = {root.name}
+        if root.suffix == ".safetensors":
+            # A LoRA shows in the names of its tensors, whatever its file is called.
+            with open_weights(root) as tensors:
+                names.update(tensors.keys())
+        raise UserError(f"no model folder at {name}, which is a file: {describe(names)}")
+    elif root.exists() or name.partition("@")[0].count("/") != 1 or name[0] in "./~":
+        raise UserError(f"no model folder at {name} (a hub id has the form owner/name)")
+    else:
+        try:
+            root, names = download(name, subfolder)
+        except Exception as error:
+            # The hub's client passes on the errors of its HTTP library, whose classes differ from
+            # version to version, so all of them are caught.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"no folder {name} here, and the hub did not give it: "
+                            f"{reason}") from None
+    if subfolder and not (root / subfolder).is_dir():
+        raise UserError(f"{name} has no folder {subfolder}/: {describe(names)}")
+    if not subfolder and not any(root.glob("*.json")):
+        raise UserError(f"{name} has no model_index.json: {describe(names)}")
+    # Every model has a U-Net, so this is asked once for each model that is loaded.
+    loras = [other for other in names if "lora" in other.lower() and other.endswith(".safetensors")]
+    if subfolder == "unet" and loras:
+        warn(f"{name}: the LoRA {min(loras)} is ignored, only the model itself is loaded")
     return root / subfolder
 
 
 def download(hub_id, subfolder):
-    """Download one part of a repository from the hub -> the root of its local copy."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    wanted = TOP_LEVEL
-    if subfolder:
-        wanted = [f"{subfolder}/*{ending}" for ending in (".json", ".txt", ".safetensors")]
+    """Download one part of a repository -> its local root, and the names at the repository's top.
+
+    The repository's files are listed first. So no second precision is downloaded, and no shards
+    without their index.
+    """
+    from huggingface_hub import list_repo_files, snapshot_download
+    repository, _, revision = hub_id.partition("@")
+    revision = revision or None
+    get = functools.partial(snapshot_download, repository, revision=revision)
+    prefix = f"{subfolder}/" if subfolder else ""
+    wanted = [f"{prefix}*.json", f"{prefix}*.txt"] if subfolder else TOP_LEVEL
     try:
-        # The second attempt accepts half precision, which may be all there is.
-        for ignored in (["non_ema", "fp16"], ["non_ema"]):
-            patterns = [f"{subfolder}/*.{variant}.*" for variant in ignored]
-            root = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=patterns))
-            if not subfolder or any((root / subfolder).glob("*.safetensors")):
-                break
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no folder {hub_id} here, and the hub did not give it: {reason}") from None
-    return root
+        files = list_repo_files(repository, revision=revision)
+    except Exception:
+        # The error of the listing says more than that of a cache without the model.
+        with contextlib.suppress(Exception):
+            # Without a network, what an earlier call has downloaded serves as well.
+            root = Path(get(allow_patterns=wanted, local_files_only=True))
+            return root, {path.name for path in root.iterdir()}
+        raise
+    weights = choose_weights({file.removeprefix(prefix) for file in files})
+    if weights is not None:
+        wanted = [*wanted, prefix + weights]
+    root = Path(get(allow_patterns=wanted))
+    if weights is not None and weights.endswith(".json"):
+        # What the shards are called stands in their index.
+        get(allow_patterns=[prefix + file.name for file in weight_files(root / subfolder)])
+    return root, {file.partition("/")[0] for file in files}
+
+
+def describe(names):
+    """Say what something is that is no model folder, and what to do with it.
+
+    names: what lies at a folder's top, or a file's name and those of its tensors.
+    """
+    if "unet" in names:
+        if "text_encoder_2" in names and "text_encoder" not in names:
+            return ("it is SDXL's refiner, which only improves pictures that another model has "
+                    "drawn; take stabilityai/stable-diffusion-xl-base-1.0, for example")
+    elif "transformer" in names:
+        return ("its network is a transformer, as in Stable Diffusion 3 and Flux, and not a U-Net; "
+                "of these only DiT is read here, by dit.py")
+    elif any("lora" in name.lower() for name in names):
+        return ("it is a LoRA, which changes another model; load that model and the LoRA in "
+                "diffusers, call fuse_lora, and save the result with save_pretrained")
+    elif any(name.endswith((".safetensors", ".ckpt")) for name in names):
+        return ("it is a checkpoint in a single file; diffusers' from_single_file reads it, and "
+                "save_pretrained then writes the folder that is needed here")
+    return "it is not a model in the Hugging Face layout"
+
+
+@functools.cache
+def warn(message):
+    """Print a warning to stderr, each one once."""
+    if is_first():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def read_json(path):
     """The JSON object in a file, as a dict."""
+    path = Path(path)
     try:
-        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
+        if path.exists() and not path.is_file():
+            # Reading a FIFO would wait for ever for somebody to write to it.
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it holds no JSON object"
         raise UserError(f"{path} cannot be read ({reason})") from None
 
 
-def weight_files(folder):
-    """The safetensors files of a folder, one or several shards, in full precision if possible."""
-    folder = Path(folder)
-    for variant in ("", ".fp16"):
+def choose_weights(names):
+    """Among the names in a folder, choose the file of weights or the index of its shards.
+
+    None is returned where there is neither. Full precision is preferred.
+    """
+    for variant in VARIANTS:
         for stem in STEMS:
-            file = folder / f"{stem}{variant}.safetensors"
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if file.is_file():
-                return [file]
-            if index.is_file():
-                with blaming(index):
-                    names = read_json(index)["weight_map"].values()
-                    return sorted({folder / name for name in names})
-    names = " and ".join(f"{stem}.safetensors" for stem in STEMS)
-    raise UserError(f"no weights in {folder}: looked for {names}, whole or sharded. Files that end "
-                    "in .bin run code when they are opened and are not read; diffusers' "
-                    "save_pretrained turns them into safetensors")
+            file = f"{stem}{variant}.safetensors"
+            index = f"{stem}.safetensors.index{variant}.json"
+            for name in (file, index):
+                if name in names:
+                    return name
+    return None
+
+
+def weight_files(folder):
+    """The safetensors files of a folder, one or several shards."""
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    chosen = choose_weights(names)
+    if chosen is None:
+        others = [name for name in names if not name.endswith((".json", ".txt", ".md"))]
+        raise UserError(
+            f"no weights in {folder}: looked for {' and '.join(STEMS)}.safetensors, whole or "
+            f"sharded, and found {', '.join(others) or 'nothing like it'}. diffusers can load "
+            "another variant or a .bin file (which runs code when it is opened) and write "
+            "safetensors with save_pretrained")
+    if chosen.endswith(".json"):
+        with blaming(folder / chosen):
+            shards = read_json(folder / chosen)["weight_map"].values()
+            return sorted({folder / shard for shard in shards})
+    return [folder / chosen]
+
+
+# A config file is short, but a number in it can ask for a network without end. Real networks have
+# tens of layers, and their widths, pictures and classes stay far below a million.
+MOST_LAYERS = 200
+LARGEST_NUMBER = 10 ** 6
+
+# These keys may hold a list with an item for each level of a U-Net or an autoencoder. All others
+# hold one value.
+PER_LEVEL = ("block_out_channels", "down_block_types", "up_block_types",
+             "transformer_layers_per_block", "attention_head_dim")
+
+
+def complete(config, defaults, implemented, name="U-Net config"):
+    """Fill in the defaults, and refuse by name what is not implemented.
+
+    config: diffusers' keys and values. implemented: key -> its possible values, where diffusers has
+    a choice of them; the values of all other keys of `defaults` are numbers. name: for the errors.
+
+    A list of equal items is accepted where one value is meant: [2, 2, 2, 2] layers, [64, 64] as
+    the size. Numbers that do not fit each other are left for PyTorch to find when it builds the
+    layers.
+    """
+    completed = dict(defaults)
+    for key, value in config.items():
+        if key.startswith("_"):
+            # A note of diffusers, such as the version that wrote the file.
+            continue
+        if key not in PER_LEVEL and isinstance(value, (list, tuple)):
+            if all(item == value[0] for item in value):
+                value = value[0]
+        items = [value]
+        if key in PER_LEVEL and isinstance(value, (list, tuple)):
+            items = value
+        if key in implemented:
+            known = all(item in implemented[key] for item in items)
+        elif key in defaults:
+            known = all(is_number(item, key, defaults[key]) for item in items)
+            known = known and len(items) <= MOST_LAYERS
+        else:
+            # Null, false and zero switch off a feature that we do not have.
+            known = not value
+        if not known:
+            raise UserError(f"{name}: {key} = {value!r:.200} is not implemented")
+        if key in defaults:
+            completed[key] = value
+    return completed
+
+
+def is_number(value, key, default):
+    """Whether a value is a number like the default, of a size that a network can have."""
+    default = default[0] if isinstance(default, tuple) else default
+    if value is None:
+        # DDPM's files say by a null that attention has one head.
+        return default is None or key == "attention_head_dim"
+    kinds = (int, float) if isinstance(default, float) else int
+    largest = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
+    return isinstance(value, kinds) and 0 <= value <= largest
+
+
+def per_level(config, key, name="U-Net config"):
+    """List the values of a key, one for each level of block_out_channels."""
+    levels = len(config["block_out_channels"])
+    value = config[key]
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * levels
+    if len(values) != levels:
+        raise UserError(f"{name}: {key} = {value!r} does not have one value for each of the "
+                        f"{levels} levels of block_out_channels")
+    return values
 
 
 @contextlib.contextmanager
@@ -210,18 +389,26 @@ def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
     """
     expected = module.state_dict()
     places = {}
+    shapes = {}
+    floats = {}
     for file in weight_files(folder):
         with open_weights(file) as tensors:
             for key in tensors.keys():
                 if (name := rename(key)) is not None:
-                    places[name] = (file, key, tuple(tensors.get_slice(key).get_shape()))
+                    tensor = tensors.get_slice(key)
+                    places[name] = (file, key)
+                    shapes[name] = tuple(tensor.get_shape())
+                    # Types are called F32, BF16, I64, BOOL and so on.
+                    floats[name] = "F" in tensor.get_dtype()
 
-    # Names and shapes are compared before any tensor is read.
+    # Names, shapes and types are compared before any tensor is read.
+    common = expected.keys() & places.keys()
     problems = {
-        "lacks": expected.keys() - places.keys(),
-        "has an unknown": places.keys() - expected.keys(),
-        "has another shape of": {name for name in expected.keys() & places.keys()
-                                 if tuple(expected[name].shape) != places[name][2]},
+        "lacks": expected.keys() - common,
+        "has an unknown": places.keys() - common,
+        "has another shape of": {n for n in common if tuple(expected[n].shape) != shapes[n]},
+        "has another type of": {n for n in common
+                                if expected[n].is_floating_point() != floats[n]},
     }
     for problem, names in problems.items():
         if names:
@@ -231,16 +418,37 @@ def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
 
     state = {}
     for file in weight_files(folder):
+        # Each file is opened once, and closed before the next: mapped pages count as memory.
         with open_weights(file) as tensors:
-            for name, (place, key, _) in places.items():
+            for name, (place, key) in places.items():
                 if place == file:
-                    state[name] = tensors.get_tensor(key)
-                    if state[name].is_floating_point() != expected[name].is_floating_point():
-                        raise UserError(f"{folder}: {key} is of another type than a number with "
-                                        "a fraction, or the reverse")
-                    if state[name].is_floating_point():
-                        state[name] = state[name].to(dtype)
+                    tensor = tensors.get_tensor(key)
+                    state[name] = tensor.to(dtype) if floats[name] else tensor
     module.load_state_dict(state, assign=True)
+
+
+def load_module(kind, folder, names, rename=lambda key: key, dtype=torch.float32):
+    """Build a module of a class from the config.json in a folder, and fill it with its weights.
+
+    names: the class names that config.json may give, the usual one first. A network that a method
+    has changed has another name, since as a plain one it would draw nonsense.
+    """
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name", names[0])
+    if name not in names:
+        raise UserError(f"{folder} holds a {name}, not a {names[0]}; sample.load_model opens every "
+                        "kind of model")
+    # On the meta device nothing is allocated or drawn at random before the weights come.
+    with torch.device("meta"), blaming(folder / "config.json"):
+        module = kind(config)
+    load_weights(module, folder, rename, dtype)
+    return module
+
+
+def older_attention_names(key):
+    """Turn the names that an attention's layers had before diffusers 0.17 into today's."""
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return re.sub(r"(attentions\.\d+\.)(\w+)(?=\.)", lambda m: m[1] + names.get(m[2], m[2]), key)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -258,6 +466,16 @@ def is_running(pid):
 
 
 @contextlib.contextmanager
+def writing(path):
+    """Turn a failure to write in the block, such as a full disk, into a UserError naming `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be written ({reason})") from None
+
+
+@contextlib.contextmanager
 def replacing(path):
     """Yield a path to write a file or a folder to; it takes the place of `path` when all is done.
 
@@ -268,20 +486,21 @@ def replacing(path):
     path = Path(path)
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f"{path.name}.part-*"):
-            if not is_running(old.name.rpartition("-")[2]):
-                shutil.rmtree(old, ignore_errors=True)
-        part.mkdir(exist_ok=True)
-        yield part / path.name
-        if (part / path.name).is_file():
-            with open(part / path.name, "rb+") as file:
-                os.fsync(file.fileno())
-            (part / path.name).chmod(0o644)
-        (part / path.name).replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path} cannot be written ({reason})") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A process that was killed could not remove its own folder.
+            for old in path.parent.glob(f"{path.name}.part-*"):
+                if not is_running(old.name.rpartition("-")[2]):
+                    shutil.rmtree(old, ignore_errors=True)
+            part.mkdir(exist_ok=True)
+            yield part / path.name
+            if (part / path.name).is_file():
+                # Without fsync, a power cut after the rename may leave an empty file.
+                with open(part / path.name, "rb+") as file:
+                    os.fsync(file.fileno())
+                # save_file makes a file that only its owner may read.
+                (part / path.name).chmod(0o644)
+            (part / path.name).replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -293,6 +512,53 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_line(path, row):
+    """Append a dict to a file that has one JSON object a line; no half of a line stays there."""
+    path = Path(path)
+    with writing(path):
+        size = path.stat().st_size if path.exists() else None
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError:
+            # The disk may have taken the beginning of the line before it was full.
+            if size is None:
+                path.unlink(missing_ok=True)
+            else:
+                os.truncate(path, size)
+            raise
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Hold a run folder for this process, and raise UserError where another process holds it.
+
+    Two training runs into one folder would overwrite each other's checkpoints without a word. The
+    operating system releases the lock when the process ends, even by SIGKILL, and the empty file
+    `.lock` that stays behind holds nobody up. Under torchrun the first process holds it for all.
+    """
+    folder = Path(folder)
+    if fcntl is None or not is_first():
+        yield
+        return
+    # The file is never deleted: a process that has opened it could then lock a file that is gone.
+    with writing(folder / ".lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")
+    with file:
+        try:
+            # lockf and not flock, whose locks the workers of a DataLoader inherit: they live on
+            # for some seconds after their parent was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process trains into {folder}; wait for its end, or choose "
+                            "another folder with --out") from None
+        except OSError:
+            # Some network file systems have no locks. A run is not refused for that.
+            pass
+        yield
 
 
 def save_weights(module, folder, config, name="diffusion_pytorch_model.safetensors", dtype=None):
@@ -316,23 +582,14 @@ def save_weights(module, folder, config, name="diffusion_pytorch_model.safetenso
 ADVICE = "delete it to begin again"  # where a checkpoint cannot be read
 
 
-def parameter_numbers(params, optimizer):
-    """Parameter name -> its number in optimizer.state_dict(), which counts through the groups."""
-    number = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            number[id(p)] = len(number)
-    return {name: number[id(p)] for name, p in params.items()}
-
-
 def save_state(path, params, ema, optimizer, scalars):
     """Write weights, their average, Adam's moments and `scalars` (JSON) into one file."""
     tensors = {}
-    moments = optimizer.state_dict()["state"]
-    for name, number in parameter_numbers(params, optimizer).items():
-        tensors[f"param/{name}"] = params[name].detach()
+    for name, p in params.items():
+        tensors[f"param/{name}"] = p.detach()
         tensors[f"ema/{name}"] = ema[name]
-        for key, value in moments.get(number, {}).items():
+        # A parameter that has never had a gradient, such as an unused expert's, has no moments.
+        for key, value in optimizer.state.get(p, {}).items():
             tensors[f"adam/{key}/{name}"] = value
     tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
     with replacing(path) as beside:
@@ -341,20 +598,19 @@ def save_state(path, params, ema, optimizer, scalars):
 
 def read_scalars(path):
     """The `scalars` that save_state wrote, without reading any tensor."""
-    with blaming(f"{path} ({ADVICE})"), open_weights(path, ADVICE) as file:
+    with open_weights(path, ADVICE) as file, blaming(f"{path} ({ADVICE})"):
         return json.loads(file.metadata()["scalars"])
 
 
 def load_state(path, params, ema, optimizer):
     """Read what save_state wrote into params, ema and optimizer, in place."""
-    moments = {}
-    with blaming(f"{path} ({ADVICE})"), open_weights(path, ADVICE) as file:
+    with open_weights(path, ADVICE) as file, blaming(f"{path} ({ADVICE})"):
         keys = set(file.keys())
-        for name, number in parameter_numbers(params, optimizer).items():
-            params[name].data.copy_(file.get_tensor(f"param/{name}"))
+        for name, p in params.items():
+            # The copies are made in place, since DDP and the optimizer hold these very tensors.
+            p.data.copy_(file.get_tensor(f"param/{name}"))
             ema[name].copy_(file.get_tensor(f"ema/{name}"))
             if f"adam/step/{name}" in keys:
-                moments[number] = {key: file.get_tensor(f"adam/{key}/{name}")
-                                   for key in ("step", "exp_avg", "exp_avg_sq")}
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(dict(state=moments, param_groups=groups))
+                # A fused Adam wants its count of steps on the device of the parameter too.
+                optimizer.state[p] = {key: file.get_tensor(f"adam/{key}/{name}").to(p.device)
+                                      for key in ("step", "exp_avg", "exp_avg_sq")}

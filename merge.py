@@ -6,18 +6,24 @@ Adding up what the copies have learned gives one network again, as fast as the p
 
     ranges   copy i learns t in [ceil(i T / N), ceil((i + 1) T / N)),   i = 0 .. N-1
     Eq. 5    || eps - eps_i(x_t, t) ||^2 + || eps_theta(x_t, t) - eps_i(x_t, t) ||^2
-             (train.py adds up the two; the second is `consistency_loss`)
+             (averaged over C, H and W; train.py adds up the two, the second is `consistency_loss`)
     Eq. 6    t is uniform in range i with probability 1 - p, in [0, T) with probability p
     Eq. 7    before merging, copy floor(t N / T) makes step t: sample.py --ensemble
     Eq. 8    theta_m = theta + sum_i w_i tau_i,   tau_i = theta_i - theta
-             channel projection of features F: P(F) = W F; the paper's W is P in this file
+             channel projection of features F: P F, where P (C, C) starts at the identity; the
+             paper calls the matrix W
 
-theta is the frozen pretrained network. We differ from the paper and its official code in four
-points. Every sample decides for itself whether it is drawn globally; there a whole batch does, and
-mirrors its second half. The second term of Eq. 5 compares what the networks predict, which for the
-miniature is v, not the noise. Projections, where train.py is asked for them, follow convolutions by
-default, where they fold into the weights exactly. And where the paper only says "grid search", we
-search one weight after the other.
+theta is the frozen pretrained network. We differ from the paper and its official code:
+
+    - Ranges and copies count from 0, and ceil cuts the timesteps where N does not divide T.
+    - Every sample decides for itself whether it is drawn globally; the official code decides once
+      per batch, and draws half of the timesteps as mirror images of the other half.
+    - The second term of Eq. 5 compares what the networks predict, which for the miniature is v,
+      not the noise.
+    - Projections are an option here; the paper trains with them.
+    - By default they follow convolutions K and are folded before merging. Eq. 8 then averages the
+      products P_i K_i, where the paper merges its matrices and the other weights separately.
+    - Where the paper only says "grid search", we search one weight after the other.
 
     python merge.py                                        prints where the copies' timesteps fall
     python merge.py --base A --tuned B C --weights .5 .5 --out D
@@ -29,7 +35,7 @@ import copy
 import functools
 import itertools
 import math
-import shutil
+import reprlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +45,10 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from hub import (Parser, UserError, blaming, command, fetch, open_weights, pick_device, read_json,
-                 replacing, weight_files, write_json)
+from clip import Tokenizer
+from diffusion import Diffusion
+from hub import (Parser, UserError, blaming, command, fetch, older_attention_names, open_weights,
+                 pick_device, read_json, replacing, weight_files, write_json)
 
 # Keys of a U-Net's config.json that record an attached method; absent or null: it is not attached.
 METHODS = dict(moe=None, routing=None, aggregation=None)
@@ -68,7 +76,6 @@ def sample_timesteps(t_range, T, p_global, rng, size):
     if not (0 <= start < end <= T and 0 <= p_global <= 1):
         raise UserError(f"timestep range {start} {end} with a global share of {p_global}: it takes "
                         f"0 <= start < end <= {T} and a share from 0 to 1")
-    # One coin per sample. The official code throws one per batch, and mirrors half of the batch.
     everywhere = rng.random(size) < p_global                                    # (size,) of bool
     low = np.where(everywhere, 0, start)
     high = np.where(everywhere, T, end)
@@ -78,8 +85,9 @@ def sample_timesteps(t_range, T, p_global, rng, size):
 def consistency_loss(prediction, teacher):
     """Compare the predictions (B, C, H, W) of a copy and of the frozen pretrained network -> (B,).
 
-    The second term of Eq. 5, in fp32. Where the networks predict v, it is the squared difference of
-    the noises that they imply, divided by alpha_bar, and so is the first term.
+    The second term of Eq. 5, in fp32: the square's mean over C, H and W. Where the networks predict
+    v, it is the squared difference of the noises that they imply, divided by alpha_bar, and so is
+    the first term.
     """
     # The paper weighs both terms alike, so the best prediction lies half way between the mean noise
     # at x_t and what the teacher says.
@@ -105,7 +113,7 @@ class ProjectedConv2d(nn.Conv2d):
 
 
 def project_output(block, inputs, out):
-    """Pass the output (B, C, H, W) of a block through its projection, after its skips have left."""
+    """Project the output (B, C, H, W) of a block, after the block has stored its skip tensors."""
     return block.projection(out)
 
 
@@ -189,7 +197,7 @@ def merge(base, vectors, weights):
     base: state dict. vectors: iterable of N dicts from task_vector. weights: N numbers, which need
     not sum to 1. Tensors of integers stay the base's.
     """
-    # Copies differ from the base in the last digits: in half precision the sums would lose them.
+    # Sums in fp32: half precision would lose the differences.
     sums = {key: theta.to(torch.float32, copy=True)
             for key, theta in base.items() if theta.is_floating_point()}
     for w, tau in itertools.zip_longest(weights, vectors):
@@ -208,7 +216,8 @@ def search_weights(score, n, grid=tuple(i / 10 for i in range(11)), rounds=5):
     anything. A round tries the whole grid for one weight after another; the search ends when a
     round changes nothing. The full grid for the paper's N = 4 would take 11^4 = 14,641 scores.
     """
-    # The grid meets many points again. Weights that ruin the network lose against all others.
+    # The same weights come up many times, so scores are cached. A score that is not finite counts
+    # as infinite.
     @functools.cache
     def finite_score(weights):
         value = score(weights)
@@ -228,12 +237,15 @@ def search_weights(score, n, grid=tuple(i / 10 for i in range(11)), rounds=5):
 def compare_arms(losses, examples, n, T, seed=0):
     """Search the weights on one half of the examples, and measure every arm on the other half.
 
+    An arm is one way to use the copies: one of them alone, all as an ensemble, or merged.
+
     losses: takes n weights and a list of examples, returns the losses (M,) of the network that
     these weights merge. examples: dicts with "task" and "t", an even number for each task.
 
     Returns the weights, the timesteps (M/2,) of the reported half, and {arm: losses (M/2,)}.
     """
-    # Of two examples that neighbour in t, a coin gives one to the search, the other to the report.
+    # Neighbours in t form pairs. One of each pair, at random, goes to the search, the other to the
+    # report.
     examples = sorted(examples, key=lambda example: (example["task"], example["t"]))
     pairs = np.arange(len(examples)).reshape(-1, 2)
     halves = np.random.default_rng(seed).permuted(pairs, axis=1).T                 # (2, M/2)
@@ -242,93 +254,146 @@ def compare_arms(losses, examples, n, T, seed=0):
 
     t = np.array([int(example["t"]) for example in reported])
     # All arms but the ensemble are points of Eq. 8: zeros give the base, a single 1 gives one copy.
-    copies = np.stack([losses(one_hot, reported) for one_hot in np.eye(n)])        # (N, M/2)
+    copy_losses = np.stack([losses(one_hot, reported) for one_hot in np.eye(n)])   # (N, M/2)
     arms = {"before": losses((0,) * n, reported)}
-    arms |= {f"copy {i}": values for i, values in enumerate(copies)}
-    arms["ensemble (Eq. 7)"] = copies[t * n // T, np.arange(len(t))]
+    arms |= {f"copy {i}": values for i, values in enumerate(copy_losses)}
+    arms["ensemble (Eq. 7)"] = copy_losses[t * n // T, np.arange(len(t))]
     arms["merged, 1/N each"] = losses((1 / n,) * n, reported)
     arms["merged, searched"] = losses(weights, reported)
     return weights, t, arms
 
 
+def merged_losses(model, paths, device):
+    """Return the function `losses` of compare_arms: (weights, examples) -> losses (M,).
+
+    model: the loaded base, on the device; its U-Net takes on the merged weights. paths: folders or
+    hub ids of its N copies.
+    """
+    import train
+    from sample import load_model
+    unets = [load_model(path).unet for path in paths]
+    if "projections" in unets[0].config.keys() - model.unet.config.keys():
+        add_projections(model.unet, "blocks")
+    base = {key: theta.cpu().clone() for key, theta in model.unet.state_dict().items()}
+    vectors = [task_vector(base, unet.state_dict(), path) for unet, path in zip(unets, paths)]
+
+    # The same texts come at every point of the search, so they are encoded only once.
+    encode_text = functools.cache(train.text_encoding(model, device))
+
+    def losses(weights, examples):
+        model.unet.load_state_dict(merge(base, vectors, weights))
+        return train.held_out_losses(model, model.unet, examples, device, 16, encode_text)
+
+    return losses
+
+
 # -------------------------------------------------------------------------------------------------
-# Merging model folders, part by part
+# Merging model folders, part by part. Numbers can always be added up. Whether the sum means
+# anything is what the first half of this section finds out, before any tensor is read.
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder",
          "tokenizer", "tokenizer_2", "scheduler")
-# The file that says what a part means; config.json for the others. In a tokenizer, a word's id is
-# its row in the text encoder's table.
-FILES = dict(tokenizer="vocab.json", tokenizer_2="vocab.json", scheduler="scheduler_config.json")
-# These keys of a scheduler, here with their defaults, decide what a network's output means.
-SCHEDULE = dict(prediction_type="epsilon", num_train_timesteps=1000, beta_schedule="linear",
-                beta_start=0.0001, beta_end=0.02, trained_betas=None, rescale_betas_zero_snr=False)
-# These keys of a config.json say nothing about the weights, nor do those with an underscore.
-# Projections after blocks show in the names of the tensors.
-IMMATERIAL = {"projections", "sample_size", "dtype", "torch_dtype", "transformers_version",
+
+# A network is more than its weights: these keys of a config.json change what it computes and leave
+# no trace in the shapes. An older file may lack them; then they have these values. The other keys
+# show in names and shapes of the tensors, which must agree as well.
+DEFAULTS = dict(METHODS, attention_head_dim=8, num_attention_heads=8, act_fn="silu",
+                norm_num_groups=32, norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0,
+                scaling_factor=0.18215, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+# These keys may differ: picture sizes, numeric precision, notes of the program that wrote the file.
+# Projections after blocks may be in the copies alone.
+IMMATERIAL = {"projections", "sample_size", "dtype", "torch_dtype", "upcast_attention",
+              "force_upcast", "dropout", "attention_dropout", "transformers_version",
               "architectures", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
-# Words in the names of tensors: attention before diffusers 0.17, and a prefix that comes and goes.
-RENAMED = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
+# These keys of a scheduler decide what a network's input and output mean. The others say how to
+# step when drawing, and any stepping draws with the same network.
+PROCESS = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end",
+           "trained_betas", "rescale_betas_zero_snr")
+
+# Words that some versions of transformers put in front of the names of a text or image encoder.
 PREFIXES = ("text_model", "vision_model")
 
 
 def find_parts(path_or_hub_id):
     """Find the parts of a model -> its model_index.json as a dict, and {part: folder on this disk}.
 
-    The index may name another model as "base", to which the remaining parts belong. The older
-    repositories of pixel networks (google/ddpm-cifar10-32) have no folders, all lies at their top.
+    The index may name another model as "base", to which the remaining parts belong: a folder beside
+    this one, or a hub id. The pixel models that DeMe tunes, such as google/ddpm-cifar10-32, have no
+    folders: U-Net and scheduler lie at their top.
     """
     root = fetch(path_or_hub_id, "")
     index = read_json(root / "model_index.json")
     flat = (root / "diffusion_pytorch_model.safetensors").is_file()
-    on_hub = not Path(path_or_hub_id).is_dir()
     folders = {}
     with blaming(root / "model_index.json"):
-        # A base is a folder beside this one, or a hub id.
-        if base := index.pop("base", None):
-            folders = find_parts(root / base if (root / base).is_dir() else base)[1]
         for part in PARTS:
+            # Of a model on the hub, the index says which parts can be downloaded.
+            on_hub = not Path(path_or_hub_id).is_dir() and (index.get(part) or [None])[0]
             if flat and part in ("unet", "scheduler"):
                 folders[part] = root
-            elif (root / part).is_dir() or on_hub and (index.get(part) or [None])[0]:
+            elif (root / part).exists() or on_hub:
                 folders[part] = fetch(path_or_hub_id, part)
+        if "unet" not in folders:
+            # A copy without one would leave the base as it is, without a word.
+            raise UserError(f"{path_or_hub_id} has no folder unet/: there is nothing to merge")
+        if base := index.pop("base", None):
+            folders = find_parts(root / base if (root / base).is_dir() else base)[1] | folders
     return index, folders
 
 
 def meaning(part, folder):
-    """Read what decides about the meaning of a part's weights, as a dict."""
-    # Schedulers of another class, or with another spacing of the steps, draw with the same network.
-    config = {**METHODS, **SCHEDULE, **read_json(folder / FILES.get(part, "config.json"))}
-    return {key: config[key] for key in SCHEDULE} if part == "scheduler" else config
+    """Read the settings that must be equal before weights can be averaged, as a dict."""
+    if part.startswith("tokenizer"):
+        # A word's id is its row in the text encoder's table.
+        tokenizer = Tokenizer.from_pretrained(folder, "")
+        return dict(tokenizer.special, vocabulary=tokenizer.vocab, merges=tokenizer.ranks)
+    config = read_json(folder / config_name(part))
+    if part == "scheduler":
+        with blaming(folder):
+            config = Diffusion.from_config(config).config
+        return {key: config[key] for key in PROCESS}
+    # Null means the default; a list with the same value for every level means that one value.
+    for key, value in config.items():
+        if isinstance(value, list) and value and value == value[:1] * len(value):
+            config[key] = value[0]
+    return DEFAULTS | {key: value for key, value in config.items() if value is not None}
+
+
+def config_name(part):
+    """Return the name of the file that describes a part."""
+    return "scheduler_config.json" if part == "scheduler" else "config.json"
 
 
 def check_meaning(base, tuned, names):
     """Raise a UserError at a key that two configs share with different values, by their names."""
-    for key in base.keys() & tuned.keys() - IMMATERIAL:
+    for key in sorted(base.keys() & tuned.keys() - IMMATERIAL):
         ours = base[key]
         theirs = tuned[key]
-        if isinstance(ours, dict) and isinstance(theirs, dict):
+        if key in METHODS and ours and theirs:
+            # A later version of a method may record more about it.
             check_meaning(ours, theirs, names)
         elif ours != theirs and not key.startswith("_"):
-            raise UserError(f"{names} have no meaningful average: {key} is {theirs!r} and {ours!r}")
+            raise UserError(f"{names} have no meaningful average: {key} is {reprlib.repr(theirs)} "
+                            f"and {reprlib.repr(ours)}")
 
 
 def matching_parts(base, tuned):
     """Find the parts of the base and of its copies, and check that an average has a meaning.
 
     Returns the merged model's index, and {part: its folders, of the base and of the N copies}.
-    What a copy lacks is the base's.
+    What a copy lacks besides a U-Net is the base's.
     """
     index, parts = find_parts(base)
-    if not parts:
-        raise UserError(f"{base} holds none of {', '.join(PARTS)}: there is nothing to merge")
     folders = {part: [folder] for part, folder in parts.items()}
     for path in tuned:
         their_index, theirs = find_parts(path)
         for part, folder in parts.items():
             other = theirs.get(part, folder)
-            check_meaning(meaning(part, folder), meaning(part, other), f"{other} and {folder}")
+            names = f"{other} and {folder}"
+            with blaming(names):
+                check_meaning(meaning(part, folder), meaning(part, other), names)
             folders[part].append(other)
-        # Projections after blocks, which the base lacks, show in the index of the copies.
+        # Projections after blocks show in the copies' index, as a class name of their own.
         index |= their_index
     for key, value in index.items():
         if isinstance(value, list) and key not in parts:
@@ -347,12 +412,13 @@ class Place(NamedTuple):
 
 
 def find_tensors(folder):
-    """Find the weights in a folder -> {today's name: Place}."""
+    """Find the weights in a folder, whole or in shards -> {today's name: Place}."""
     places = {}
     for file in weight_files(folder):
         with open_weights(file) as tensors:
             for key in tensors.keys():
-                words = [RENAMED.get(word, word) for word in key.split(".") if word not in PREFIXES]
+                name = older_attention_names(key)
+                words = [word for word in name.split(".") if word not in PREFIXES]
                 # position_ids, the list 0, 1, 2 .., is stored in older files only.
                 if words[-1] != "position_ids":
                     shape = tensors.get_slice(key).get_shape()
@@ -361,8 +427,8 @@ def find_tensors(folder):
 
 
 def check_finite(tensor, name):
-    """Raise a UserError where a tensor holds infinity or not-a-number, as then its sum does too."""
-    if not tensor.float().sum().isfinite():
+    """Raise a UserError where a tensor holds infinity or not-a-number."""
+    if tensor.is_floating_point() and not tensor.float().isfinite().all():
         raise UserError(f"{name} is not finite everywhere")
 
 
@@ -377,24 +443,28 @@ def read_tensor(place):
 def merge_weights(base, tuned, weights):
     """Merge the weights in folders (Eq. 8) -> state dict under the keys of the base's files.
 
-    Tensor by tensor: memory holds the merged weights, and one tensor of each model.
+    Memory holds the merged weights and one tensor of another model, however many there are.
     """
-    ours, *copies = [find_tensors(folder) for folder in (base, *tuned)]
-    # The base's tensors become the merged ones in place, so that memory is not fragmented.
-    state = {name: read_tensor(place) for name, place in ours.items()}
-    for theirs in copies:
-        for name in theirs.keys() - state.keys():
-            # The pretrained network has no projections after blocks: there they are the identity.
-            if name.endswith(".projection.weight") and len(theirs[name].shape) == 4:
-                state[name] = nn.init.dirac_(torch.empty(theirs[name].shape))
-    for folder, theirs in zip(tuned, copies):
-        check_shapes(state, theirs, folder)
+    ours, *places = [find_tensors(folder) for folder in (base, *tuned)]
+    # The pretrained network has no projections after blocks: there they are the identity.
+    added = {name: place for theirs in places for name, place in theirs.items()
+             if name.endswith(".projection.weight") and len(place.shape) == 4}
+    expected = added | ours
+    for folder, theirs in zip(tuned, places):
+        check_shapes(expected, theirs, folder)
+
+    # All of the base is read first, and its tensors become the merged ones in place. Results that
+    # were allocated one by one, with other tensors coming and going between them, would leave holes
+    # in the memory as large as a file.
+    state = {name: read_tensor(place) if name in ours
+             else nn.init.dirac_(torch.empty(place.shape)) for name, place in expected.items()}
     for name, theta in state.items():
         vectors = (task_vector({name: theta}, {name: read_tensor(theirs[name])}, folder)
-                   for folder, theirs in zip(tuned, copies))
+                   for folder, theirs in zip(tuned, places))
         theta.copy_(merge({name: theta}, vectors, weights)[name])
+        # Half precision ends at 65504, which large weights may leave.
         check_finite(theta, f"{name} of {base}, merged with these weights,")
-    return {ours[name].key if name in ours else name: theta for name, theta in state.items()}
+    return {expected[name].key: theta for name, theta in state.items()}
 
 
 def merge_folders(base, tuned, weights, out):
@@ -406,10 +476,12 @@ def merge_folders(base, tuned, weights, out):
     with replacing(out) as merged:
         for part, (folder, *others) in folders.items():
             if part.startswith("tokenizer"):
-                shutil.copytree(folder, merged / part)
+                Tokenizer.from_pretrained(folder, "").save_pretrained(merged / part)
                 continue
-            name = FILES.get(part, "config.json")
-            write_json(merged / part / name, read_json(folder / name) | read_json(others[0] / name))
+            # The copies' U-Net may have projections, of which the base's config does not know.
+            described = others[0] if part == "unet" else folder
+            name = config_name(part)
+            write_json(merged / part / name, read_json(described / name))
             if part != "scheduler":
                 # The names of transformers and of diffusers, without their variants and shards.
                 stem = "model" if "encoder" in part else "diffusion_pytorch_model"
@@ -422,12 +494,12 @@ def merge_folders(base, tuned, weights, out):
 # -------------------------------------------------------------------------------------------------
 # Commands
 
-def check_order(copies, T):
+def check_order(paths, T):
     """Raise a UserError where a copy was tuned for another range than its place among them says.
 
     train.py records the range in arguments.json; folders without one are trusted.
     """
-    for path, t_range in zip(copies, timestep_ranges(T, len(copies))):
+    for path, t_range in zip(paths, timestep_ranges(T, len(paths))):
         file = Path(path) / "arguments.json"
         recorded = read_json(file).get("t_range") if file.is_file() else None
         if recorded not in (None, list(t_range)):
@@ -445,16 +517,7 @@ def search(args):
     T = model.diffusion.T
     n = len(args.tuned)
     check_order(args.tuned, T)
-    copies = [load_model(path).unet for path in args.tuned]
-    if "projections" in copies[0].config.keys() - model.unet.config.keys():
-        add_projections(model.unet, "blocks")
-    base = {key: theta.cpu().clone() for key, theta in model.unet.state_dict().items()}
-    vectors = [task_vector(base, unet.state_dict(), path) for unet, path in zip(copies, args.tuned)]
-
-    def losses(weights, examples):
-        model.unet.load_state_dict(merge(base, vectors, weights))
-        return train.held_out_losses(model, model.unet, examples, device, batch_size=16)
-
+    losses = merged_losses(model, args.tuned, device)
     # A multiple of 2 N, so that each range has as many examples in one half as in the other.
     count = math.ceil(max(args.eval_size, 1) / (2 * n)) * 2 * n
     tasks = args.task.split(",") if args.task else model.tasks

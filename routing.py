@@ -6,6 +6,8 @@ channels, distant ones few.
 
     z_{l+1} = z_l + Block_l(m_t * z_l)
 
+Block_l stands for the updates alone, without the residual path.
+
     the official code, t = 0..T-1, c = 0..C-1:
         start(t) = round((C - C_b) (t / (T - 1))^alpha),  C_b = floor(beta C)
         m[t, c] = 1  where  start(t) <= c < start(t) + C_b,  else 0
@@ -14,19 +16,21 @@ channels, distant ones few.
         edge(t) = round((C - C_b) (t / T)^alpha)
         m[t, c] = 1  where  edge(t - 1) < c <= edge(t) + C_b,  else 0
 
-This file computes the first. The two differ by a channel at an edge of the window at DiT's widths,
-and by two at the widest blocks of a U-Net: the code's window is always C_b channels wide, and the
-paper's is a little wider where it moves fast. t is the original timestep, also where sampling
-visits only some. The control R-TR draws C_b channels at random.
+This file computes the first formula, the code's. The two differ by a channel at an edge of the
+window at DiT's widths, and by two at the widest blocks of a U-Net: the code's window is always C_b
+channels wide, and the paper's is a little wider where it moves fast. t is the original timestep,
+also where sampling visits only some. The control R-TR (random task routing, mode "random") draws
+C_b channels at random for each t.
 
-Where the mask goes: official code exists for DiT only, whose block masks its input once and adds
-every update to the unmasked z. Masking the input of a residual block's update in ADM's and in
-Stable Diffusion's U-Net, with a skip path that stays whole, is our reading of the paper, and so is
-the masking of ADM's attention; Stable Diffusion's transformer block is treated as DiT's.
+Where we differ from the official code, or had none to follow: it exists for DiT only, whose block
+masks its input once and adds every update to the unmasked z. Masking the input of a residual
+block's update in ADM's and in Stable Diffusion's U-Net, with a skip path that stays whole, is our
+reading of the paper, and so is the masking of ADM's attention. Stable Diffusion's transformer block
+is treated as DiT's.
 
 One thing is different in a U-Net. A residual block of the upward path reads [backbone, skip] side
-by side: at low t the window hides skip channels only, at the highest t backbone channels only,
-whereas all channels of DiT are alike. And everywhere a norm follows the mask, after which hidden
+by side: at low t the window hides skip channels only, at the highest t backbone channels only; in
+DiT no channel has a special role. And everywhere a norm follows the mask, after which hidden
 channels are no longer zero. So no product can be left out, and a routed network is not faster.
 
     python routing.py         draws both masks and prints how much the timesteps share
@@ -36,8 +40,10 @@ Letters: B batch, L positions, C channels, C_b channels that a timestep sees, T 
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from hub import Parser, UserError, command, replacing
 
@@ -52,8 +58,10 @@ def task_masks(t, num_channels, alpha=4.0, beta=0.8, num_steps=1000):
     beta: the share of the channels that a timestep sees.
     """
     width = int(num_channels * beta)                                            # C_b
-    share = (t.float().round() / (num_steps - 1)) ** alpha
-    start = (share * (num_channels - width)).round()[:, None]                   # (B, 1)
+    # With alpha = 4 the window has moved by 6 % of its way at half of T. Most of the channels that
+    # change hands do so at high t, where the pictures are nearly all noise.
+    moved = (t.float().round() / (num_steps - 1)) ** alpha
+    start = (moved * (num_channels - width)).round()[:, None]                   # (B, 1)
     c = torch.arange(num_channels, device=t.device)
     return ((c >= start) & (c < start + width)).float()
 
@@ -66,6 +74,8 @@ def random_masks(num_channels, beta=0.8, num_steps=1000, seed=0, block=0):
     generator = torch.Generator().manual_seed(seed * 100_003 + block)
     # On the CPU even where a model is built on the meta device: no file holds these values.
     values = torch.rand(num_steps, num_channels, generator=generator, device="cpu")
+    # Sorting random numbers gives a random permutation of 0 .. C-1; C_b of its entries are below
+    # C_b.
     return values.argsort(dim=1) < int(num_channels * beta)
 
 
@@ -81,9 +91,9 @@ class RandomMask(nn.Module):
 
 
 class Routed:
-    """A mix-in: `add_routing` gives a block the class (Routed, its old class).
+    """A mix-in: `add_routing` replaces a block's class by a subclass of Routed and the old class.
 
-    So super().forward is the plain block. The paper's z is x here.
+    super().forward is then the unrouted block. The paper's z is x here.
     """
 
     def forward(self, x, cond):                          # pictures (B, C, H, W), tokens (B, L, C)
@@ -92,8 +102,18 @@ class Routed:
         if hasattr(self, "skip"):
             # A residual block's skip path may change width and size, and is never masked.
             return self.skip(x) + self.update(m * x, cond)
-        # The official DiT block. It ends as m x + its updates, and (1 - m) x makes m x whole again.
+        # A transformer or attention block. The plain one returns m x + updates; adding (1 - m) x
+        # gives x + updates, as the official code does for DiT.
         return super().forward(m * x, cond) + (1 - m) * x
+
+
+def check(num_channels, alpha, beta, mode="dtr", num_steps=1000):
+    """Raise a UserError where a block of this width cannot be routed so."""
+    if (not 1 <= beta * num_channels <= num_channels or not 0 < alpha < math.inf
+            or mode not in MODES or num_steps < 2):
+        raise UserError(f"cannot route with alpha={alpha}, beta={beta}, mode={mode!r}, "
+                        f"num_steps={num_steps}: alpha is above 0, beta in (0, 1] and leaves one "
+                        f"of {num_channels} channels, mode {' or '.join(MODES)}, num_steps above 1")
 
 
 def add_routing(network, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0):
@@ -105,55 +125,67 @@ def add_routing(network, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0
     """
     if "routing" in network.config:
         raise UserError(f"this network is routed already: {network.config['routing']}")
+    # U-Nets and DiT mark the blocks that can be routed.
     blocks = [module for module in network.modules() if hasattr(module, "routable_channels")]
-    narrowest = min(block.routable_channels for block in blocks)
-    if (not 1 <= beta * narrowest <= narrowest or not 0 < alpha < math.inf
-            or mode not in MODES or num_steps < 2):
-        raise UserError(f"cannot route with alpha={alpha}, beta={beta}, mode={mode!r}, "
-                        f"num_steps={num_steps}: alpha is above 0, beta in (0, 1] and leaves one "
-                        f"of {narrowest} channels, mode {' or '.join(MODES)}, num_steps above 1")
-    window = dict(alpha=alpha, beta=beta, num_steps=num_steps)
+    check(min(block.routable_channels for block in blocks), alpha, beta, mode, num_steps)
+    settings = dict(alpha=alpha, beta=beta, num_steps=num_steps)
     device = next(network.parameters()).device
     for i, block in enumerate(blocks):
         kind = type(block)
         block.__class__ = type(f"Routed{kind.__name__}", (Routed, kind), {})
         C = block.routable_channels
         if mode == "dtr":
-            block.mask = functools.partial(task_masks, num_channels=C, **window)
+            # Blocks of equal width have equal masks, which are computed anew in every forward pass.
+            block.mask = functools.partial(task_masks, num_channels=C, **settings)
         else:
             table = random_masks(C, beta, num_steps, seed=seed, block=i)
             block.mask = RandomMask(table if device.type == "meta" else table.to(device))
-    network.config["routing"] = dict(mode=mode, seed=seed, **window)
+    network.config["routing"] = dict(mode=mode, seed=seed, **settings)
     # A class name of its own, so that no other program opens the folder and draws without masks.
     name = network.config.get("_class_name", type(network).__name__)
     network.config["_class_name"] = f"Routed{name}"
     return network
 
 
+def draw_mask(name, mask):
+    """Draw a mask (T, C) in a frame, t from left to right and channels from top to bottom."""
+    T, C = mask.shape
+    pixels = Image.fromarray((mask.T * 255).byte().numpy())
+    picture = ImageOps.expand(ImageOps.expand(pixels, 1, 128), (89, 23, 9, 23), 255)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(15)
+    draw.text((90, 19), name, 0, font, "ls")
+    # Both axes have their first and last number at the ends.
+    draw.text((84, 24), "channel 0", 0, font, "rt")
+    draw.text((84, 24 + C), f"{C - 1}", 0, font, "rb")
+    draw.text((90, 28 + C), "timestep 0", 0, font, "lt")
+    draw.text((90 + T, 28 + C), f"{T - 1}", 0, font, "rt")
+    return picture
+
+
 def main():
-    from PIL import Image
     parser = Parser("Draw the masks of DTR and R-TR, and print how much timesteps share.")
-    parser.add_argument("--channels", type=int, default=320, help="width C of a block's input")
+    parser.add_argument("--channels", type=int, default=320, help="channels C of a block's input")
     parser.add_argument("--alpha", type=float, default=4.0, help="exponent of the window's motion")
     parser.add_argument("--beta", type=float, default=0.8, help="share of channels per timestep")
     parser.add_argument("--out", default="samples/routing.png", help="file for the picture")
     args = parser.parse_args()
-    if not 1 <= args.beta * args.channels <= args.channels or not 0 < args.alpha < math.inf:
-        raise UserError("--alpha must be above 0, and --beta in (0, 1] must leave a channel")
-    dtr = task_masks(torch.arange(1000), args.channels, args.alpha, args.beta)  # (T, C)
-    random = random_masks(args.channels, args.beta).float()
+    check(args.channels, args.alpha, args.beta)
+    # R-TR hides as many channels. If it helped as much, the sharing would not be what helps; in the
+    # paper it harms.
+    masks = {"DTR": task_masks(torch.arange(1000), args.channels, args.alpha, args.beta),
+             "R-TR (random)": random_masks(args.channels, args.beta).float()}    # (T, C) each
 
     print("share of channels that timesteps t and t + d have in common")
-    print("masks      t    d = 1   d = 10  d = 100  d = 400")
-    for name, masks in ("dtr", dtr), ("random", random):
+    print("masks             t    d = 1   d = 10  d = 100  d = 400")
+    for name, mask in masks.items():
         for t in (0, 200, 400, 599):
-            shares = masks[[t + 1, t + 10, t + 100, t + 400]] @ masks[t] / masks[t].sum()
-            print(f"{name:<7}{t:>5}" + "".join(f"{share:>9.3f}" for share in shares))
-    border = torch.full((1000, 8), 0.5)
-    picture = torch.cat([dtr, border, random], dim=1).T * 255
+            shares = mask[[t + 1, t + 10, t + 100, t + 400]] @ mask[t] / mask[t].sum()
+            print(f"{name:<14}{t:>5}" + "".join(f"{share:>9.3f}" for share in shares))
+    pictures = [draw_mask(name, mask) for name, mask in masks.items()]
     with replacing(args.out) as file:
-        Image.fromarray(picture.byte().numpy()).save(file, format="PNG")
-    print(f"{args.out}: t from left to right, channels from top to bottom, dtr above random")
+        Image.fromarray(np.vstack(pictures)).save(file, format="PNG")
+    print(f"{args.out}: t from left to right, channels from top to bottom, white where seen")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 
 `load_model` rebuilds a model with its methods from disk, and `generate` draws with it. In the last
 command several modalities are drawn together (MT-Diffusion): without --given, every modality is
-generated.
+generated. Whatever would draw no picture, such as weights that are not finite, ends in one line
+that names the part at fault (`check_parts`, `Model.check`).
 
 Letters: B batch, K branches of guidance, C channels, h w latent.
 """
@@ -25,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from clip import CLIPText, Tokenizer
-from data import ASSETS, EXAMPLES, OTHER, SDXL_GUIDANCE, SOURCE, TASKS
+from data import ASSETS, EXAMPLES, MAX_PIXELS, OTHER, SDXL_GUIDANCE, SOURCE, TASKS
 from data import on_white, open_image, to_pil, to_tensor
 from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
 from hub import Parser, UserError, blaming, command, compiled, fetch, load_weights, pick_device
@@ -33,9 +34,15 @@ from hub import read_json, replacing, write_json
 from unet import UNet
 from vae import VAE
 
+# --precision; None lets load_model decide.
 DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 # model_index.json's class names of models that draw on pixels (adm.py); ours end in Pipeline2D.
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "Pipeline2D")
+# The command draws so many pictures at a time, so that --num-images needs no more memory.
+BATCH = 16
+# The command's options that `generate` has under the same name.
+PASSED_ON = ("negative_prompt", "guidance", "image_guidance", "guidance_rescale", "steps",
+             "sampler", "eta", "strength")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -43,7 +50,7 @@ PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "Pipeline2D")
 
 @dataclass
 class Model:
-    """Everything that drawing needs. `index` is the folder's model_index.json.
+    """Hold everything that drawing needs. `index` is the folder's model_index.json.
 
     A model on pixels has no text encoder, and adm.Pixels stands for its autoencoder.
     """
@@ -70,12 +77,14 @@ class Model:
         """
         config = self.unet.config
         if "aggregation" in config:
+            # Its heads belong to one task, whose name they tell.
             (modality,) = config["aggregation"]["modalities"]
             return [task for task, rule in TASKS.items() if rule.modality == modality]
         if "moe" in config:
             return config["moe"]["tasks"]
         if not self.texts:
             return ["uncond"]
+        # A source enters beside z_t, in as many channels again.
         plain = config["in_channels"] == config["out_channels"]
         return ["t2i"] if plain else ["edit", "sr", "inpaint"]
 
@@ -98,6 +107,10 @@ class Model:
         return [pair for pair in pairs if pair[1] is not None]
 
     @property
+    def device(self):
+        return self.unet.conv_out.weight.device
+
+    @property
     def modules(self):
         return [self.unet, self.vae, *[encoder for _, encoder in self.texts]]
 
@@ -110,6 +123,24 @@ class Model:
             self.unet.heads.diffusion.to(device)
         return self
 
+    def check(self, part, output, place=None):
+        """Return what a part computed, (B, ..); UserError where a sample of it is no signal.
+
+        Weights of NaN or zero, and activations beyond the largest fp16, would otherwise end in a
+        black, grey or noisy picture without a word. place: where the part comes from, if it is not
+        this model's own.
+        """
+        # One comparison finds all of it: the spread of a sample that holds NaN is NaN, and of one
+        # that holds an infinity it is infinite or NaN.
+        low, high = output.float().flatten(1).aminmax(dim=1)
+        spread = high - low
+        if not ((spread > 0) & (spread < math.inf)).all():
+            place = place or place_of(self.path, self.index, part)
+            raise UserError(f"the {part} of {place} computes NaN, infinity or the same number "
+                            "everywhere, so there is no picture to save: its weights are damaged, "
+                            "or too large for half precision (--precision fp32)")
+        return output
+
     @torch.no_grad()
     def encode_text(self, prompts):
         """B strings -> context (B, S, D), pooled (B, P) or None; both None without a text encoder.
@@ -120,10 +151,17 @@ class Model:
         """
         if not self.texts:
             return None, None
-        # Each encoder returns last, penultimate and pooled states.
-        device = self.unet.conv_out.weight.device
-        states = [encoder(tokenizer(prompts).to(device)) for tokenizer, encoder in self.texts]
+        # Each encoder returns last, penultimate and pooled states: (B, S, D), (B, S, D), (B, P).
+        states = []
+        for tokenizer, encoder in self.texts:
+            # A word that textual inversion has learned may stand for several tokens.
+            ids = tokenizer([tokenizer.expand(prompt) for prompt in prompts])
+            states.append(encoder(ids.to(self.device)))
+        for part, outputs in zip(("text_encoder", "text_encoder_2"), states):
+            for output in outputs:
+                self.check(part, output)
         if len(states) == 1:
+            # Stable Diffusion 1.x and 2.x, whose towers of 2.x lack the last layer already.
             return states[0][0], None
         context = torch.cat([penultimate for _, penultimate, _ in states], dim=-1)
         pooled = states[1][2]
@@ -134,24 +172,37 @@ class Model:
         return context, pooled
 
     def added(self, pooled, height, width):
-        """SDXL's further conditions, of pictures that were never resized or cropped.
+        """What SDXL's U-Net reads besides the context, for pictures never resized or cropped.
 
-        They are the pooled text and six numbers: original size, corner of the crop, target size.
+        This is the pooled text and six numbers: original size, corner of the crop, target size.
         """
         if pooled is None:
             return None
         sizes = pooled.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32)
         return dict(text_embeds=pooled, time_ids=sizes.repeat(len(pooled), 1))
 
+    def encode(self, pictures, tile=None):
+        """Pictures (B, 3, H, W) in [-1, 1] -> the mean of their latents (B, C, h, w), unscaled."""
+        mean, _ = self.vae.encode(pictures.to(self.device), tile)
+        return mean if self.vae.factor == 1 else self.check("vae", mean)
+
+    def decode(self, latents, tile=None):
+        """Latents (B, C, h, w) as the U-Net draws them -> pictures (B, 3, H, W), about [-1, 1]."""
+        latents = self.check("unet", latents) / self.vae.config["scaling_factor"]
+        pictures = self.vae.decode(latents, tile)
+        # On pixels there is no autoencoder that could be at fault.
+        return pictures if self.vae.factor == 1 else self.check("vae", pictures)
+
     def save(self, folder, dtype=None, unet_only=False):
         """Write the model in the Hugging Face layout; dtype: of the files' tensors."""
         folder = Path(folder)
         self.unet.save_pretrained(folder / "unet", dtype=dtype)
         if unet_only:
+            # Nothing else changes in training, so a later checkpoint needs no more.
             return
         for name in ("vae", "text_encoder", "text_encoder_2"):
             part = getattr(self, name)
-            if hasattr(part, "save_pretrained"):
+            if hasattr(part, "save_pretrained"):  # adm.Pixels has no weights, and None is no part
                 part.save_pretrained(folder / name, dtype=dtype)
         for name in ("tokenizer", "tokenizer_2"):
             if getattr(self, name) is not None:
@@ -165,6 +216,7 @@ def pipeline_index(model):
     scheduler = ["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")]
     index = {"_diffusers_version": "0.30.0", "scheduler": scheduler}
     if model.guidance:
+        # diffusers warns of keys that it does not know, but for those with an underscore.
         index["_guidance"] = model.guidance
     if not model.texts:
         return index | {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
@@ -198,42 +250,56 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     """
     path = str(path_or_hub_id)
     index = read_json(fetch(path, "") / "model_index.json")
-    with blaming(f"{path}: model_index.json"):
-        guidance = index.get("guidance") or index.get("_guidance") or {}
-        for text_scale, image_scale in guidance.values():
-            math.isfinite(text_scale + image_scale)
+    # Models on pixels have no text encoder, no autoencoder, and often no folder for each part.
     if str(index.get("_class_name")).endswith(PIXEL_PIPELINES):
         return load_pixels(path, index, dtype or torch.float32).to(device)
 
-    def part(name):
-        return place_of(path, index, name)
+    def place(part):
+        return place_of(path, index, part)
 
-    config = read_json(fetch(part("unet"), "unet") / "config.json")
+    unet_folder = fetch(place("unet"), "unet")
+    config = read_json(unet_folder / "config.json")
+    scheduler = read_json(fetch(place("scheduler"), "scheduler") / "scheduler_config.json")
+    if index.get("_class_name") in CORRECTIONS:
+        # What diffusers' pipelines correct silently in old files is corrected here, once.
+        scheduler |= CORRECTIONS[index["_class_name"]]
+        with blaming(unet_folder / "config.json"):
+            correct_sample_size(config)
     if dtype is None:
         # On a GPU bf16 halves the memory and more than halves the time; a miniature needs neither.
         gpu = torch.device(device).type == "cuda" and config.get("sample_size") != 16
         dtype = torch.bfloat16 if gpu else torch.float32
-    scheduler = read_json(fetch(part("scheduler"), "scheduler") / "scheduler_config.json")
-    # What diffusers' pipelines correct silently in old files is corrected here, once.
-    scheduler |= CORRECTIONS.get(index.get("_class_name"), {})
+    # The largest part comes last: where another one is missing, that shows before 10 GB are read.
     model = Model(
-        unet=load_unet(UNet, fetch(part("unet"), "unet"), config, scheduler, dtype),
-        vae=VAE.from_pretrained(part("vae"), dtype=dtype),
-        text_encoder=CLIPText.from_pretrained(part("text_encoder"), dtype=dtype),
-        tokenizer=Tokenizer.from_pretrained(part("tokenizer")),
+        tokenizer=Tokenizer.from_pretrained(place("tokenizer")),
+        text_encoder=CLIPText.from_pretrained(place("text_encoder"), dtype=dtype),
+        vae=VAE.from_pretrained(place("vae"), dtype=dtype),
+        unet=load_unet(UNet, unet_folder, config, scheduler, dtype),
         scheduler=scheduler, index=index, path=path)
     if model.unet.config["addition_embed_type"]:
-        second = CLIPText.from_pretrained(part("text_encoder_2"), "text_encoder_2", dtype)
+        # This is SDXL, the only kind of model with such an embedding that UNet knows.
+        second = CLIPText.from_pretrained(place("text_encoder_2"), "text_encoder_2", dtype)
         model.text_encoder_2 = second
-        model.tokenizer_2 = Tokenizer.from_pretrained(part("tokenizer_2"), "tokenizer_2")
+        model.tokenizer_2 = Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2")
     check_parts(model)
     for module in model.modules:
         module.eval()
     return model.to(torch.device(device))
 
 
+def correct_sample_size(config):
+    """Set the sample_size of an old U-Net's config to 64, as diffusers' pipelines do.
+
+    The first files of Stable Diffusion 1.x say 32, which would draw pictures of 256 pixels.
+    """
+    version = config.get("_diffusers_version")
+    old = version is not None and tuple(map(int, version.split(".")[:2])) < (0, 9)
+    if old and isinstance(config["sample_size"], int) and config["sample_size"] < 64:
+        config["sample_size"] = 64
+
+
 def place_of(path, index, part):
-    """Where a part lies: in the folder itself, or in the model that it calls its base."""
+    """Find the model that a part belongs to: the folder itself, or what it calls its base."""
     if "base" not in index or (Path(path) / part).is_dir():
         return path
     with blaming(f"{path}: model_index.json"):
@@ -242,7 +308,9 @@ def place_of(path, index, part):
     if Path(path).is_dir():
         return base
     try:
-        fetch(path, part)  # on the hub
+        # On the hub. Only a part that is not there comes from the base: after a download that
+        # failed, the base's U-Net would draw the wrong pictures.
+        fetch(path, part)
         return path
     except UserError as error:
         if "has no folder" not in str(error):
@@ -288,6 +356,7 @@ def load_pixels(path, index, dtype):
     unet_folder, scheduler_folder = adm.places(path)
     config = read_json(unet_folder / "config.json")
     scheduler = read_json(scheduler_folder / "scheduler_config.json")
+    scheduler |= CORRECTIONS.get(index.get("_class_name"), {})
     unet = load_unet(adm.UNet2D, unet_folder, config, scheduler, dtype, adm.UNet2D.rename)
     model = Model(unet, adm.Pixels(unet.config["sample_size"]), None, None, scheduler, index,
                   path=path)
@@ -300,37 +369,50 @@ def check_parts(model):
 
     Without these comparisons a wrong pair would draw garbage without a word, or fail deep inside.
     """
-    u, texts, T = model.unet.config, model.texts, model.diffusion.T
-    channels = model.vae.config["latent_channels"]
+    T = model.diffusion.T
+    C = model.vae.config["latent_channels"]
+    config = model.unet.config
     # A network that learns the variance has as many channels again for it.
-    learned = model.scheduler.get("variance_type") == "learned_range"
-    out_channels = channels * (2 if learned and not texts else 1)
-    conditions = {
-        "a U-Net whose sample_size is null": u["sample_size"] is not None,
-        f"a U-Net whose out_channels are not {out_channels}, which latent_channels of the VAE and "
-        "the scheduler's variance_type ask for": u["out_channels"] == out_channels,
-        f"{u['in_channels']} input channels, where {channels} or {2 * channels} are implemented":
-            u["in_channels"] in (channels, 2 * channels) or "moe" in u,
-        "routing and scheduler for another number of timesteps":
-            u.get("routing", {}).get("num_steps", T) == T,
-        "num_class_embeds: only the task label names classes":
-            u.get("num_class_embeds") is None or "aggregation" in u,
-        "a tokenizer that has more words than the text encoder":
-            all(max(t.vocab.values()) < e.config["vocab_size"] for t, e in texts),
-        "a tokenizer that is longer than the text encoder's positions":
-            all(t.length <= e.config["max_position_embeddings"] for t, e in texts),
-    }
-    if texts:
-        width = sum(encoder.config["hidden_size"] for _, encoder in texts)
-        conditions["cross_attention_dim of the U-Net and hidden_size of the text encoder that "
-                   "differ"] = u["cross_attention_dim"] == width
+    learned = model.scheduler.get("variance_type") == "learned_range" and not model.texts
+    needed = dict(sample_size=1, in_channels=(C, 2 * C), out_channels=(2 * C if learned else C,))
+    if "aggregation" not in config:
+        # Only the task label names classes.
+        needed["num_class_embeds"] = (None,)
+    if model.texts:
+        widths = [encoder.config["hidden_size"] for _, encoder in model.texts]
+        needed["cross_attention_dim"] = (sum(widths),)
     if model.text_encoder_2:
-        pooled = model.text_encoder_2.width + 6 * u["addition_time_embed_dim"]
-        conditions["projection_class_embeddings_input_dim of the U-Net and the pooled text's "
-                   "width"] = u["projection_class_embeddings_input_dim"] == pooled
-    for words, holds in conditions.items():
-        if not holds:
-            raise UserError(f"{model.path}: cannot draw with {words}")
+        pooled = model.text_encoder_2.width + 6 * config["addition_time_embed_dim"]
+        needed["projection_class_embeddings_input_dim"] = (pooled,)
+    compare(model, "U-Net", config, needed)
+    # A mask of channels belongs to each timestep.
+    compare(model, "routing", {"num_steps": T} | config.get("routing", {}), dict(num_steps=(T,)))
+    for tokenizer, encoder in model.texts:
+        end = tokenizer.vocab[tokenizer.special["eos_token"]]
+        compare(model, "text encoder", encoder.config, dict(
+            vocab_size=max(tokenizer.vocab.values()) + 1,
+            max_position_embeddings=tokenizer.length,
+            # Another model's vocabulary would turn the prompt into other words, and ends
+            # elsewhere. Old configs say 2 for any.
+            eos_token_id=(end, 2)))
+
+
+def compare(model, part, config, needed):
+    """Raise a UserError for an entry of a part's config that does not fit.
+
+    needed: key -> a tuple of the values that fit, or the least number that does.
+    """
+    for key, fitting in needed.items():
+        value = config.get(key)
+        if isinstance(fitting, tuple):
+            fits = value in fitting
+            words = " or ".join(map(str, fitting))
+        else:
+            fits = isinstance(value, int) and value >= fitting
+            words = f"at least {fitting}"
+        if not fits:
+            raise UserError(f"{model.path}: {key} of the {part} is {value}, but with the other "
+                            f"parts it must be {words}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -343,12 +425,14 @@ def rule_of(model, task):
                         f"{', '.join(model.tasks)}")
     if task in TASKS:
         return task
+    # moe.add_task gave it a name of its own; its input convolution tells its kind.
     channels = model.unet.config["moe"]["in_channels"][task]
     return "t2i" if channels == model.unet.config["out_channels"] else "edit"
 
 
 def picture_size(model, images, height, width):
     """The height and width to draw: as given, or the model's size along the longer side."""
+    # One batch has one size, so the first picture speaks for all.
     ratio_w, ratio_h = images[0].size if images else (1, 1)
     longer = max(ratio_h, ratio_w)
     multiple = math.lcm(8 if model.native_size % 8 == 0 else model.vae.factor,
@@ -370,12 +454,14 @@ def picture_size(model, images, height, width):
 def scales(model, task, guidance, image_guidance):
     """Text and image scale: as given, or the model's own, or the paper's."""
     rule = rule_of(model, task)
+    # MTU's appendix has scales for SD 1.5 and for SDXL. A model's own index goes before them.
     paper = (TASKS[rule].guidance, TASKS[rule].image_guidance)
     if model.text_encoder_2:
         paper = SDXL_GUIDANCE[rule]
-    default = model.guidance.get(task, paper)
-    guidance = default[0] if guidance is None else guidance
-    image_guidance = default[1] if image_guidance is None else image_guidance
+    with blaming(f"{model.path}: model_index.json, guidance"):
+        text_default, image_default = map(float, model.guidance.get(task, paper))
+    guidance = text_default if guidance is None else guidance
+    image_guidance = image_default if image_guidance is None else image_guidance
     if not (math.isfinite(guidance) and math.isfinite(image_guidance)):
         raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be finite")
     # As everywhere in the field, a scale of at most 1 means no guidance.
@@ -383,8 +469,9 @@ def scales(model, task, guidance, image_guidance):
 
 
 def warn_of_long_prompts(model, prompts):
+    # The tokenizer cuts a long prompt off without a word. A repeated prompt is named once.
     for prompt in dict.fromkeys(prompts) if model.tokenizer else ():
-        if dropped := model.tokenizer.dropped(prompt):
+        if dropped := model.tokenizer.dropped(model.tokenizer.expand(prompt)):
             print(f"warning: the prompt is longer than {model.tokenizer.length} tokens; not seen: "
                   f"{' '.join(dropped)}", file=sys.stderr)
 
@@ -394,7 +481,7 @@ def tile_size(model, height, width):
 
     Above that the autoencoder's memory is the limit, not the U-Net's.
     """
-    side = model.vae.config["sample_size"]
+    side = model.vae.config["sample_size"]  # of the pictures it was trained on
     if max(height, width) <= 2 * side:
         return None
     return side // model.vae.factor // 4 * 4
@@ -415,20 +502,16 @@ def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=
     eta: the noise of ddim, 0 to 1. guidance_rescale: see diffusion.guide.
     ensemble: N U-Nets; number floor(t N / T) makes the step at t (DeMe Eq. 7).
     callback(i, t, x_t, x0): sees each step's latents.
+
+    A request that cannot be met, or a part that computes no signal, raises UserError.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     images = [images] if isinstance(images, Image.Image) else images
-    if images and len(images) != len(prompts):
-        raise ValueError("images is a list of as many pictures as there are prompts")
-    rule = TASKS[rule_of(model, task)]
+    reads_source = takes_source(model, task, prompts, images, strength)
     if model.unet.heads is not None:
         drawn = draw_modalities(model, len(prompts), steps=steps, seed=seed, sampler=sampler,
                                 eta=eta, height=height, width=width, callback=callback)
         return [to_pil(picture) for picture in drawn["image"]]
-    if not images and (rule.source or strength is not None):
-        raise UserError(f"task {task} needs a picture to start from: --image FILE")
-    if images and not rule.source and strength is None:
-        raise UserError(f"task {task} takes a picture only to start from: give --strength too")
     guidance, image_guidance = scales(model, task, guidance, image_guidance)
     sampler = pick_sampler(model, sampler, eta)
     if not 0 <= guidance_rescale <= 1:
@@ -436,42 +519,60 @@ def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=
     height, width = picture_size(model, images, height, width)
     warn_of_long_prompts(model, [*prompts, negative_prompt])
 
-    device = model.unet.conv_out.weight.device
-    diffusion = model.diffusion.to(device)
-    scale = model.vae.config["scaling_factor"]
+    diffusion = model.diffusion.to(model.device)
+    # A large picture passes the autoencoder in tiles.
     tile = tile_size(model, height, width)
-    shape = (model.vae.config["latent_channels"], height // model.vae.factor,
-             width // model.vae.factor)
     # Each picture has a generator of its own, so it does not depend on the batch around it.
     generators = seeded(range(seed, seed + len(prompts)))
-    x = randn((len(prompts), *shape), generators, device)
+    x = randn((len(prompts), *latent_shape(model, height, width)), generators, model.device)
     start, source = 0, None
     if images:
-        mean = encode_pictures(model, images, height, width, tile)
+        mean = model.encode(as_tensors(images, height, width), tile)
+        scaled = mean * model.vae.config["scaling_factor"]
         if strength is not None:
             # SDEdit: noise is added to the picture, and only the last steps are run.
-            x, start = partway(diffusion, mean * scale, x, steps, strength, sampler)
-        if rule.source:
-            source = mean * scale if SOURCE.scaled else mean
+            x, start = partway(diffusion, scaled, x, steps, strength, sampler)
+        if reads_source:
+            # As InstructPix2Pix was trained: the mean, without the scaling that z_t has.
+            source = scaled if SOURCE.scaled else mean
     predict = guided(model, task, prompts, source, negative_prompt=negative_prompt,
                      scales=(guidance, image_guidance, guidance_rescale), size=(height, width),
                      ensemble=ensemble)
+    # The other samplers either add no noise or add what their equations say.
     options = dict(eta=eta) if sampler == "ddim" else {}
     x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators,
                            callback=callback, **options)
-    return [to_pil(picture) for picture in model.vae.decode(x0 / scale, tile)]
+    return [to_pil(picture) for picture in model.decode(x0, tile)]
 
 
-def encode_pictures(model, images, height, width, tile):
-    """PIL pictures, resized -> the mean of their latents (B, C, h, w), unscaled."""
+def takes_source(model, task, prompts, images, strength):
+    """Check that pictures come where the task needs them -> whether the U-Net reads a source."""
+    if images and len(images) != len(prompts):
+        raise ValueError("images is a list of as many pictures as there are prompts")
+    reads_source = TASKS[rule_of(model, task)].source is not None
+    if model.unet.heads is None:
+        if not images and (reads_source or strength is not None):
+            raise UserError(f"task {task} needs a picture to start from: --image FILE")
+        if images and not reads_source and strength is None:
+            raise UserError(f"task {task} takes a picture only to start from: give --strength too")
+    return reads_source
+
+
+def latent_shape(model, height, width):
+    """The shape (C, h, w) of the latent of a picture of height x width pixels."""
+    factor = model.vae.factor
+    return model.vae.config["latent_channels"], height // factor, width // factor
+
+
+def as_tensors(images, height, width):
+    """PIL pictures -> (B, 3, height, width) in [-1, 1], on white where they are transparent."""
     pictures = [on_white(picture.convert("RGBA")) for picture in images]
     pictures = [picture.resize((width, height), Image.BICUBIC) for picture in pictures]
-    pictures = torch.stack([to_tensor(picture) for picture in pictures])
-    return model.vae.encode(pictures.to(model.unet.conv_out.weight.device), tile)[0]
+    return torch.stack([to_tensor(picture) for picture in pictures])
 
 
 def guided(model, task, prompts, source, *, negative_prompt, scales, size, ensemble):
-    """-> predict(x_t, t) -> the guided prediction (B, C, h, w), for a sampler.
+    """Make predict(x_t, t) -> the guided prediction (B, C, h, w), for a sampler.
 
     Guidance compares predictions of K branches, which run as one batch: without text and picture,
     with the picture alone, with both. diffusion.guide says how they combine.
@@ -487,9 +588,11 @@ def guided(model, task, prompts, source, *, negative_prompt, scales, size, ensem
     else:
         branches = [(nothing, 0.0), (nothing, 1.0), (prompts, 1.0)]
     K = len(branches)
+    # The text is encoded once, before the first step, and for all branches together.
     context, pooled = model.encode_text([prompt for words, _ in branches for prompt in words])
     added = model.added(pooled, *size)
     weight = model.unet.conv_out.weight
+    # The experts' router reads which task it is (MTU Eq. 1); a plain U-Net does not look.
     row = torch.full((K * B,), model.tasks.index(task), device=weight.device)
     if source is not None:
         source = torch.cat([source * seen for _, seen in branches]).to(weight)  # (K B, C, h, w)
@@ -500,9 +603,11 @@ def guided(model, task, prompts, source, *, negative_prompt, scales, size, ensem
         z = x.to(weight.dtype).repeat(K, 1, 1, 1)                               # (K B, C, h, w)
         if source is not None:
             z = torch.cat([z, source], dim=1)                                   # (K B, 2 C, h, w)
-        unet = ensemble[int(t[0]) * len(ensemble) // T] if ensemble else model.unet  # DeMe Eq. 7
-        out = unet(z, t.repeat(K), context, task=row, added=added)
-        return guide(out.float().unflatten(0, (K, B)), guidance, image_guidance, rescale)
+        number = int(t[0]) * len(ensemble) // T                                 # DeMe Eq. 7
+        unet = ensemble[number] if ensemble else model.unet
+        out = unet(z, t.repeat(K), context, task=row, added=added).float()
+        model.check("unet", out, f"copy {number + 1} of the ensemble" if ensemble else None)
+        return guide(out.unflatten(0, (K, B)), guidance, image_guidance, rescale)
     return predict
 
 
@@ -510,8 +615,9 @@ def pick_sampler(model, sampler, eta):
     """The sampler that was named, or the one that the model's scheduler stands for."""
     sampler = sampler or model.diffusion.sampler
     if sampler is None:
-        raise UserError(f"the scheduler {model.scheduler.get('_class_name')} of {model.path} is "
-                        f"not implemented; name one with --sampler: {', '.join(SAMPLERS)}")
+        # The file describes the process all the same, so any sampler of ours may step through it.
+        raise UserError(f"{model.path}: the scheduler's {model.diffusion.missing} is not "
+                        f"implemented; name a sampler with --sampler: {', '.join(SAMPLERS)}")
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler}: choose from {', '.join(SAMPLERS)}")
     if eta and sampler != "ddim":
@@ -534,67 +640,68 @@ def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None,
         known is there as it is. Sample i has the seed `seed + i`.
     """
     import aggregation
-    unet, device, factor = model.unet, model.unet.conv_out.weight.device, model.vae.factor
+    unet = model.unet
     (modality,) = unet.heads
     known = known or {}
+    check_known(model, modality, known)
+    # As in `generate`: a sample depends on its seed, and not on its batch.
     height, width = picture_size(model, None, height, width)
-    shape = (model.vae.config["latent_channels"], height // factor, width // factor)
+    shape = latent_shape(model, height, width)
     generators = seeded(range(seed, seed + count))
-    noise = randn((count, *shape), generators, device)
+    noise = randn((count, *shape), generators, model.device)
+    in_z = {name: to_latents(model, value.to(model.device)) for name, value in known.items()}
+    z0 = in_z.pop("image", None)
+
+    # How x enters: by its encoding in z_t, and for -X also beside z_t.
+    encode = aggregation.encoder_of(model, modality, shape)
+    x_input = in_z.get(modality, torch.zeros_like(noise))
+    x_is_absent = aggregation.reads_x(unet) and modality not in known
+    if x_is_absent:
+        # -X learned pure generation from zeros in place of x and of E(x).
+        encode = torch.zeros_like
     context, pooled = model.encode_text([""] * count)
-    added = model.added(pooled, height, width)
-    fixed = {name: to_latents(model, value.to(device)) for name, value in known.items()}
-    z0 = fixed.pop("image", None)
-    reads_x = aggregation.reads_x(unet)
-    if modality not in known:
-        weights = unet.config["aggregation"]["modalities"][modality]["weights"]
-        if weights == "interpolating":
-            raise UserError(f"this model was trained with --schedule interpolating, for a "
-                            f"{modality} that is always known: --given {modality}=...")
-        if z0 is not None and reads_x:
-            raise UserError(f"this model reads {modality} beside z_t (--input x), so it cannot "
-                            "infer it from the image")
-    x_in = fixed.get(modality, torch.zeros_like(noise))
-    beside = {modality: aggregation.Known(x_in, None, torch.ones(count, device=device))}
-    predict = aggregation.predictor(unet, unet, beside, context, added)
+    keep = torch.ones(count, device=model.device)  # as in training, where some samples drop x
+    network = aggregation.predictor(unet, unet, {modality: aggregation.Known(x_input, None, keep)},
+                                    context, model.added(pooled, height, width))
 
-    def encode(x):
-        if reads_x and modality not in known:
-            return torch.zeros_like(noise)  # pure generation, as zeros mean in training
-        if modality == "label":
-            if x.dim() == 1:
-                return aggregation.encode_labels(model, x, shape)
-            return aggregation.expected_encoding(class_table(), x)
-        if modality == "repr":
-            return aggregation.encode_vectors(model, x, shape)
-        return x
-
-    tables = []  # the encodings of all classes, computed at the first step that needs them
-
-    def class_table():
-        if not tables:
-            classes = unet.config["aggregation"]["modalities"]["label"]["classes"]
-            numbers = torch.arange(len(classes), device=device)
-            tables.append(aggregation.encode_classes(model, numbers, shape))
-        return tables[0]
+    def predict(z, t):
+        prediction, outputs = network(z, t)
+        return model.check("unet", prediction), outputs
 
     # The other samplers take several steps into account, and x changes between them.
     default = "ddpm" if model.diffusion.sampler == "ddpm" else "ddim"
-    z, x = aggregation.sample(unet.heads, predict, {modality: encode}, noise, known=fixed, z0=z0,
+    z, x = aggregation.sample(unet.heads, predict, {modality: encode}, noise, known=in_z, z0=z0,
                               steps=steps, sampler=sampler or default, eta=eta,
                               generators=generators, callback=callback)
-    drawn = {"image": z}
-    if not (reads_x and modality not in known):
-        drawn |= x
-    scale = model.vae.config["scaling_factor"]
-    drawn = {name: model.vae.decode(value / scale).float() if value.dim() == 4 else value
-             for name, value in drawn.items()}
-    drawn = {name: value.cpu() for name, value in drawn.items()} | known
+    drawn = {}
+    for name, value in ({"image": z} if x_is_absent else {"image": z, **x}).items():
+        if name in known:
+            # Exactly as it was given, and not as the autoencoder would return it.
+            drawn[name] = known[name]
+        elif value.dim() == 4:
+            drawn[name] = model.decode(value).float().cpu()
+        else:
+            drawn[name] = model.check("unet", value).cpu()
     if "masked" in known and model.vae.factor == 1:
         # On pixels, what was not masked is put back. No pixel of a picture is exactly zero.
-        there = (known["masked"] != 0).any(dim=1, keepdim=True)
-        drawn["image"] = torch.where(there, known["masked"], drawn["image"])
+        visible = (known["masked"] != 0).any(dim=1, keepdim=True)
+        drawn["image"] = torch.where(visible, known["masked"], drawn["image"])
     return drawn
+
+
+def check_known(model, modality, known):
+    """Raise a UserError where a model was not trained to do without its other modality."""
+    from aggregation import reads_x
+    if modality in known:
+        return
+    if model.unet.config["aggregation"]["modalities"][modality]["weights"] == "interpolating":
+        # Eq. 8's process ends at x instead of at pure noise, so there is nowhere to start from.
+        raise UserError(f"this model was trained with --schedule interpolating, for a {modality} "
+                        f"that is always known: --given {modality}=...")
+    if "image" in known and reads_x(model.unet):
+        # Zeros beside z_t mean pure generation, in which x is not drawn at all.
+        raise UserError(f"this model reads {modality} beside z_t (--input x), so it cannot infer "
+                        "it from the image")
 
 
 def to_latents(model, value):
@@ -602,33 +709,37 @@ def to_latents(model, value):
     if value.dim() != 4:
         return value
     scale = model.vae.config["scaling_factor"] if OTHER.scaled else 1.0
-    return (model.vae.encode(value)[0] * scale).float()
+    return (model.encode(value) * scale).float()
 
 
 def read_known(model, words, count, height, width):
-    """--given's NAME=VALUE words -> the `known` of draw_modalities, each `count` times."""
+    """Read --given's NAME=VALUE words -> the `known` of draw_modalities, each `count` times."""
     from aggregation import vectors
     (modality,) = model.unet.heads
     known = {}
     for word in words:
-        name, _, value = word.partition("=")
-        if name not in ("image", modality) or not value or name in known:
+        name, _, text = word.partition("=")
+        if name not in ("image", modality) or not text or name in known:
             raise UserError(f"--given {word}: give NAME=VALUE once, where NAME is image or "
                             f"{modality}")
         if name == "label":
-            classes = model.unet.config["aggregation"]["modalities"]["label"]["classes"]
-            lower = [word.lower() for word in classes]
-            if value.lower() not in lower:
+            classes = class_names(model)
+            lower = [one.lower() for one in classes]
+            if text.lower() not in lower:
                 raise UserError(f"--given {word}: the classes are {', '.join(classes)}")
-            known[name] = torch.full((count,), lower.index(value.lower()))
+            value = torch.tensor(lower.index(text.lower()))
         elif name == "repr":
-            known[name] = vectors(model, [value]).cpu().expand(count, -1)
+            value = vectors(model, [text])[0].cpu()
         else:
-            picture = read_picture(name, value, height, width)
-            known[name] = picture.expand(count, -1, -1, -1)
+            value = read_picture(name, text, height, width)
+        known[name] = value.expand(count, *value.shape)
     if len(known) == 2:
         raise UserError(f"--given image and {modality}: nothing is left to generate")
     return known
+
+
+def class_names(model):
+    return model.unet.config["aggregation"]["modalities"]["label"]["classes"]
 
 
 def read_picture(name, path, height, width):
@@ -639,6 +750,7 @@ def read_picture(name, path, height, width):
     """
     picture = open_image(path)
     if name != "masked":
+        # Whatever its shape: --height and --width follow the first picture unless they are given.
         return to_tensor(on_white(picture).resize((width, height), Image.BICUBIC))
     hidden = np.asarray(picture.getchannel("A")) < 255
     if not hidden.any():
@@ -647,30 +759,30 @@ def read_picture(name, path, height, width):
         raise UserError(f"--given masked={path}: the picture is {picture.width} x {picture.height} "
                         f"and what is drawn {width} x {height}; resize one, or give --height and "
                         "--width")
+    # No 8-bit value becomes exactly zero, so zero means masked and nothing else.
     value = to_tensor(on_white(picture))
     value[:, torch.from_numpy(hidden)] = 0
     return value
 
 
-def describe(model, drawn, known):
-    """Lines about the modalities that are no pictures: probabilities of classes, nearest text."""
-    lines = []
-    if "label" in drawn and "label" not in known:
-        classes = model.unet.config["aggregation"]["modalities"]["label"]["classes"]
-        for row in drawn["label"]:
+def describe(model, name, values):
+    """Put a drawn modality that is no picture into words, a line a sample: classes, or a text."""
+    if name == "label":
+        classes = class_names(model)
+        for row in values:
             best = row.topk(min(3, len(row)))
-            lines.append(", ".join(f"{classes[i]} {p:.3f}"
-                                   for p, i in zip(best.values.tolist(), best.indices.tolist())))
-    if "repr" in drawn and "repr" not in known:
+            yield ", ".join(f"{classes[i]} {p:.3f}"
+                            for p, i in zip(best.values.tolist(), best.indices.tolist()))
+    if name == "repr":
         from aggregation import vectors
         from emoji import plain
+        # A vector has no picture of its own, but it has neighbours among texts.
         captions, _ = plain("heldout")
         reference = vectors(model, captions).cpu()
-        for row in drawn["repr"]:
+        for row in values:
             cosine = torch.nn.functional.cosine_similarity(row[None], reference)
-            lines.append(f"nearest held-out caption: {captions[cosine.argmax()]!r}, "
-                         f"cosine {cosine.max():.3f}")
-    return lines
+            yield (f"nearest held-out caption: {captions[cosine.argmax()]!r}, "
+                   f"cosine {cosine.max():.3f}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -688,6 +800,7 @@ def grid(pictures, columns):
 
 def save_png(picture, path, arguments):
     """Write a picture with the command's arguments in its metadata."""
+    # Beside the pixels, a PNG file holds texts; viewers show them and Pillow reads them back.
     info = PngInfo()
     info.add_text("arguments", json.dumps(arguments))
     with replacing(path) as beside:
@@ -698,69 +811,62 @@ def save_png(picture, path, arguments):
 def picture_of(model, value):
     """An example's picture (3, H, W), or an encoded one's moments (2, C, h, w) -> a PIL picture."""
     if value.dim() == 4:
-        value = model.vae.decode(value[:1].to(model.unet.conv_out.weight.device))[0]
+        # A folder that `data.py encode` wrote has no pictures, so the autoencoder shows its copy.
+        value = model.vae.decode(value[:1].to(model.device))[0]
     return to_pil(value)
 
 
 def sample_grid(model, datasets, columns, seed, path):
     """Draw held-out examples: for each task a row of sources, of samples and of targets."""
-    rows = []
+    pictures = []
     sampler = model.diffusion.sampler or "ddim"
     for task, dataset in datasets.items():
+        # Spread over the data set, so that they are not all of one kind.
         chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
-        targets = [picture_of(model, example["target"]) for example in chosen]
-        modality = TASKS[task].modality if task in TASKS else None
-        if modality:
-            rows += modality_rows(model, modality, [e["x"] for e in chosen], seed) + targets
-            continue
-        sources = None
-        if "source" in chosen[0]:
-            sources = [picture_of(model, example["source"]) for example in chosen]
-        samples = generate(model, task, [example["prompt"] for example in chosen], sources,
-                           seed=seed, sampler=sampler)
-        rows += (sources or []) + samples + targets
-    save_png(grid(rows, columns), path, dict(seed=seed))
+        if task in TASKS and TASKS[task].modality:
+            pictures += modality_rows(model, TASKS[task].modality, [e["x"] for e in chosen], seed)
+        else:
+            sources = [picture_of(model, e["source"]) for e in chosen if "source" in e]
+            pictures += sources
+            pictures += generate(model, task, [e["prompt"] for e in chosen], sources or None,
+                                 seed=seed, sampler=sampler)
+        pictures += [picture_of(model, e["target"]) for e in chosen]
+    save_png(grid(pictures, columns), path, dict(seed=seed))
 
 
 def modality_rows(model, modality, x, seed):
     """Draw all modalities of nothing, and then of x -> the pictures among them, row by row."""
-    if isinstance(x[0], str):
+    if modality == "repr":
         from aggregation import vectors
         x = vectors(model, x).cpu()
     else:
-        x = torch.stack(x) if torch.is_tensor(x[0]) else torch.tensor(x)
-    given = [{}, {modality: x}]
+        x = torch.stack([torch.as_tensor(value) for value in x])
+    # First what it makes up by itself, and then what it makes of x.
+    requests = [{}, {modality: x}]
     if model.unet.config["aggregation"]["modalities"][modality]["weights"] == "interpolating":
-        given = given[1:]  # such a process begins at x
-    rows = []
-    for known in given:
-        drawn = draw_modalities(model, len(x), known, seed=seed)
-        pictures = [value for value in drawn.values() if value.dim() == 4]
-        rows += [to_pil(picture) for value in pictures for picture in value]
-    return rows
+        requests = [{modality: x}]  # such a process begins at x
+    pictures = []
+    for known in requests:
+        for value in draw_modalities(model, len(x), known, seed=seed).values():
+            if value.dim() == 4:
+                pictures += [to_pil(picture) for picture in value]
+    return pictures
 
 
-def save_trajectory(model, frames, out, arguments):
-    """Write the denoising as a strip, x_t above the predicted x_0, and x_0 as a GIF.
+def save_trajectory(model, frames, path, arguments):
+    """Write the denoising of one picture as a strip, x_t above the predicted x_0.
 
-    frames: a list of (2, C, h, w), x_t and x_0 of one picture at every step.
+    frames: a list of (2, C, h, w), x_t and x_0 at every step, of which ten are shown.
     """
+    if len(frames) > 10:
+        frames = [frames[round(i * (len(frames) - 1) / 9)] for i in range(10)]
+    # Half-noisy latents are not what the autoencoder was made for, but it shows them well enough.
     scale = model.vae.config["scaling_factor"]
     with torch.no_grad():
-        decoded = [[to_pil(picture) for picture in model.vae.decode(frame / scale)]
-                   for frame in frames]
-    shown = decoded
-    if len(decoded) > 10:  # ten columns, spread evenly
-        shown = [decoded[round(i * (len(decoded) - 1) / 9)] for i in range(10)]
-    strip = out.with_name(f"{out.stem}-trajectory.png")
-    pictures = [noisy for noisy, _ in shown] + [clean for _, clean in shown]
-    save_png(grid(pictures, columns=len(shown)), strip, arguments)
-    first, *rest = [clean for _, clean in decoded]
-    durations = [120] * len(rest) + [1500]  # milliseconds; the last picture stays a while
-    with replacing(strip.with_suffix(".gif")) as beside:
-        first.save(beside, format="GIF", save_all=True, append_images=rest, duration=durations,
-                   loop=0)
-    print(f"denoising -> {strip} and {strip.with_suffix('.gif')}")
+        columns = [model.vae.decode(frame / scale) for frame in frames]
+    pictures = [to_pil(column[row]) for row in (0, 1) for column in columns]
+    save_png(grid(pictures, len(columns)), path, arguments)
+    print(f"denoising -> {path}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -810,12 +916,13 @@ def get_args():
     group.add_argument("--side-by-side", action="store_true",
                        help="save the source and the result in one picture")
     group.add_argument("--trajectory", action="store_true",
-                       help="save the denoising too, as a strip and a GIF")
+                       help="save the denoising too, as a strip of pictures")
     group.add_argument("--out", help="the picture, a .png file (default: samples/TASK.png)")
     return parser.parse_args()
 
 
 def check_args(args):
+    """Check what can be checked before a model is loaded -> the picture's path."""
     joint = args.task in TASKS and TASKS[args.task].modality is not None
     if not 1 <= args.num_images <= 10_000:
         raise UserError(f"--num-images {args.num_images}: from 1 to 10000")
@@ -824,6 +931,7 @@ def check_args(args):
     if args.given and not joint:
         raise UserError("--given belongs to MT-Diffusion's tasks: "
                         f"{', '.join(t for t, rule in TASKS.items() if rule.modality)}")
+    # An option that would be ignored without a word is refused.
     others = ("prompt", "negative_prompt", "image", "guidance", "image_guidance", "ensemble",
               "guidance_rescale", "strength", "compile", "side_by_side", "trajectory")
     if joint and (ignored := [name for name in others if getattr(args, name)]):
@@ -831,16 +939,26 @@ def check_args(args):
                         "where a modality that is known comes by --given")
     rule = TASKS.get(args.task)
     if args.image and not args.prompt and rule and rule.prompt:
+        # The shipped example's instruction must not be applied to somebody's own picture.
         raise UserError(f"--image needs a --prompt: what shall {args.task} do with it?")
     out = Path(args.out or f"samples/{args.task}.png")
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: pictures are written as .png files")
     if args.model is None:
+        # Nothing that ships has MT-Diffusion's heads.
         args.model = f"runs/{args.task}" if joint else str(ASSETS / "tiny-mtu")
         if joint and not Path(args.model).is_dir():
             raise UserError(f"no model at {args.model}: python train.py --task {args.task} trains "
                             "one, or name another with --model")
-    return out, joint
+    return out
+
+
+def check_sheet(count, height, width):
+    """Raise a UserError where the sheet of all pictures would be larger than one can open."""
+    if count * height * width > MAX_PIXELS:
+        raise UserError(f"--num-images: {count} pictures of {width} x {height} make a sheet of "
+                        f"more than {MAX_PIXELS:,} pixels; at most "
+                        f"{MAX_PIXELS // (height * width)} fit on one")
 
 
 def load_ensemble(args, model):
@@ -848,9 +966,9 @@ def load_ensemble(args, model):
     if not args.ensemble:
         return []
     from merge import check_order
+    # In another order each copy would draw the timesteps that another one was tuned for.
     check_order(args.ensemble, model.diffusion.T)
-    device = model.unet.conv_out.weight.device
-    copies = [load_model(path, DTYPES[args.precision], device) for path in args.ensemble]
+    copies = [load_model(path, DTYPES[args.precision], model.device) for path in args.ensemble]
     for path, copy in zip(args.ensemble, copies):
         if copy.unet.config != model.unet.config or copy.scheduler != model.scheduler:
             raise UserError(f"--ensemble: {path} is another kind of model than {args.model}")
@@ -858,78 +976,89 @@ def load_ensemble(args, model):
 
 
 def draw_pictures(args, model, out):
-    """The command for tasks that draw one picture."""
+    """Run the command for tasks that draw one picture of a prompt."""
     image, example = EXAMPLES.get(args.task, (None, ""))
     image = args.image or (image and str(ASSETS / "examples" / image))
     prompts = [prompt for prompt in args.prompt or [example] for _ in range(args.num_images)]
+    source = open_image(image) if image else None
+    # Before the copies of an ensemble are loaded and minutes go into drawing.
+    height, width = picture_size(model, source and [source], args.height, args.width)
+    check_sheet(len(prompts), height, width)
     ensemble = load_ensemble(args, model)
     if args.compile:
         for unet in ensemble or [model.unet]:
-            unet.forward = compiled(unet.forward, unet.conv_out.weight.device)
+            unet.forward = compiled(unet.forward, model.device)
 
-    frames = []
-    bar = tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
+    frames = []     # of the first picture
+    pictures = []
 
     def watch(i, t, x, x0):
         bar.update()
         if args.trajectory and not pictures:
             frames.append(torch.cat([x[:1], x0[:1]]))
 
-    pictures = []
-    for first in range(0, len(prompts), 16):  # a batch of pictures at a time
-        chunk = prompts[first:first + 16]
-        source = [open_image(image)] * len(chunk) if image else None
-        bar.reset()
-        pictures += generate(
-            model, args.task, chunk, source, negative_prompt=args.negative_prompt,
-            guidance=args.guidance, image_guidance=args.image_guidance,
-            guidance_rescale=args.guidance_rescale, steps=args.steps, sampler=args.sampler,
-            eta=args.eta, strength=args.strength, height=args.height, width=args.width,
-            seed=args.seed + first, ensemble=ensemble, callback=watch)
-    bar.close()
+    # As a context, the bar leaves the terminal also where an error's one line follows.
+    with tqdm(total=args.steps, desc=args.task, leave=False, delay=1) as bar:
+        for first in range(0, len(prompts), BATCH):
+            bar.reset()
+            chunk = prompts[first:first + BATCH]
+            pictures += generate(
+                model, args.task, chunk, source and [source] * len(chunk), height=height,
+                width=width, seed=args.seed + first, ensemble=ensemble, callback=watch,
+                **{name: getattr(args, name) for name in PASSED_ON})
 
-    arguments = vars(args) | {"prompt": prompts, "image": image}
     # One prompt makes a square of pictures, several make a row each.
     columns = round(len(pictures) ** 0.5)
     if len(prompts) > args.num_images > 1:
         columns = args.num_images
-    if args.side_by_side and image:
-        source = on_white(open_image(image)).resize(pictures[0].size, Image.BICUBIC)
-        pictures = [one for picture in pictures for one in (source, picture)]
+    if args.side_by_side and source:
+        shown = on_white(source).resize(pictures[0].size, Image.BICUBIC)
+        pictures = [one for picture in pictures for one in (shown, picture)]
         columns = 2 * columns
+    # The file says how to draw it again.
+    arguments = vars(args) | {"prompt": prompts, "image": image}
     save_png(grid(pictures, columns), out, arguments)
     words = ", ".join(map(repr, dict.fromkeys(prompts)))
     print(f"{args.task}: {words}{f' on {image}' if image else ''} -> {out}")
     if args.trajectory:
-        save_trajectory(model, frames, out, arguments)
+        save_trajectory(model, frames, out.with_name(f"{out.stem}-trajectory.png"), arguments)
 
 
 def draw_joint(args, model, out):
-    """The command for MT-Diffusion's tasks: all modalities side by side, one row a sample."""
+    """Run the command for MT-Diffusion's tasks: all modalities side by side, one row a sample."""
     # A picture that is known gives its shape to what is drawn.
     shapes = [open_image(word.partition("=")[2]) for word in args.given
               if word.partition("=")[0] in ("image", "source", "masked")]
     height, width = picture_size(model, shapes, args.height, args.width)
+    check_sheet(2 * args.num_images, height, width)
     known = read_known(model, args.given, args.num_images, height, width)
-    bar = tqdm(total=args.steps, desc=args.task, leave=False, delay=1)
-    drawn = draw_modalities(model, args.num_images, known, steps=args.steps, seed=args.seed,
-                            sampler=args.sampler, eta=args.eta, height=height, width=width,
-                            callback=lambda *_: bar.update())
-    bar.close()
-    pictures = [value for value in drawn.values() if value.dim() == 4]
-    rows = [to_pil(picture) for row in zip(*pictures) for picture in row]
-    save_png(grid(rows, len(pictures)), out, vars(args))
-    for line in describe(model, drawn, known):
+    pictures = []
+    lines = []
+    with tqdm(total=args.steps, desc=args.task, leave=False, delay=1) as bar:
+        for first in range(0, args.num_images, BATCH):
+            bar.reset()
+            chunk = {name: value[first:first + BATCH] for name, value in known.items()}
+            drawn = draw_modalities(model, min(BATCH, args.num_images - first), chunk,
+                                    steps=args.steps, seed=args.seed + first, sampler=args.sampler,
+                                    eta=args.eta, height=height, width=width,
+                                    callback=lambda *_: bar.update())
+            shown = [value for value in drawn.values() if value.dim() == 4]
+            pictures += [to_pil(picture) for row in zip(*shown) for picture in row]
+            for name in drawn.keys() - known.keys():
+                lines += describe(model, name, drawn[name])
+    save_png(grid(pictures, len(shown)), out, vars(args))
+    for line in lines:
         print(line)
     print(f"{args.task}: {', '.join(drawn)}; given: {', '.join(args.given) or 'nothing'} -> {out}")
 
 
 def main():
     args = get_args()
-    out, joint = check_args(args)
+    out = check_args(args)
     model = load_model(args.model, DTYPES[args.precision], pick_device(args.device))
-    rule_of(model, args.task)
-    draw = draw_joint if joint else draw_pictures
+    # A task that the model does not know is named before anything is drawn.
+    rule = TASKS[rule_of(model, args.task)]
+    draw = draw_joint if rule.modality else draw_pictures
     draw(args, model, out)
 
 

@@ -42,8 +42,8 @@ import moe
 import routing
 from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
-from hub import Parser, UserError, command, compiled, load_state, pick_device, read_scalars
-from hub import save_state, write_json, write_text
+from hub import Parser, UserError, append_line, command, compiled, load_state, lock, pick_device
+from hub import read_scalars, save_state, write_json, write_text
 from sample import Model, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
@@ -103,7 +103,7 @@ def get_args():
                               "models (MTU: 1e-4, SDXL 5e-5)")
     optimisation.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine",
                               help="after the warm-up; cosine ends at zero")
-    optimisation.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    optimisation.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up")
     optimisation.add_argument("--weight-decay", type=float, default=0.0,
                               help="AdamW's weight decay, applied to weight matrices only (MTU: "
                               "0.01 for SDXL)")
@@ -188,8 +188,9 @@ def check_args(args):
 
 
 def parse_tasks(args):
-    """--task -> the tasks of samples 0, 1, .. in turn."""
+    """Read --task -> the tasks of samples 0, 1, .. in turn, and name the run's folder."""
     if args.task is None:
+        # DeMe tunes a model that knows its tasks, so all of them are meant.
         tuned = args.t_range and args.model != "scratch"
         args.task = ",".join(load_model(args.model).tasks) if tuned else "all"
     shares = list(ALL) if args.task == "all" else args.task.split(",")
@@ -198,6 +199,10 @@ def parse_tasks(args):
                         f"{', '.join(TASKS)}, and all means {', '.join(ALL)}")
     if len(shares) > 1 and (alone := {"uncond", *JOINT} & set(shares)):
         raise UserError(f"--task {args.task}: {min(alone)} trains alone")
+    if args.out is None:
+        # A new base is not runs/t2i, which is where tuning an old one leads.
+        new_base = args.model == "scratch" and args.task == "t2i"
+        args.out = "runs/tiny" if new_base else f"runs/{args.task.replace(',', '-')}"
     return shares
 
 
@@ -205,7 +210,7 @@ def parse_tasks(args):
 # Processes
 
 def restart_store():
-    """Where the processes of torchrun find each other; None is torch's own choice.
+    """Say where the processes of torchrun find each other; None is torch's own choice.
 
     On one machine torchrun's store outlives a restart and keeps the addresses of dead processes
     (pytorch issue 135712), so each restart gets names of its own.
@@ -220,7 +225,11 @@ def restart_store():
 
 
 def join_processes(args):
-    """Join torchrun's processes, if there are several -> device, rank, number of processes."""
+    """Join torchrun's processes, if there are several -> device, rank, number of processes.
+
+    Every process runs this whole file on its own share of each batch. DistributedDataParallel
+    averages the gradients, so all of them take the same step and keep the same weights.
+    """
     # torchrun tells each process its number by these variables; without it there is one process.
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -258,6 +267,7 @@ class Stop:
     def receive(self, number, frame):
         if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
+        # No more than a note: in the middle of a step the weights are no checkpoint.
         self.received.append(number)
 
     def __exit__(self, *error):
@@ -265,7 +275,8 @@ class Stop:
             signal.signal(number, handler)
 
     def on_any_rank(self, device):
-        """Whether any process was told to stop: torchrun kills the others once one has ended."""
+        """Say whether any process was told to stop: torchrun kills the others once one has ended.
+        """
         if not dist.is_initialized():
             return bool(self.received)
         flag = torch.tensor(float(bool(self.received)), device=device)
@@ -276,6 +287,7 @@ class Stop:
 def check_same_start(step, device):
     """Raise a UserError where the processes found different checkpoints."""
     if dist.is_initialized():
+        # The largest step, and the smallest one with its sign changed, in one exchange.
         ends = torch.tensor([step, -step], device=device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends[0] != -ends[1]:
@@ -306,14 +318,18 @@ def check_same_weights(params):
 # The model
 
 def build_model(args, tasks):
-    """The model to train, with the methods that the arguments ask for."""
+    """Make the model to train, with the methods that the arguments ask for.
+
+    Each method attaches to the network in place, and records itself in config.json.
+    """
     if args.model == "scratch":
         model = new_model(args, tasks)
     else:
         if args.unet:
             raise UserError("--unet goes with --model scratch")
         model = load_model(args.model)
-        model.index.pop("base", None)  # a run folder is complete
+        # A folder may name another one as its base. What this run saves will be complete.
+        model.index.pop("base", None)
         prepare_loaded(args, tasks, model)
     network = model.unet
     if args.routing:
@@ -341,11 +357,12 @@ def name_own_classes(model):
 
 
 def new_model(args, tasks):
-    """A model with new weights: text-to-image on latents, or anything else on pixels."""
+    """Make a model with new weights: text-to-image on latents, or anything else on pixels."""
     if args.t_range:
         raise UserError("--t-range fine-tunes a trained model: name it with --model")
     if tasks == ["t2i"]:
-        # Not SDXL, which reads two text encoders.
+        # Autoencoder and text encoder come ready, as Stable Diffusion's did. SDXL is no choice,
+        # since it reads two text encoders.
         configs = {name: c for name, c in CONFIGS.items() if not c.get("addition_embed_type")}
         config = named_config(args.unet or "tiny", configs)
         base = load_model(args.encoders)
@@ -372,6 +389,7 @@ def new_model(args, tasks):
 
 
 def named_config(name, configs):
+    """Look up --unet among the sizes that suit the task."""
     if name not in configs:
         raise UserError(f"--unet {name}: choose from {', '.join(configs)}")
     return configs[name]
@@ -391,6 +409,8 @@ def prepare_loaded(args, tasks, model):
                     expert_width=args.expert_width, top_k=args.top_k)
         index = {"_class_name": "UpcycledPipeline"}
         if "force_zeros_for_empty_prompt" in model.index:
+            # How SDXL encodes the empty prompt must survive, or guidance would compare with
+            # another nothing than training did.
             index["force_zeros_for_empty_prompt"] = model.index["force_zeros_for_empty_prompt"]
         if is_miniature(model):
             index["guidance"] = GUIDANCE
@@ -405,7 +425,7 @@ def prepare_loaded(args, tasks, model):
 
 
 def attach_modality(args, task, model):
-    """MT-Diffusion: give the model the head, the inputs and the process of a task."""
+    """Give the model the head, the inputs and the forward process of a task of MT-Diffusion."""
     if args.t_range:
         raise UserError(f"--t-range does not go with --task {task}")
     classes = data.class_names(args.data) if task == "label" else ()
@@ -432,8 +452,9 @@ class Net(nn.Module):
 def parameter_groups(net, weight_decay, lr):
     """AdamW's groups: weight matrices decay; norms, biases and tables with a row per task do not.
 
-    Decay would make the rows of tasks that are absent from a batch drift. ANT-UW's weights have
-    the learning rate of their paper.
+    Decay would make the rows of tasks that are absent from a batch drift, and a task that was
+    added later must leave the older ones as they are. ANT-UW's weights have the learning rate of
+    their paper.
     """
     tables = set()
     for module in net.modules():
@@ -455,14 +476,17 @@ def parameter_groups(net, weight_decay, lr):
 
 
 def channels_last(network):
-    """Lay out convolutions as a GPU wants them. Module.to refuses TaskConv's five dimensions."""
+    """Lay out convolutions as a GPU wants them: the channels of a pixel side by side.
+
+    Module.to(memory_format=...) would refuse the five dimensions of moe.TaskConv's weight.
+    """
     for p in network.parameters():
         if p.dim() == 4:
             p.data = p.data.to(memory_format=torch.channels_last)
 
 
 def lr_factor(step, args):
-    """The learning rate's factor: linear warm-up, then constant or a cosine to zero."""
+    """Return the learning rate's factor: linear warm-up, then constant or a cosine to zero."""
     warmup = min(1.0, (step + 1) / max(args.warmup, 1))
     if args.lr_schedule == "constant":
         return warmup
@@ -472,8 +496,12 @@ def lr_factor(step, args):
 
 @contextlib.contextmanager
 def averaged(params, ema):
-    """Put the weight average in place of the weights, inside the block."""
+    """Put the weight average in place of the weights, inside the block.
+
+    Measured, drawn and saved is always the average: it is less noisy than the weights themselves.
+    """
     def swap():
+        # The tensors change places, so nothing is copied.
         for name, p in params.items():
             p.data, ema[name] = ema[name], p.data
     swap()
@@ -489,124 +517,126 @@ def averaged(params, ema):
 def count_flops(network, task=None, backward=False):
     """Count the multiplications and additions of one sample of the model's own size.
 
-    Of the forward pass; with `backward` of a training step, where frozen weights have no gradient
-    of their own. Attention's products count, MT-Diffusion's heads do not. Nothing is computed: the
-    tensors have only shapes.
+    task: the row of an upcycled network's task. backward: count a whole training step, in which
+    frozen weights need no gradient of their own, and not the forward pass alone.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode
     config = network.config
-    device = network.conv_out.weight.device
-    checkpointing = network.gradient_checkpointing
-    heads = network.heads
-    network.gradient_checkpointing = False
-    network.heads = None
-    # The counter does not know the CPU's fused attention, so that is switched off.
+    # On the meta device tensors have only shapes, so nothing is computed and nothing allocated.
+    empty = functools.partial(torch.empty, device="meta")
+    tensors = {name: torch.empty_like(p, device="meta").requires_grad_(p.requires_grad)
+               for name, p in network.named_parameters()}
+    tensors |= {name: torch.empty_like(b, device="meta") for name, b in network.named_buffers()}
+    channels, context, added, row = config["in_channels"], None, None, None
+    if task is not None:
+        channels = config["moe"]["in_channels"][config["moe"]["tasks"][task]]
+        row = empty(1, dtype=torch.long)
+    if config.get("cross_attention_dim"):
+        context = empty(1, 77, config["cross_attention_dim"])
+    if config.get("addition_embed_type"):
+        numbers = 6 * config["addition_time_embed_dim"]
+        pooled = config["projection_class_embeddings_input_dim"] - numbers
+        added = dict(text_embeds=empty(1, pooled), time_ids=empty(1, 6))
+    if config.get("num_class_embeds"):
+        added = dict(class_labels=empty(1, dtype=torch.long))
+    side = config["sample_size"]
+    inputs = (empty(1, channels, side, side), empty(1, dtype=torch.long), context, row, added)
     counter = FlopCounterMode(display=False)
-    shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
-    plain_products = sdpa_kernel(SDPBackend.MATH)
-    with shapes_only, plain_products, counter, torch.set_grad_enabled(backward):
-        def empty(*shape, dtype=torch.float32):
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        tensors = {name: torch.empty_strided(p.shape, p.stride(), device=device)
-                   .requires_grad_(p.requires_grad) for name, p in network.named_parameters()}
-        tensors |= {name: empty(*b.shape, dtype=b.dtype) for name, b in network.named_buffers()}
-        channels, context, added, row = config["in_channels"], None, None, None
-        if task is not None:
-            channels = config["moe"]["in_channels"][config["moe"]["tasks"][task]]
-            row = empty(1, dtype=torch.long)
-        if config.get("cross_attention_dim"):
-            context = empty(1, 77, config["cross_attention_dim"])
-        if config.get("addition_embed_type"):
-            numbers = 6 * config["addition_time_embed_dim"]
-            pooled = config["projection_class_embeddings_input_dim"] - numbers
-            added = dict(text_embeds=empty(1, pooled), time_ids=empty(1, 6))
-        if config.get("num_class_embeds"):
-            added = dict(class_labels=empty(1, dtype=torch.long))
-        # One sample of the model's own size.
-        side = config["sample_size"]
-        z = empty(1, channels, side, side)
-        out = torch.func.functional_call(network, tensors, (z, empty(1), context, row, added))
+    # What gradient checkpointing computes twice is not counted twice: MFU is about useful work.
+    checkpointing = network.gradient_checkpointing
+    network.gradient_checkpointing = False
+    with counter, torch.set_grad_enabled(backward):
+        outputs = tree_leaves(torch.func.functional_call(network, tensors, inputs))
         if backward:
-            out.sum().backward()
+            sum(output.sum() for output in outputs).backward()
     network.gradient_checkpointing = checkpointing
-    network.heads = heads
     return counter.get_total_flops()
 
 
-# Peak TFLOP/s of one device, dense: in bf16, and in TF32, which fp32 runs use.
+# Peak TFLOP/s of one device by the makers' data sheets, without sparsity: in bf16, and in TF32,
+# which fp32 runs use.
 PEAK = {"H200": (989, 494), "H100 PCIe": (756, 378), "H100": (989, 494), "A100": (312, 156),
         "A10": (125, 62), "L40S": (362, 183), "RTX 4090": (165, 83)}
 
 
 def peak_flops(device, precision):
-    """FLOP/s of a device at its best, or None where that is not known."""
+    """Return a device's FLOP/s at its best, or None where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for key, (bf16, tf32) in PEAK.items():
+        # A slice of a card (MIG) and a card with less power have other peaks.
         if re.search(rf"\b{key}\b", name) and not re.search("MIG|NVL|Laptop", name):
             return (bf16 if precision == "bf16" else tf32) * 1e12
     return None
 
 
 def peak_memory(device):
-    """GB: the most that CUDA had allocated, or that this process held."""
+    """Return GB: the most that CUDA had allocated, or that this process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
+    # The same call counts bytes on macOS and kilobytes on Linux.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class Meter:
-    """Mean losses by name and range of timesteps, and the speed, since they were last read."""
+def sum_losses(names, tasks, t, terms, num_timesteps):
+    """Sum loss terms by name and range of timesteps -> (names, BINS, 2), sums and their counts.
 
-    def __init__(self, tasks, modalities, num_timesteps, device):
-        self.names = [*tasks, *(f"{modality} head" for modality in modalities)]
-        self.tasks = tasks
+    names: tasks, and "MODALITY head" for the heads of MT-Diffusion. tasks, t: (B,), the samples'.
+    terms: {"denoising" or modality: (B,)}. A sample's denoising term belongs to its task.
+    """
+    sums = np.zeros((len(names), BINS, 2))
+    bins = np.asarray(t) * BINS // num_timesteps
+    for name, values in terms.items():
+        rows = [names.index(task) for task in tasks]
+        if name != "denoising":
+            rows = names.index(f"{name} head")
+        values = torch.as_tensor(values).double().cpu().numpy()
+        present = np.isfinite(values)  # NaN: the sample has no such modality
+        np.add.at(sums, (rows, bins), np.stack([np.where(present, values, 0), present], axis=1))
+    return sums
+
+
+def mean_losses(names, sums):
+    """Divide what sum_losses returned -> {name: mean}, {name: [mean in each range, or None]}."""
+    totals = sums.sum(axis=1)
+    means = {name: float(total / count)
+             for name, (total, count) in zip(names, totals) if count}
+    ranges = {name: [round(float(total / count), 5) if count else None for total, count in row]
+              for name, row in zip(names, sums)}
+    return means, ranges
+
+
+class Meter:
+    """The losses and the speed since they were last read."""
+
+    def __init__(self, names, num_timesteps):
+        self.names = names                  # of the tasks, then of the heads
         self.num_timesteps = num_timesteps
-        self.device = device
         self.reset()
 
     def reset(self):
-        # A sum and a count in each cell; they stay on the device, so that nothing waits for it.
-        self.cells = torch.zeros(len(self.names) * BINS, 2, device=self.device)
-        self.busy = 0.0
-        self.waiting = 0.0
+        self.records = []                   # of each micro-batch: tasks, timesteps, loss terms
+        self.busy = 0.0                     # seconds in training steps,
+        self.waiting = 0.0                  # of which the data were waited for
 
     def add(self, batch, terms):
-        """terms: name -> (B,). The denoising term counts for the sample's task."""
-        bins = batch["t"].to(self.device) * BINS // self.num_timesteps
-        for name, values in terms.items():
-            if name == "denoising":
-                rows = [self.tasks.index(task) for task in batch["task"]]
-            else:
-                rows = [self.names.index(f"{name} head")] * len(values)
-            cells = torch.tensor(rows, device=self.device) * BINS + bins
-            values = values.detach().float()
-            there = values.isfinite()  # NaN: the sample has no such modality
-            self.cells[:, 0].index_add_(0, cells, values.where(there, 0))
-            self.cells[:, 1].index_add_(0, cells, there.float())
+        """terms: {name: (B,)}. They stay on the device until they are read: nothing waits."""
+        terms = {name: values.detach() for name, values in terms.items()}
+        self.records.append((batch["task"], batch["t"], terms))
 
-    def read(self):
-        """-> mean loss by name, by name and range, samples seen; over all processes."""
+    def read(self, device):
+        """Return what mean_losses returns, and the number of samples, of all processes together."""
+        sums = sum(sum_losses(self.names, *record, self.num_timesteps) for record in self.records)
+        samples = sum(len(tasks) for tasks, _, _ in self.records)
         if dist.is_initialized():
-            dist.all_reduce(self.cells)
-        # Sums and counts travel, not means: processes may have seen different numbers of a task.
-        total, count = self.cells.view(len(self.names), BINS, 2).cpu().double().unbind(-1)
-        mean, by_range = {}, {}
-        for name, sums, counts in zip(self.names, total, count):
-            if counts.any():
-                mean[name] = (sums.sum() / counts.sum()).item()
-            by_range[name] = [round(s / n, 5) if n else None
-                              for s, n in zip(sums.tolist(), counts.tolist())]
-        return mean, by_range, count[:len(self.tasks)].sum().item()
-
-
-def append_line(path, row):
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+            # Sums and counts travel, not means: processes see different numbers of a task.
+            numbers = torch.tensor([*sums.ravel(), samples], device=device)
+            dist.all_reduce(numbers)
+            *flat, samples = numbers.tolist()
+            sums = np.reshape(flat, sums.shape)
+        return *mean_losses(self.names, sums), samples
 
 
 def forget_after(path, step):
@@ -615,11 +645,13 @@ def forget_after(path, step):
         return
     lines = []
     for line in path.read_text().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] > step:
-                continue
-        if line.endswith("\n"):
-            lines.append(line)  # also a line that somebody else wrote
+        try:
+            again = json.loads(line)["step"] > step
+        except (ValueError, TypeError, KeyError):
+            # A line that somebody else wrote stays, but not half a line.
+            again = not line.endswith("\n")
+        if not again:
+            lines.append(line)
     write_text(path, "".join(lines))
 
 
@@ -627,73 +659,67 @@ def forget_after(path, step):
 # The held-out loss: fixed examples with fixed noise, so that two networks can be compared
 
 def held_out_examples(tasks, root, model, count):
-    """`count` fixed held-out examples of each task, with their timesteps and noise."""
-    side = model.unet.config["sample_size"]
+    """Make `count` fixed held-out examples of each task, with their timesteps and noise."""
     datasets = {task: data.open_dataset(task, "heldout", model.native_size, root) for task in tasks}
     examples = Examples(datasets, list(tasks), batch_size=len(tasks), seed=0,
-                        num_timesteps=model.diffusion.T,
-                        latent_shape=(model.vae.config["latent_channels"], side, side))
+                        num_timesteps=model.diffusion.T, latent_shape=latent_shape(model))
     return examples.held_out(datasets, count)
+
+
+def latent_shape(model):
+    """Return (C, h, w) of a training picture's latent."""
+    side = model.unet.config["sample_size"]
+    return model.vae.config["latent_channels"], side, side
 
 
 @functools.lru_cache(maxsize=1)
 def encoder_of(vae):
-    """One Encoder per autoencoder, so that fixed examples are encoded only the first time.
+    """Return one Encoder per autoencoder, which remembers the pictures that it has encoded.
 
-    merge.py's search measures them many times, and a run before and after.
+    So the fixed examples are encoded only once, however often they are measured.
     """
     return Encoder(vae)
 
 
 @torch.no_grad()
 def held_out_terms(model, net, examples, device, batch_size, encode_text=None):
-    """The terms of the loss for each of M examples -> {"denoising" or modality: (M,) numpy}."""
+    """Compute the terms of the loss of M examples -> {"denoising" or modality: (M,) in NumPy}.
+
+    encode_text: what text_encoding returns, or the same with a memory; prompts come as a tuple.
+    """
     diffusion = model.diffusion.to(device)
     encoder = encoder_of(model.vae)
-    terms = {}
+    encode_text = encode_text or text_encoding(model, device)
+    parts = {}
     for first in range(0, len(examples), batch_size):
         batch = collate(examples[first:first + batch_size])
         t, noise = batch["t"].to(device), batch["noise"].to(device)
         x0, source = encoder(batch, device)
-        context, added = (encode_text or text_encoding(model, device))(batch["prompt"])
+        context, added = encode_text(tuple(batch["prompt"]))
         known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:], device)
         if known:
             predict = aggregation.predictor(net, model.unet, known, context, added)
-            _, found = aggregation.loss(model.unet.heads, predict, x0, known, noise, t)
+            _, terms = aggregation.loss(model.unet.heads, predict, x0, known, noise, t)
         else:
             z_t = diffusion.add_noise(x0, noise, t)
             z = z_t if source is None else torch.cat([z_t, source], dim=1)
             out = net(z, t, context, task_rows(model, batch, device), added)
-            found = {"denoising": diffusion.error(out, x0, noise, t)}
-        for name, values in found.items():
-            terms.setdefault(name, []).append(values.float().cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in terms.items()}
+            terms = {"denoising": diffusion.error(out, x0, noise, t)}
+        for name, values in terms.items():
+            parts.setdefault(name, []).append(values.float().cpu().numpy())
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def held_out_losses(model, net, examples, device, batch_size):
-    """The denoising loss of each of M examples -> (M,) numpy."""
-    return held_out_terms(model, net, examples, device, batch_size)["denoising"]
-
-
-def means(examples, terms, num_timesteps):
-    """Mean of the terms by task or modality -> {name: mean}, {name: [mean in each range]}."""
-    tasks = np.array([example["task"] for example in examples])
-    bins = np.array([example["t"] for example in examples]) * BINS // num_timesteps
-    values = {task: np.where(tasks == task, terms["denoising"], np.nan)
-              for task in dict.fromkeys(tasks.tolist())}
-    values |= {f"{name} head": v for name, v in terms.items() if name != "denoising"}
-
-    def mean(v):
-        return float(np.nanmean(v)) if np.isfinite(v).any() else None
-
-    return ({name: mean(v) for name, v in values.items()},
-            {name: [mean(v[bins == i]) for i in range(BINS)] for name, v in values.items()})
+def held_out_losses(model, net, examples, device, batch_size, encode_text=None):
+    """Compute the denoising loss of each of M examples -> (M,) in NumPy."""
+    terms = held_out_terms(model, net, examples, device, batch_size, encode_text)
+    return terms["denoising"]
 
 
 def text_encoding(model, device, encoded=None):
-    """-> encode(prompts) -> context (B, S, D) and what SDXL adds to it; both None on pixels.
+    """Return encode(prompts) -> context (B, S, D), and what SDXL adds to it; both None on pixels.
 
-    encoded: a data.Encoded, which has the states already.
+    encoded: a data.Encoded, which has the text states already.
     """
     size = model.native_size
 
@@ -706,7 +732,7 @@ def text_encoding(model, device, encoded=None):
 
 
 def task_rows(model, batch, device):
-    """The row of each sample's task in an upcycled network -> (B,)."""
+    """Return the row of each sample's task in an upcycled network -> (B,)."""
     return torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
 
 
@@ -719,7 +745,7 @@ FREE = ("out", "device", "device_batch_size", "workers", "compile", "gradient_ch
 
 
 def fixed_settings(args):
-    """The arguments that must be the same when a run is resumed."""
+    """List the arguments that must be the same when a run is resumed -> dict."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     for key in ("model", "encoders", "data"):
         if settings[key] and Path(settings[key]).exists():
@@ -733,24 +759,26 @@ def fixed_settings(args):
     return settings
 
 
-def resume(out, args, params, ema, optimizer):
-    """Read the checkpoint of a run folder, if there is one -> its scalars."""
-    path = out / "state" / "state.safetensors"
+def check_folder(out):
+    """Raise a UserError where the run folder is a file, or a model that is no run of ours."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; it names a folder")
+    if (out / "model_index.json").exists() and not (out / "arguments.json").exists():
+        raise UserError(f"{out} holds a model that train.py did not write; choose another --out")
+
+
+def resume(out, args, params, ema, optimizer):
+    """Load the checkpoint of a run folder in place, if there is one, and return its scalars."""
+    path = out / "state" / "state.safetensors"
     if not path.exists():
-        if (out / "model_index.json").exists() and not (out / "arguments.json").exists():
-            raise UserError(f"{out} holds a model that train.py did not write; choose another "
-                            "--out")
-        # before: the held-out loss at the start; skipped: steps whose gradient was not finite.
+        # before: the held-out loss at the start. skipped: steps whose gradient was not finite.
         return dict(step=0, before=None, skipped=0, in_a_row=0)
     scalars = read_scalars(path)
     settings = fixed_settings(args)
-    before = scalars["settings"]
     # An option that is younger than the run was not in use then: it was None, or off.
-    before = {key: value and None for key, value in settings.items()} | before
-    changed = [f"--{key.replace('_', '-')} was {before[key]!r} and is now {value!r}"
-               for key, value in settings.items() if before[key] != value]
+    recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
+    changed = [f"--{key.replace('_', '-')} was {recorded[key]!r} and is now {value!r}"
+               for key, value in settings.items() if recorded[key] != value]
     if changed:
         raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give those, "
                         "or another --out")
@@ -759,7 +787,11 @@ def resume(out, args, params, ema, optimizer):
 
 
 def save(out, args, model, params, ema, optimizer, scalars, unet_only):
-    """Write the averaged model, and then the state, which says that the model is there."""
+    """Write the averaged model, and then the state, which says that the model is there.
+
+    The state comes last: a run that is killed in between resumes from the older state, and writes
+    the same model again. unet_only: the other parts lie there already.
+    """
     if not all(average.isfinite().all() for average in ema.values()):
         raise UserError(f"weights are not finite at step {scalars['step']}; the last checkpoint in "
                         f"{out} is kept. Try a lower --lr")
@@ -767,6 +799,7 @@ def save(out, args, model, params, ema, optimizer, scalars, unet_only):
     with averaged(params, ema):
         complete = model
         if args.projection == "convolutions":
+            # The saved model is an ordinary one; the state keeps the projections apart.
             complete = replace(model, unet=merge.fold_projections(model.unet))
         complete.save(out, unet_only=unet_only)
     settings = fixed_settings(args)
@@ -778,7 +811,9 @@ def save(out, args, model, params, ema, optimizer, scalars, unet_only):
 # Training
 
 def train(args, shares, device, rank, world):
+    """Train a model, or go on with its training. shares: the tasks of samples 0, 1, .. in turn."""
     tasks = list(dict.fromkeys(shares))
+    folder = Path(args.out)
     print0 = tqdm.write if rank == 0 else lambda *_: None
     # The seed decides new weights; what a batch draws has generators of its own.
     torch.manual_seed(args.seed)
@@ -786,14 +821,11 @@ def train(args, shares, device, rank, world):
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
-    # Model, defaults that depend on it, and what is frozen.
+    # The model. Autoencoder and text encoders are frozen; build_model says what else is.
     model = build_model(args, tasks).to(device)
     fill_defaults(args, model, device)
-    diffusion = model.diffusion.to(device)
-    if args.loss_weight == "v" and diffusion.config["prediction_type"] == "v_prediction":
-        raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} "
-                        "predicts v already")
     per_rank, micro_size, accumulation = split_batch(args, shares, world)
+    diffusion = model.diffusion.to(device)
     for module in model.modules:
         if module is not model.unet:
             module.eval().requires_grad_(False)
@@ -811,6 +843,9 @@ def train(args, shares, device, rank, world):
         merge.add_projections(network, args.projection)
     name_own_classes(model)
     uncertainty = UncertaintyWeight(diffusion.T).to(device) if args.loss_weight == "uw" else None
+
+    # What trains, its moving average, and the optimiser. `network` is the U-Net; `net` holds it and
+    # whatever else trains, and is what will be compiled and wrapped.
     net = Net(network, uncertainty)
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
@@ -822,61 +857,60 @@ def train(args, shares, device, rank, world):
     print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, "
            f"on {world} x {device}")
 
-    # Resume.
-    folder = Path(args.out)
-    run = resume(folder, args, params, ema, optimizer)
-    start = run["step"]
-    check_same_start(start, device)
-    if start > 0:
-        print0(f"resuming {folder} at step {start}")
-    if start >= args.steps:
-        print0(f"{folder} is finished ({start} steps); to train on from it: --model {folder} with "
-               "another --out")
-
-    # Data.
+    # The data: fixed examples for the held-out loss, and a stream of micro-batches.
     examples, held_out, fixed, encoded = open_data(args, model, tasks, shares, print0)
-    encode_text = text_encoding(model, device, encoded)
     encoder = encoder_of(model.vae)
+    encode_text = text_encoding(model, device, encoded)
+    names = [*tasks, *(f"{modality} head" for modality in network.heads or ())]
 
     def held_out_means():
+        """Measure the averaged weights -> {name: mean}, {name: [mean in each range of t]}."""
         with averaged(params, ema):
             terms = held_out_terms(model, network, fixed, device, args.batch_size, encode_text)
-        return means(fixed, terms, diffusion.T)
+        return mean_losses(names, sum_losses(names, [example["task"] for example in fixed],
+                                             [example["t"] for example in fixed], terms,
+                                             diffusion.T))
 
-    if run["before"] is None:
-        print0(f"measuring the held-out loss on {len(fixed)} examples")
-        run["before"] = held_out_means()[0]
-    numbers = micro_batches(start, args.steps, args.batch_size, rank * per_rank, per_rank,
-                            micro_size)
-    batches = iter(DataLoader(examples, batch_sampler=numbers, collate_fn=collate,
-                              num_workers=args.workers, persistent_workers=args.workers > 0))
+    # All mistakes of the user have shown by now; before, nothing is written.
+    check_folder(folder)
+    with lock(folder), Stop() as stop:
+        run = resume(folder, args, params, ema, optimizer)
+        start = run["step"]
+        check_same_start(start, device)
+        if start > 0:
+            print0(f"resuming {folder} at step {start}")
+        if start >= args.steps:
+            print0(f"{folder} is finished ({start} steps); to train on from it: --model {folder} "
+                   "with another --out")
+        if run["before"] is None:
+            print0(f"measuring the held-out loss on {len(fixed)} examples")
+            run["before"], _ = held_out_means()
+        if rank == 0:
+            forget_after(folder / "log.jsonl", start)
+        numbers = micro_batches(start, args.steps, args.batch_size, rank * per_rank, per_rank,
+                                micro_size)
+        batches = iter(DataLoader(examples, batch_sampler=numbers, collate_fn=collate,
+                                  num_workers=args.workers, persistent_workers=args.workers > 0))
 
-    if rank == 0:
-        # Only now, since all mistakes of the user have shown: they leave no folder behind.
-        folder.mkdir(parents=True, exist_ok=True)
-        forget_after(folder / "log.jsonl", start)
+        # Compile first, then wrap: DDP's hooks stay outside of the graph.
+        net = compiled(net, device) if args.compile else net
+        if world > 1:
+            ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+            net = nn.parallel.DistributedDataParallel(net, device_ids=ids,
+                                                      gradient_as_bucket_view=True)
+        # A new context for each forward pass: its cache of cast weights must not outlive a step.
+        autocast = functools.partial(torch.autocast, device.type, torch.bfloat16,
+                                     enabled=args.precision == "bf16")
+        meter = Meter(names, diffusion.T)
+        saved = False
 
-    # Compile first, then wrap: DDP's hooks stay outside of the graph.
-    net = compiled(net, device) if args.compile else net
-    if world > 1:
-        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
-    # A new context for each forward pass: its cache of cast weights must not outlive a step.
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16,
-                                 enabled=args.precision == "bf16")
-    modalities = network.heads or ()
-    meter = Meter(tasks, modalities, diffusion.T, device)
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.task,
-                    disable=rank > 0)
-    saved = False
-
-    with Stop() as stop:
-        for step in progress:
+        for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
+                         desc=args.task, disable=rank > 0):
             began = time.time()
             factor = lr_factor(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            seen = []
+
             for micro in range(accumulation):
                 waited = time.time()
                 batch = next_batch(batches)     # a function of (seed, step, index in the batch)
@@ -901,6 +935,7 @@ def train(args, shares, device, rank, world):
                         z_t = diffusion.add_noise(x0, noise, t)      # DDPM Eq. 4
                         z = z_t if source is None else torch.cat([z_t, source], dim=1)
                         out = net(z, t, context, task, added)        # MTU Eq. 2: [z_t, E(c_I)]
+                        # One number a sample, (B,), so that each task has its own mean.
                         loss = diffusion.loss(out, x0, noise, t, args.loss_weight, uncertainty)
                         terms = {"denoising": diffusion.error(out.detach(), x0, noise, t)}
                     if teacher is not None:
@@ -915,7 +950,6 @@ def train(args, shares, device, rank, world):
                 # task's mean. DDP averages over processes, hence `world`.
                 (loss.sum() * len(tasks) / args.batch_size * world).backward()
                 meter.add(batch, terms)
-                seen.append((batch["task"], batch["t"], terms["denoising"].detach()))
 
             # Clip the gradient, take the step, and let the average follow the weights.
             norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
@@ -931,20 +965,20 @@ def train(args, shares, device, rank, world):
                 run["skipped"] += 1
                 run["in_a_row"] += 1
                 if run["in_a_row"] == 3:
+                    bad = first_bad(meter.records[-accumulation:])
                     raise UserError(f"the loss or its gradient is not finite at step {step}, nor "
-                                    f"at the two before{first_bad(seen)}; the last "
-                                    f"checkpoint in {folder} is kept. Try a lower --lr")
+                                    f"at the two before{bad}; the last checkpoint in {folder} is "
+                                    "kept. Try a lower --lr")
             optimizer.zero_grad(set_to_none=True)
             leaving = stop.on_any_rank(device)
             meter.busy += time.time() - began
-            done = step + 1
+            run["step"] = done = step + 1
             last = done == args.steps
-            run["step"] = done
 
             # Logging, held-out losses, checkpoints, pictures: none of it changes the step.
             if done % args.log_every == 0 or last:
                 log_line(args, meter, run, norm, lr=args.lr * factor, flops=flops / world,
-                         device=device, write=rank == 0 and folder / "log.jsonl", print0=print0)
+                         device=device, write=rank == 0, print0=print0)
             if rank == 0 and args.eval_every and (done % args.eval_every == 0 or last):
                 mean, by_range = held_out_means()
                 append_line(folder / "log.jsonl",
@@ -966,10 +1000,10 @@ def train(args, shares, device, rank, world):
                     sample_grid(model, held_out, 6, args.seed, path)
 
     # The same fixed examples and noise as before the run, with the averaged weights.
-    after = held_out_means()[0]
+    after, _ = held_out_means()
     print0(f"{'held-out loss':<20}{'before':>9}{'after':>9}")
-    for name in after:
-        print0(f"{name:<20}{run['before'][name]:>9.4f}{after[name]:>9.4f}")
+    for name, value in after.items():
+        print0(f"{name:<20}{run['before'][name]:>9.4f}{value:>9.4f}")
     if args.save_every:
         print0(f"saved in {folder} (pictures in {folder / 'samples'}). Next: python sample.py "
                f"--task {'edit' if 'edit' in tasks else tasks[0]} --model {folder}")
@@ -977,20 +1011,21 @@ def train(args, shares, device, rank, world):
 
 def fill_defaults(args, model, device):
     """Fill in the arguments whose defaults depend on the model or the device."""
-    scratch = args.model == "scratch"
-    name = "tiny" if scratch and args.task == "t2i" else args.task.replace(",", "-")
-    args.out = args.out or f"runs/{name}"
+    if args.loss_weight == "v" and model.diffusion.config["prediction_type"] == "v_prediction":
+        raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} "
+                        "predicts v already")
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     if args.lr is None:
+        # A miniature, and above all its new experts, bears larger steps than a large model.
         upcycled = "moe" in model.unet.config
         args.lr = (1.6e-2 if upcycled else 1e-3) if is_miniature(model) else 1e-4
-    args.steps = args.steps or (5000 if scratch else 200)
+    args.steps = args.steps or (5000 if args.model == "scratch" else 200)
     if args.sample_every is None:
         args.sample_every = max(1, args.steps // 2)
 
 
 def split_batch(args, shares, world):
-    """-> samples a process, samples at a time, and how many times they are accumulated."""
+    """Return a process's samples in a batch, those of a micro-batch, and how many there are."""
     per_rank = args.batch_size // world
     micro_size = min(args.device_batch_size or per_rank, per_rank)
     if args.batch_size % len(shares) or args.batch_size % world or per_rank % micro_size:
@@ -1000,17 +1035,19 @@ def split_batch(args, shares, world):
 
 
 def open_data(args, model, tasks, shares, print0):
-    """-> training examples, held-out data sets, fixed held-out examples, encoded folder or None."""
-    if not args.data and model.texts and model.native_size != 64 and tasks[0] not in JOINT:
-        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, "
-                        "and the built-in ones are 64 x 64: name a folder with --data")
+    """Open the data -> training examples, held-out data sets, fixed held-out examples, Encoded."""
     size = model.native_size
+    if not args.data and model.texts and size != 64 and tasks[0] not in JOINT:
+        raise UserError(f"{args.model} draws {size} x {size} pictures, and the built-in ones are "
+                        "64 x 64: name a folder with --data")
     training, held_out = ({task: data.open_dataset(task, split, size, args.data) for task in tasks}
                           for split in ("train", "heldout"))
+    # Missing and broken pictures are left out, and named in the run folder.
+    data.record_skipped([*training.values(), *held_out.values()],
+                        Path(args.out) / "skipped.jsonl")
     counts = ", ".join(f"{task} {len(training[task])} + {len(held_out[task])}" for task in tasks)
     print0(f"{args.data or 'built-in emoji'}: {counts} pictures (training + held out)")
-    encoded = training[tasks[0]]
-    encoded = encoded if isinstance(encoded, data.Encoded) else None
+    encoded = training[tasks[0]] if isinstance(training[tasks[0]], data.Encoded) else None
     if encoded:
         encoded.check(model)
 
@@ -1023,11 +1060,9 @@ def open_data(args, model, tasks, shares, print0):
     if args.t_range:
         sample_timestep = functools.partial(draw_timestep, tuple(args.t_range), model.diffusion.T,
                                             args.p_global)
-        sample_timestep(np.random.default_rng(0))  # a mistake shows now
-    side = model.unet.config["sample_size"]
+        sample_timestep(np.random.default_rng(0))  # a range that is none shows now
     examples = Examples(training, shares, batch_size=args.batch_size, seed=args.seed,
-                        num_timesteps=model.diffusion.T,
-                        latent_shape=(model.vae.config["latent_channels"], side, side),
+                        num_timesteps=model.diffusion.T, latent_shape=latent_shape(model),
                         sample_timestep=sample_timestep, drop=drop)
     return examples, held_out, examples.held_out(held_out, args.eval_size), encoded
 
@@ -1040,12 +1075,12 @@ def micro_batches(start, steps, batch_size, first, per_rank, micro_size):
 
 
 def draw_timestep(t_range, num_timesteps, p_global, rng):
-    """DeMe Eq. 6, for one sample."""
+    """Draw the timestep of one sample: DeMe Eq. 6."""
     return int(merge.sample_timesteps(t_range, num_timesteps, p_global, rng, 1)[0])
 
 
 def next_batch(batches):
-    """The next batch. A UserError of a worker process comes wrapped in its traceback: unwrap it."""
+    """Take the next batch. A worker's UserError comes wrapped in its traceback: unwrap it."""
     try:
         return next(batches)
     except UserError as error:
@@ -1053,29 +1088,29 @@ def next_batch(batches):
         raise UserError(message.removeprefix("hub.UserError: ")) from None
 
 
-def first_bad(seen):
-    """Words for the first sample whose loss is not finite; seen: tasks, t, losses of each part."""
-    for tasks, timesteps, losses in seen:
-        for task, t, value in zip(tasks, timesteps.tolist(), losses.tolist()):
+def first_bad(records):
+    """Name the first sample whose loss is not finite. records: of a Meter, one a micro-batch."""
+    for tasks, timesteps, terms in records:
+        for task, t, value in zip(tasks, timesteps.tolist(), terms["denoising"].tolist()):
             if not np.isfinite(value):
                 return f" ({task} at timestep {t} first)"
     return ""
 
 
 def log_line(args, meter, run, norm, *, lr, flops, device, write, print0):
-    """Print the losses since the last line and append them to log.jsonl.
+    """Print the losses since the last line, and append them to log.jsonl if `write`.
 
-    flops: of one sample, on one device. MFU is FLOP/s over what the device can do at its best;
-    encoders, heads, a teacher and the optimiser do not count.
+    flops: of one sample, on one device. MFU is FLOP/s over what the device can do at its best; the
+    frozen encoders, a teacher and the optimiser do not count.
     """
-    mean, by_range, count = meter.read()
-    speed = count / meter.busy
+    mean, by_range, samples = meter.read(device)
+    speed = samples / meter.busy
     peak = peak_flops(device, args.precision)
     losses = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
     skipped = f", {run['skipped']} steps skipped" if run["skipped"] else ""
     print0(f"step {run['step']}: {losses}; lr {lr:.2e}, {speed:.1f} images/s{skipped}")
     if write:
-        append_line(write, dict(
+        append_line(Path(args.out) / "log.jsonl", dict(
             step=run["step"], loss=mean, loss_by_t=by_range, lr=lr, skipped=run["skipped"],
             grad_norm=None if run["in_a_row"] else norm.item(), images_per_s=round(speed, 2),
             tflops=round(speed * flops / 1e12, 4),

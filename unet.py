@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hub import UserError, blaming, fetch, load_weights, read_json, save_weights
+from hub import UserError, complete, fetch, load_module, per_level, save_weights
 
 # -------------------------------------------------------------------------------------------------
 # Configurations
@@ -83,10 +83,6 @@ IMPLEMENTED = dict(
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
 )
 
-# These keys may hold a list with an item for each level. All others hold one value.
-PER_LEVEL = ("block_out_channels", "down_block_types", "up_block_types",
-             "transformer_layers_per_block", "attention_head_dim")
-
 CONFIGS = {
     "tiny": dict(
         sample_size=16,
@@ -112,49 +108,6 @@ CONFIGS = {
         projection_class_embeddings_input_dim=2816,  # pooled text 1280, and six numbers of 256 each
     ),
 }
-
-
-def complete(config, defaults, implemented):
-    """Fill in the defaults, and refuse by name what is not implemented.
-
-    A list of equal items is accepted where one value is meant: [2, 2, 2, 2] layers, [64, 64] as
-    the size. Numbers that are impossible are left for PyTorch to find when it builds the layers.
-    """
-    completed = dict(defaults)
-    for key, value in config.items():
-        if key.startswith("_"):
-            # A note of diffusers, such as the version that wrote the file.
-            continue
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if key not in PER_LEVEL:
-            if all(item == items[0] for item in items):
-                value = items[0]
-            items = [value]
-        if key in implemented:
-            known = all(item in implemented[key] for item in items)
-        elif key in defaults:
-            # The type is that of the default. Where that is null, the value counts something.
-            kinds = (type(defaults[key]), type(None), int)
-            known = key in PER_LEVEL or isinstance(value, kinds)
-        else:
-            # Null, false and zero switch off a feature that we do not have.
-            known = not value
-        if not known:
-            raise UserError(f"U-Net config: {key} = {value!r} is not implemented")
-        if key in defaults:
-            completed[key] = value
-    return completed
-
-
-def per_level(config, key):
-    """List the values of a key, one for each level of block_out_channels."""
-    levels = len(config["block_out_channels"])
-    value = config[key]
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * levels
-    if len(values) != levels:
-        raise UserError(f"U-Net config: {key} = {value!r} does not have one value for each of the "
-                        f"{levels} levels of block_out_channels")
-    return values
 
 
 # -------------------------------------------------------------------------------------------------
@@ -355,9 +308,9 @@ class Transformer2DModel(nn.Module):
 class Downsample2D(nn.Module):
     """Halve height and width by a convolution with stride 2; an odd size is rounded up."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, padding=1):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x, cond):
         return self.conv(x)
@@ -431,12 +384,13 @@ class UpBlock(Block):
             x = run(resnet, x, cond)                                # (B, C, H, W)
             if self.attentions:
                 x = run(self.attentions[i], x, cond)
-        return self.upsample(x, cond, skips, run)
-
-    def upsample(self, x, cond, skips, run):
         for upsampler in self.upsamplers:
-            # The next tensor to pop says how large: 13 was halved to 7, whose double is not 13.
-            x = upsampler(x, skips[-1].shape[-2:])
+            if isinstance(upsampler, ResnetBlock2D):
+                # In ADM (adm.py) a residual block doubles the picture, and it reads the time.
+                x = run(upsampler, x, cond)
+            else:
+                # The next tensor to pop says how large: 13 was halved to 7, whose double is not 13.
+                x = upsampler(x, skips[-1].shape[-2:])
         return x
 
 
@@ -446,29 +400,24 @@ class UNet(nn.Module):
     config: differences from DEFAULTS, in diffusers' keys.
     """
     diffusers_name = "UNet2DConditionModel"
+    defaults = DEFAULTS
+    implemented = IMPLEMENTED
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = complete(config, DEFAULTS, IMPLEMENTED)
+        self.config = c = complete(config, self.defaults, self.implemented)
         widths = c["block_out_channels"]
-        depths = per_level(c, "transformer_layers_per_block")
-        heads = per_level(c, "attention_head_dim")
         down_types = per_level(c, "down_block_types")
         up_types = per_level(c, "up_block_types")[::-1]  # diffusers lists these from the bottom up
         bottom = len(widths) - 1
-        E = 4 * widths[0]
 
         def add_layer(block, cin, level, block_type):
-            block.resnets.append(ResnetBlock2D(cin, widths[level], c))
-            if block_type.startswith("CrossAttn"):
-                block.attentions.append(
-                    Transformer2DModel(widths[level], depths[level], heads[level], c))
+            block.resnets.append(self.make_resnet(cin, widths[level]))
+            block.attentions.extend(self.make_attention(level, block_type))
 
         self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], E)
-        self.add_embedding = None
-        if c["addition_embed_type"] is not None:
-            self.add_embedding = TimestepEmbedding(c["projection_class_embeddings_input_dim"], E)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.add_condition(4 * widths[0])
 
         # The way is that of `forward`, with a stack of widths where it has a stack of tensors.
         channels = widths[0]
@@ -481,22 +430,23 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
             if level < bottom:
-                block.downsamplers.append(Downsample2D(channels))
+                block.downsamplers.append(self.make_downsampler(channels, down_types[level]))
                 skips.append(channels)
             self.down_blocks.append(block)
 
         self.mid_block = MidBlock()
-        add_layer(self.mid_block, channels, bottom, "CrossAttn")
-        add_layer(self.mid_block, channels, bottom, "")
+        add_layer(self.mid_block, channels, bottom, "Mid")
+        self.mid_block.resnets.append(self.make_resnet(channels, channels))
 
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             block = UpBlock()
             for _ in range(c["layers_per_block"] + 1):
+                # What a layer reads is concatenated from the layer before and from a skip.
                 add_layer(block, channels + skips.pop(), level, up_types[level])
                 channels = widths[level]
             if level > 0:
-                block.upsamplers.append(Upsample2D(channels))
+                block.upsamplers.append(self.make_upsampler(channels, up_types[level]))
             self.up_blocks.append(block)
 
         self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], channels, c["norm_eps"])
@@ -504,6 +454,40 @@ class UNet(nn.Module):
         self.task_embedding = None  # MTU sets a table (tasks, width), which fills Cond.task_emb
         self.heads = None           # MT-Diffusion sets a module that reads features, see `forward`
         self.gradient_checkpointing = False
+
+    # The parts of the U. The U-Nets of adm.py differ from this one in them and in `condition`.
+
+    def add_condition(self, width):
+        """Make what embeds further conditions, to be added to the embedding of the timestep."""
+        c = self.config
+        self.add_embedding = None
+        if c["addition_embed_type"] is not None:
+            self.add_embedding = TimestepEmbedding(
+                c["projection_class_embeddings_input_dim"], width)
+            if c["projection_class_embeddings_input_dim"] <= 6 * c["addition_time_embed_dim"]:
+                raise UserError("U-Net config: addition_time_embed_dim leaves no room for a text")
+
+    def make_resnet(self, cin, cout):
+        return ResnetBlock2D(cin, cout, self.config)
+
+    def make_attention(self, level, block_type):
+        """Make the attention after a residual block, in a list that is empty where there is none.
+
+        The middle of Stable Diffusion's U-Net always has attention, though 1.5's lowest level has
+        none.
+        """
+        if not block_type.startswith(("CrossAttn", "Mid")):
+            return []
+        c = self.config
+        depth = per_level(c, "transformer_layers_per_block")[level]
+        heads = per_level(c, "attention_head_dim")[level]
+        return [Transformer2DModel(c["block_out_channels"][level], depth, heads, c)]
+
+    def make_downsampler(self, channels, block_type):
+        return Downsample2D(channels)
+
+    def make_upsampler(self, channels, block_type):
+        return Upsample2D(channels)
 
     def forward(self, x, t, context, task=None, added=None):
         """Predict the noise (or v) in x.
@@ -559,26 +543,14 @@ class UNet(nn.Module):
 
     @staticmethod
     def rename(key):
-        """Turn a parameter's name in a file into its name here (for hub.load_weights)."""
+        """Turn a parameter's name in a file into its name here."""
         return key
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="unet", dtype=torch.float32):
-        """Load a U-Net from a folder or from the hub, strictly.
-
-        dtype: of the parameters in memory. A U-Net that a method has changed has another class
-        name in its config.json: it is refused here, since as a plain one it would draw nonsense.
-        """
+        """Load a U-Net from a folder or from the hub, strictly. dtype: of its parameters."""
         folder = fetch(path_or_hub_id, subfolder)
-        config = read_json(folder / "config.json")
-        name = config.get("_class_name", cls.diffusers_name)
-        if name != cls.diffusers_name:
-            raise UserError(f"{folder} holds a {name}, not a {cls.diffusers_name}; "
-                            "sample.load_model opens every kind of model")
-        with torch.device("meta"), blaming(folder / "config.json"):
-            unet = cls(config)
-        load_weights(unet, folder, rename=cls.rename, dtype=dtype)
-        return unet
+        return load_module(cls, folder, [cls.diffusers_name], cls.rename, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write the weights and config.json into a folder, as diffusers does.

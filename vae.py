@@ -9,25 +9,44 @@ divides by it before `decode`. The miniature's weights come from experiments/tra
 
 Letters: B batch, C channels, H W picture, h w latent (H/f, W/f).
 """
-import json
-import math
-import re
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from hub import UserError, blaming, fetch, load_weights, read_json, save_weights
+from hub import UserError, complete, fetch, load_module, older_attention_names, per_level
+from hub import save_weights
 
-# diffusers' defaults; an entry of CONFIGS, or a model's config.json, holds what differs.
+# diffusers' defaults. A model's config.json, like an entry of CONFIGS, holds the differences.
 DEFAULTS = dict(
-    in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1,
-    norm_num_groups=32, sample_size=32, scaling_factor=0.18215, force_upcast=True)
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    block_out_channels=(64,),               # one number per level
+    layers_per_block=1,
+    norm_num_groups=32,
+    sample_size=32,
+    scaling_factor=0.18215,
+    force_upcast=True,
+    act_fn="silu",
+    mid_block_add_attention=True,
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    down_block_types="DownEncoderBlock2D",  # one for each level, or the same for all
+    up_block_types="UpDecoderBlock2D",
+)
 
-# Keys that have a single value here. Any key that is in neither table must be null.
-FIXED = dict(
-    act_fn="silu", mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True)
+# Keys that have a single value here.
+IMPLEMENTED = dict(
+    act_fn=("silu",),
+    latents_mean=(None,),                   # Wan's and other autoencoders of video have one
+    latents_std=(None,),
+    mid_block_add_attention=(True,),
+    use_quant_conv=(True,),
+    use_post_quant_conv=(True,),
+    down_block_types=("DownEncoderBlock2D",),
+    up_block_types=("UpDecoderBlock2D",),
+)
 
 CONFIGS = {
     "tiny": dict(block_out_channels=(32, 64, 128), norm_num_groups=16, sample_size=64),
@@ -39,18 +58,13 @@ CONFIGS = {
 
 def completed(config):
     """Fill a config with the defaults. Raise UserError for a value that is not implemented."""
-    config = json.loads(json.dumps(config))  # so that lists and tuples compare equal
-    num_levels = len(config.get("block_out_channels", DEFAULTS["block_out_channels"]))
-    fixed = dict(FIXED, down_block_types=["DownEncoderBlock2D"] * num_levels,
-                 up_block_types=["UpDecoderBlock2D"] * num_levels)
-    for key, value in config.items():
-        implemented = value if key in DEFAULTS or key.startswith("_") else fixed.get(key)
-        if value != implemented:
-            raise UserError(f"vae config: {key} = {value!r} is not implemented")
-    complete = {**DEFAULTS, **fixed, **config}
-    if not 0 < complete["scaling_factor"] < math.inf:
-        raise UserError(f"vae config: scaling_factor = {complete['scaling_factor']} is not above 0")
-    return {key: complete[key] for key in (*DEFAULTS, *fixed)}
+    c = complete(config, DEFAULTS, IMPLEMENTED, "vae config")
+    for key in ("down_block_types", "up_block_types"):
+        # All levels are of one type, but diffusers wants to read it for each of them.
+        c[key] = per_level(c, key, "vae config")
+    if c["scaling_factor"] == 0:
+        raise UserError("vae config: scaling_factor = 0, by which latents are divided")
+    return c
 
 
 # -------------------------------------------------------------------------------------------------
@@ -87,6 +101,7 @@ class Attention(nn.Module):
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2)     # (B, hw, C)
         y = y[:, None]                                        # (B, 1, hw, C): one head
+        # Keys and queries are as wide as the whole picture has channels, since there is one head.
         # The fused kernel never holds all (hw, hw) weights, which are 1 GB at 128 x 128 latents.
         y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
         y = self.to_out[0](y[:, 0]).transpose(1, 2)           # (B, C, hw)
@@ -109,6 +124,7 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
+        # Repeated and then smoothed pixels have no checkerboard, as transposed convolutions may.
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -156,6 +172,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)])
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        # Twice the channels of a latent, since the encoder describes a normal distribution.
         self.conv_out = nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1)
 
     def forward(self, x):
@@ -271,6 +288,7 @@ class VAE(nn.Module):
         scale, out_scale: pixels of input and output for one of the latent, f and 1 or 1 and f.
         """
         if tile is not None and (tile < 4 or tile % 4):
+            # A tile's last quarter is faded into the next one.
             raise UserError(f"tile = {tile} is not a positive multiple of 4 (a quarter overlaps)")
         if not x.is_floating_point():
             raise UserError(f"the autoencoder takes floats, pictures in [-1, 1], not {x.dtype}")
@@ -302,6 +320,7 @@ class VAE(nn.Module):
         network = nn.Sequential(self.encoder, self.quant_conv)
         moments = self.run(network, images, tile, scale=self.factor, out_scale=1)
         mean, logvar = moments.chunk(2, dim=1)
+        # To draw a latent: mean + exp(logvar / 2) noise. Its noise is tiny beside the mean.
         # The limits are diffusers': they keep exp(logvar) finite.
         return mean, logvar.clamp(-30.0, 20.0)
 
@@ -314,21 +333,7 @@ class VAE(nn.Module):
     def from_pretrained(cls, path_or_hub_id, subfolder="vae", dtype=torch.float32):
         """Load an autoencoder from a model folder. dtype: of its parameters in memory."""
         folder = fetch(path_or_hub_id, subfolder)
-        config = read_json(folder / "config.json")
-        name = config.get("_class_name", "AutoencoderKL")
-        if name != "AutoencoderKL":
-            raise UserError(f"{folder} holds a {name}, not an AutoencoderKL")
-        # On the meta device nothing is allocated or drawn at random before the weights come.
-        with torch.device("meta"), blaming(folder / "config.json"):
-            vae = cls(config)
-        load_weights(vae, folder, older_attention_names, dtype)
-        return vae
+        return load_module(cls, folder, ["AutoencoderKL"], older_attention_names, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         save_weights(self, folder, {"_class_name": "AutoencoderKL", **self.config}, dtype=dtype)
-
-
-def older_attention_names(key):
-    """Turn the attention's names of checkpoints before diffusers 0.17 into today's."""
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return re.sub(r"(?<=attentions\.\d\.)\w+(?=\.)", lambda m: names.get(m[0], m[0]), key)

@@ -54,15 +54,8 @@ def measure(args, copies, seed):
     """
     device = pick_device()
     model = load_model(args.model, device=device)
-    base = {key: theta.cpu().clone() for key, theta in model.unet.state_dict().items()}
-    vectors = [merge.task_vector(base, load_model(copy).unet.state_dict()) for copy in copies]
     examples = train.held_out_examples([args.task], None, model, args.eval_size)
-
-    def losses(weights, examples):
-        model.unet.load_state_dict(merge.merge(base, vectors, weights))
-        return train.held_out_losses(model, model.unet, examples, device, batch_size=16)
-
-    # All arms are points of Eq. 8: no weights are the base, a single 1 is one copy.
+    losses = merge.merged_losses(model, copies, device)
     _, t, arms = merge.compare_arms(losses, examples, len(copies), model.diffusion.T, seed)
     return t, arms
 

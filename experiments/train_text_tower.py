@@ -84,6 +84,12 @@ class Predictor(nn.Module):
         self.tower = CLIPText({**CONFIGS["tiny"], "vocab_size": len(vocab),
                                "bos_token_id": vocab[BOS], "eos_token_id": vocab[EOS]})
         self.head = nn.Linear(self.tower.width, components)
+        # As CLIP, draw first weights from narrow normal distributions, and set biases to zero.
+        for module in self.tower.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def forward(self, texts):
         """Predict the components of what B texts describe -> (B, components)."""

@@ -99,7 +99,7 @@ def everything(p, z0, zt, eps, E, t):
     """All that a process computes."""
     return [*p.marginal(z0, E, t), *p.transition(z0, E, t), *p.posterior(z0, zt, E, t),
             *p.posterior_from_eps(zt, eps, E, t), p.ddim_step(zt, eps, E, t, t - 1, 0.001, eps),
-            p.start(E, eps, t)]
+            p.aggregate(E, t)]
 
 
 def test_a_timestep_of_each_sample_is_its_own():
@@ -123,11 +123,15 @@ def test_half_precision_is_computed_in_fp32(dtype):
         assert a.dtype == torch.float32 and equal(a, b)
 
 
-@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("betas", [*BETAS, "zero terminal SNR"])
 def test_named_weights_have_their_closed_coefficients(betas):
-    ab = diffusion(betas).alpha_bar.double()
+    """Where alpha_bar ends at 0, vanishing weights forget x as the process forgets z_0."""
+    ab = (diffusion(betas) if betas in BETAS else zero_snr()).alpha_bar.double()
     s = ab.sqrt()
-    for weights, c in ((vanishing, s * (1 - s)), (interpolating, 1 - s), (zero, 0 * s)):
+    closed = {vanishing: s * (1 - s), interpolating: 1 - s, zero: 0 * s}
+    if betas not in BETAS:
+        closed.pop(interpolating)
+    for weights, c in closed.items():
         p = Aggregation(ab, [weights(ab, 0.7)])
         assert allclose(p.c[0, 1:], 0.7 * c, atol=1e-9) and p.c[0, 0] == 0
 
@@ -138,21 +142,6 @@ def test_weights_of_order_1_drown_the_unit_noise(betas, c):
     """c_T and the largest c_t; weights may be any function of alpha_bar."""
     p = Aggregation(diffusion(betas).alpha_bar, [torch.ones_like])
     assert f"{p.c[0, -1]:.0f} {p.c.max():.0f}" == c
-
-
-def test_the_law_at_the_end():
-    z0, _, noise, E = tensors(M=1)
-    for betas in ("linear", "cosine"):
-        # What is left of x is as small as what is left of z_0.
-        p = Aggregation(diffusion(betas).alpha_bar, [vanishing])
-        assert (p.start(E, noise) - noise).abs().max() < 0.01 * E.abs().max()
-        assert p.c[0, 1] < 1e-3 and p.c.max() > 0.249
-    p = Aggregation(diffusion("sd").alpha_bar, [interpolating])
-    assert allclose(p.start(E, noise), p.marginal(0 * z0, E, 999)[0] + noise, atol=1e-12)
-    assert allclose(p.start(E, noise) - noise, 0.93 * E[0], rtol=0.01)
-    assert allclose(p.start(E, noise, 500), p.marginal(0 * z0, E, 500)[0] + noise, atol=1e-12)
-    # a_T = 0 forgets x as it forgets z_0.
-    assert equal(Aggregation(zero_snr().alpha_bar, [vanishing]).start(E, noise), noise)
 
 
 # ---- Eq. 5, 9: posterior, DDIM ----
@@ -173,7 +162,7 @@ def test_the_posterior_is_a_product_of_gaussians(betas, t):
     mu = (m / v + math.sqrt(a) * (zt - math.sqrt(a) * A) / (1 - a)) / precision
     mean, var = p.posterior(z0, zt, E, t)
     assert allclose(mean, mu, atol=1e-9) and abs(var * precision - 1) < 1e-9
-    # As the header of aggregation.py has it.
+    # As the derivation beside `posterior` has it.
     of_x = (1 - a) * C_before - a * (1 - before) * A
     header = math.sqrt(before) * (1 - a) * z0 + math.sqrt(a) * (1 - before) * zt + of_x
     assert allclose(mean, header / (1 - ab), atol=1e-9)
@@ -307,27 +296,23 @@ def test_the_loss_is_equation_6():
     assert allclose(loss, by_hand["denoising"] + 0.1 * both, atol=1e-5)
 
 
-def test_what_is_not_given_is_pure_generation():
-    """The starred variants: a dropped modality adds nothing to z_t and nothing to the loss."""
+def test_what_is_not_kept_is_pure_generation():
+    """The starred variants: a dropped modality adds nothing to z_t, the loss and gradients."""
     d = diffusion()
     net, heads = toy(d)
     z0, noise, t, known, _ = toy_batch()
+    plain = d.loss(net(d.add_noise(z0, noise, t), t)[0], z0, noise, t)
     _, whole = aggregation.loss(heads, net, z0, known, noise, t)
     rows = dict(source=[1.0, 1, 0, 0, 1, 0], label=[1.0, 0, 1, 0, 0, 0])
-    known = {name: k._replace(given=torch.tensor(rows[name])) for name, k in known.items()}
-    loss, terms = aggregation.loss(heads, net, z0, known, noise, t)
-    plain = d.loss(net(d.add_noise(z0, noise, t), t)[0], z0, noise, t)
+    partly = {name: k._replace(keep=torch.tensor(rows[name])) for name, k in known.items()}
+    loss, terms = aggregation.loss(heads, net, z0, partly, noise, t)
     assert equal(loss[[3, 5]], plain[[3, 5]]) and not allclose(loss[1:3], plain[1:3], atol=1e-6)
     assert equal(terms["denoising"][0], whole["denoising"][0])
-    assert all(equal(terms[name].isnan(), k.given == 0) for name, k in known.items())
-
-
-def test_a_head_whose_modality_is_absent_gets_a_gradient_of_zero():
-    net, heads = toy(diffusion())
-    z0, noise, t, known, _ = toy_batch()
-    dropped = known["label"]._replace(given=torch.zeros(6))
+    assert all(equal(terms[name].isnan(), k.keep == 0) for name, k in partly.items())
+    # Absent from the batch, or dropped from all of it: both are the same, and its head rests.
+    dropped = known | {"label": known["label"]._replace(keep=torch.zeros(6))}
     losses = []
-    for present in ({"source": known["source"]}, known | {"label": dropped}):
+    for present in ({"source": known["source"]}, dropped):
         net.zero_grad()
         losses.append(aggregation.loss(heads, net, z0, present, noise, t)[0])
         losses[-1].sum().backward()
@@ -349,33 +334,6 @@ def test_one_graph_and_bf16():
 
 
 # ---- v ----
-
-def test_v_is_that_of_y_and_trains_the_same():
-    """With v = sqrt(ab) eps - sqrt(1 - ab) z_0, an eps network's v has its loss over ab, and draws
-    the same pictures."""
-    by_eps = diffusion()
-    net, heads = toy(by_eps)
-    _, heads_of_v = toy(diffusion(prediction_type="v_prediction"))
-    z0, noise, t, known, E = toy_batch()
-    t = t.clamp(max=800)
-
-    def predict_v(z, t):
-        eps, outputs = net(z, t)
-        ab = by_eps.alpha_bar[t].view(-1, 1, 1, 1)
-        y = z - heads.process.aggregate(E, t)   # = sqrt(ab) z_0 + sqrt(1 - ab) eps
-        return (eps - (1 - ab).sqrt() * y) / ab.sqrt(), outputs
-
-    _, a = aggregation.loss(heads, net, z0, known, noise, t)
-    _, b = aggregation.loss(heads_of_v, predict_v, z0, known, noise, t)
-    assert allclose(a["denoising"] / by_eps.alpha_bar[t], b["denoising"], rtol=2e-3)
-    encoders = {"source": lambda x: E[0], "label": lambda x: E[1]}
-    x = {name: k.x for name, k in known.items()}
-    for sampler in ("ddim", "ddpm"):
-        a, b = (aggregation.sample(*network, encoders, noise, known=x, steps=10, sampler=sampler,
-                                   generators=seeded(range(6)))[0]
-                for network in ((heads, net), (heads_of_v, predict_v)))
-        assert allclose(a, b, rtol=1e-3, atol=1e-2 * a.abs().max().item())
-
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_v_at_zero_terminal_snr(sampler):
@@ -493,39 +451,30 @@ def test_algorithm_1_draws_from_the_posterior_with_exact_networks(sampler, weigh
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_known_modalities_stay_and_are_encoded_once(sampler):
+    """An unknown label is encoded by its probabilities: the mean of z_{t-1} is linear in E."""
     net, heads = toy(diffusion(clip_sample=True))
     z0, noise, _, known, E = toy_batch()
-    encoded = []
-    encoders = {"source": lambda x: encoded.append("source") or 0.9 * x,
-                "label": lambda x: encoded.append("label") or (E[0] if x.dim() == 1 else
-                                                               expected_encoding(E[1, :3], x))}
+    encoded = dict(source=[], label=[])
+    encoders = {"source": lambda x: encoded["source"].append(x) or 0.9 * x,
+                "label": lambda x: encoded["label"].append(x) or (
+                    E[0] if x.dim() == 1 else expected_encoding(E[1, :3], x))}
     draw = partial(aggregation.sample, heads, net, encoders, noise, steps=5, sampler=sampler)
     for names in ([], ["source"], ["label"], ["source", "label"]):
-        encoded.clear()
         steps = []
+        encoded.update(source=[], label=[])
         _, out = draw(known={name: known[name].x.clone() for name in names},
                       callback=lambda i, t, z, z0, x: steps.append(x))
         assert list(out) == ["source", "label"] and len(steps) == 5
         for name in out:
-            assert encoded.count(name) == (1 if name in names else 5)
+            assert len(encoded[name]) == (1 if name in names else 5)
             stays = all(equal(x[name], known[name].x) for x in [*steps, out])
             assert stays if name in names else not equal(steps[0][name], steps[-1][name])
-    drawn, out = draw(z0=z0)  # the picture is known, the rest is not
-    assert equal(drawn, z0) and out["label"].shape == (6, 3)
-
-
-def test_an_unknown_label_is_encoded_by_its_probabilities():
-    """Not by the most probable class: the mean of z_{t-1} is linear in E."""
-    net, heads = toy(diffusion())
-    noise = toy_batch()[1]
+        if not names:
+            with torch.no_grad():
+                _, outputs = net(noise, torch.full((6,), 999))
+            assert equal(encoded["label"][0], outputs["label"].softmax(-1))
+            assert encoded["label"][0].max() < 0.99
     table = torch.randn(3, 2, 8, 8)
-    encoded = []
-    encoders = {"source": lambda x: x,
-                "label": lambda x: encoded.append(x) or expected_encoding(table, x)}
-    aggregation.sample(heads, net, encoders, noise, steps=1)
-    with torch.no_grad():
-        _, outputs = net(noise, torch.full((6,), 999))
-    assert equal(encoded[0], outputs["label"].softmax(-1)) and encoded[0].max() < 0.99
     one_hot = F.one_hot(torch.tensor([2, 0]), 3)
     assert allclose(expected_encoding(table, one_hot), table[[2, 0]], atol=1e-6)
     mean = expected_encoding(table, torch.full((1, 3), 1 / 3))
@@ -536,13 +485,15 @@ def test_with_the_picture_known_every_step_is_on_its_marginal():
     net, heads = toy(diffusion())
     z0, noise, _, known, E = toy_batch()
     states = []
-    aggregation.sample(heads, net, {"source": lambda x: x, "label": lambda x: E[1]}, noise,
-                       known={"label": known["label"].x}, z0=z0, steps=4,
-                       callback=lambda i, t, z, z0, x: states.append((t - 250, z, x["source"])))
+    drawn, x = aggregation.sample(
+        heads, net, {"source": lambda x: x, "label": lambda x: E[1]}, noise,
+        known={"label": known["label"].x}, z0=z0, steps=4,
+        callback=lambda i, t, z, z0, x: states.append((max(t - 250, -1), z, x["source"])))
     for r, z, source in states:
-        mean, std = heads.process.marginal(z0, torch.stack([source, E[1]]), max(r, -1))
+        mean, std = heads.process.marginal(z0, torch.stack([source, E[1]]), r)
         assert allclose(z, mean + std * noise, atol=1e-5)
     assert [r for r, _, _ in states] == [749, 499, 249, -1]
+    assert equal(drawn, z0) and equal(x["label"], known["label"].x)
 
 
 # ---- heads, encoders, folders ----
@@ -589,11 +540,8 @@ def test_a_classifier_sees_the_picture_that_the_output_stands_for(kind):
     heads["e"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     z, _, t, _, _ = toy_batch()
     out, _ = net(z, t)
-    ab = d.alpha_bar[t].view(-1, 1, 1, 1)
-    picture = ab.sqrt() * z - (1 - ab).sqrt() * out
-    if kind == "epsilon":
-        picture = (z - (1 - ab).sqrt() * out) / ab.sqrt()
     heads(dict(z=torch.cat([z, z + 1], dim=1), out=out), t)  # what is beside z_t is no part of it
+    picture, _ = d.to_x0_eps(out, z, t)
     for features, at in seen:
         assert allclose(features["picture"], picture, rtol=1e-5, atol=1e-5) and equal(at, t)
 
@@ -617,32 +565,6 @@ def with_unet(unet, folder):
     unet.save_pretrained(folder / "unet")
     write_json(folder / "model_index.json", {"base": str(ASSETS / "tiny")})
     return folder
-
-
-def test_a_folder_is_rebuilt_with_its_heads(tmp_path):
-    modalities = dict(label=LABEL, source=SOURCE | dict(weights="interpolating", k=0.5))
-    unet = UNet.from_pretrained(ASSETS / "tiny").eval()
-    d = diffusion()
-    add_heads(unet, modalities, 4, d)
-    for q in unet.heads.parameters():
-        nn.init.normal_(q)
-    folder = with_unet(unet, tmp_path)
-    write_json(folder / "scheduler" / "scheduler_config.json", d.config)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    assert config["_class_name"] == "JointUNet"
-    assert config["aggregation"] == dict(modalities=modalities, channels=4)
-    with pytest.raises(UserError, match="JointUNet"):
-        UNet.from_pretrained(folder)
-    again = load_model(folder).unet
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 7, 128)
-    (out, a), (same, b) = unet(*inputs), again(*inputs)
-    assert equal(out, same) and list(a) == list(b) == ["label", "source"]
-    assert all(equal(a[name], b[name]) for name in a)
-    rows = torch.stack([vanishing(d.alpha_bar), interpolating(d.alpha_bar, 0.5)])
-    assert equal(again.heads.process.w[:, 1:], rows)
-    assert equal(again.heads.process.c, unet.heads.process.c)
-    with pytest.raises(UserError, match="already"):
-        add_heads(again, modalities, 4, d)
 
 
 @pytest.mark.parametrize("modality", [
@@ -679,10 +601,10 @@ def test_bad_arguments_are_refused():
     for numbers in (ab.flip(0), torch.ones(3), [0.5, -0.1], [0.5, math.nan]):
         with pytest.raises(UserError, match="decrease"):
             Aggregation(numbers, [torch.zeros(len(numbers))])
-    for bad in (E[:1], E[0], E[0, 0]):
+    for bad in (E[:1], E[0]):
         with pytest.raises(ValueError, match="M = 2"):
             heads.process.marginal(noise, bad, 3)
-    for t in (1000, -2, torch.tensor([0, 1, 2, 3, 4, -2])):
+    for t in (1000, torch.tensor([0, 1, 2, 3, 4, -2])):
         with pytest.raises((IndexError, RuntimeError)):
             heads.process.marginal(noise, E, t)
     for options, words in ((dict(known={"mask": noise}), "mask"), (dict(sampler="euler"), "euler"),
@@ -706,9 +628,7 @@ def test_the_demonstration(tmp_path):
     # The mean at T: nothing, nothing, x.
     plain, small, large = (picture[24 + 256 * i:152 + 256 * i, -128:] for i in range(3))
     assert abs(plain - 128).max() < 4 and abs(small - 128).max() < 6 and large.std() > 30
-    for arguments, words in ((["--emoji", "no such thing"], "--emoji"), (["--k", "nan"], "finite"),
-                             (["--out", tmp_path], str(tmp_path))):
-        assert refused(call("aggregation.py", "--out", tmp_path / "b.png", *arguments), words)
+    assert refused(call("aggregation.py", "--out", tmp_path), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
@@ -845,7 +765,7 @@ def test_what_is_dropped_is_pure_generation_and_all_parameters_get_a_gradient(ta
     d = model.diffusion
     examples = batch_of(model, drop=1.0)
     loss, terms, z0, known = step(model, examples)
-    assert known.given.tolist() == [0.0] * 4 and terms[task].isnan().all()
+    assert known.keep.tolist() == [0.0] * 4 and terms[task].isnan().all()
     loss.sum().backward()
     assert all(p.grad is not None for p in model.unet.parameters())
     assert all((p.grad == 0).all() for p in model.unet.heads.parameters())
@@ -997,21 +917,20 @@ def test_a_grid_shows_pure_generation_what_x_gives_and_the_truth(models, pixels,
     """Interpolating weights need x, and there pure generation is left out."""
     model = models.get(task) or load_model(pixels)
     modality = TASKS[task].modality
-    dataset = builtin(task, "heldout", model.native_size)
+    side = model.native_size
+    dataset = builtin(task, "heldout", side)
     x = [dataset[(2 * i + 1) * len(dataset) // 4]["x"] for i in range(2)]
     make = dict(label=torch.tensor, repr=partial(aggregation.vectors, model))
     seen = []
     monkeypatch.setattr(sample, "draw_modalities", lambda model, count, known, seed: seen.append(
         known) or draw_modalities(model, count, known, seed=seed, steps=1))
+    sample.sample_grid(model, {task: dataset}, 2, 0, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (2 * side, rows * side)
     config = model.unet.config["aggregation"]["modalities"][modality]
-    for weights, names in (("vanishing", [[], [modality]]), ("interpolating", [[modality]])):
-        monkeypatch.setitem(config, "weights", weights)
-        seen.clear()
-        sample.sample_grid(model, {task: dataset}, 2, 0, tmp_path / f"{weights}.png")
-        assert [list(known) for known in seen] == names
-        assert equal(seen[-1][modality], make.get(task, torch.stack)(x))
-    side = model.native_size
-    assert Image.open(tmp_path / "vanishing.png").size == (2 * side, rows * side)
+    monkeypatch.setitem(config, "weights", "interpolating")
+    sample.sample_grid(model, {task: dataset}, 2, 0, tmp_path / "grid.png")
+    assert [list(known) for known in seen] == [[], [modality], [modality]]
+    assert all(equal(known[modality], make.get(task, torch.stack)(x)) for known in seen[1:])
     for known in ({}, {"image": torch.zeros(1, 3, side, side)}):
         with pytest.raises(UserError, match=f"--given {modality}"):
             draw_modalities(model, 1, known, steps=2)
@@ -1050,7 +969,7 @@ def test_restoring_on_pixels_keeps_the_others_exactly(pixels, tmp_path):
         assert (restored != given[..., :3]).any(-1)[~opaque].mean() > 0.9
 
 
-def test_folders_reload_and_draw_the_same_and_diffusers_refuses_them(pixels, tmp_path):
+def test_folders_are_rebuilt_and_other_loaders_refuse_them(pixels, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     routed = with_unet(add_routing(UNet.from_pretrained(ASSETS / "tiny")), tmp_path / "routed")
     for name, model in (("x", attached("masked", input="x")),
@@ -1059,14 +978,31 @@ def test_folders_reload_and_draw_the_same_and_diffusers_refuses_them(pixels, tmp
         again = load_model(tmp_path / name)
         assert again.tasks == model.tasks and aggregation.reads_x(again.unet) == (name == "x")
         assert ("routing" in again.unet.config) == (name == "e")
-        a, b = (draw_modalities(m, 1, steps=2) for m in (model, again))
-        assert a.keys() == b.keys() and all(allclose(a[key], b[key], atol=1e-4) for key in a)
+        inputs = (torch.randn(2, again.unet.config["in_channels"], 16, 16), torch.tensor([3, 900]),
+                  torch.randn(2, 7, 128))
+        (out, a), (same, b) = model.unet(*inputs), again.unet(*inputs)
+        assert equal(out, same) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
         with pytest.raises(Exception, match="Joint|Routed"):
             diffusers.DiffusionPipeline.from_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match="Joint"):
+            UNet.from_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match="already"):
+            add_heads(again.unet, {"source": SOURCE}, 4, diffusion())
     merge_folders(tmp_path / "x", [tmp_path / "x"], [0.5], tmp_path / "merged")
     assert load_model(tmp_path / "merged").tasks == load_model(pixels).tasks == ["masked"]
     with pytest.raises(Exception, match="Joint"):
         diffusers.DDPMPipeline.from_pretrained(pixels)
+
+
+def test_a_folder_keeps_the_order_and_the_weights_of_its_modalities(tmp_path):
+    modalities = dict(label=LABEL, source=SOURCE | dict(weights="interpolating", k=0.5))
+    d = diffusion()
+    unet = add_heads(UNet.from_pretrained(ASSETS / "tiny"), modalities, 4, d)
+    write_json(with_unet(unet, tmp_path) / "scheduler" / "scheduler_config.json", d.config)
+    again = load_model(tmp_path).unet
+    assert again.config["aggregation"] == dict(modalities=modalities, channels=4)
+    rows = torch.stack([vanishing(d.alpha_bar), interpolating(d.alpha_bar, 0.5)])
+    assert list(again.heads) == ["label", "source"] and equal(again.heads.process.w[:, 1:], rows)
 
 
 @pytest.fixture(scope="module")
@@ -1077,15 +1013,20 @@ def folders(models, tmp_path_factory):
     return folder
 
 
-def test_the_command_draws_all_modalities_and_describes_them(folders, tmp_path):
+def test_the_command_draws_all_modalities_and_describes_them(folders, tmp_path, monkeypatch):
     out = tmp_path / "out.png"
+    monkeypatch.setattr(sample, "BATCH", 2)  # the third sample is a batch of its own
     example = ASSETS / "examples/sr.png"
-    done = draw("translate", folders / "translate", out, "--num-images", 2,
+    done = draw("translate", folders / "translate", out, "--num-images", 3,
                 given=[f"source={example}"])
     assert done.returncode == 0 and "image, source; given: source=" in done.stdout, done.stderr
-    given = data.on_white(data.open_image(example)).resize((64, 64), Image.BICUBIC)
+    shown = data.on_white(data.open_image(example)).resize((64, 64), Image.BICUBIC)
     drawn = np.asarray(Image.open(out))
-    assert drawn.shape == (128, 128, 3) and (drawn[64:, 64:] == np.asarray(given)).all()
+    assert drawn.shape == (192, 128, 3) and (drawn[128:, 64:] == np.asarray(shown)).all()
+    assert draw("translate", folders / "translate", out, "--seed", 2,
+                given=[f"source={example}"]).returncode == 0
+    alone = np.asarray(Image.open(out), dtype=int)[:, :64]
+    assert np.abs(alone - drawn[128:, :64]).max() <= 3  # its seed is 2
     edit = f"image={ASSETS / 'examples/edit.png'}"
     first, _ = draw("label", folders / "label", out, given=[edit]).stdout.splitlines()
     best = {words.rpartition(" ")[0] for words in first.split(", ")}
@@ -1096,13 +1037,25 @@ def test_the_command_draws_all_modalities_and_describes_them(folders, tmp_path):
     assert "nearest held-out caption: '" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("task, name, number, known, steps", [
+    ("label", "heads.label", math.nan, {"image": torch.zeros(1, 3, 64, 64)}, 1),
+    ("translate", "heads.source", math.nan, {}, 1),
+    ("label", "conv_out", 0.0, {"label": torch.tensor([0])}, 2)])
+def test_weights_that_say_nothing_are_named(task, name, number, known, steps):
+    """Those of a head too, whose word is the label, or becomes a part of z_t."""
+    model = attached(task)
+    for weight in model.unet.get_submodule(name).parameters():
+        weight.data.fill_(number)
+    with pytest.raises(UserError, match="the unet of .*tiny computes"):
+        draw_modalities(model, 1, known, steps=steps)
+
+
 @pytest.mark.parametrize("task, model, given, words", [
     ("label", "label", ["label=cats"], "the classes are activities"),
     ("label", "label", [f"source={ASSETS}/examples/sr.png"], "image or label"),
     ("label", "label", ["label=flags", "label=symbols"], "NAME=VALUE once"),
     ("label", "label", ["label=flags", f"image={ASSETS}/examples/sr.png"], "nothing is left"),
-    ("label", "label", ["flags"], "NAME=VALUE"), ("label", "label", ["label="], "NAME=VALUE"),
-    ("translate", "translate", ["label=flags"], "image or source"),
+    ("label", "label", ["label="], "NAME=VALUE"),
     ("translate", "translate", ["source=nothing.png"], "nothing.png"),
     ("translate", "translate", ["image={}/cut.png"], "cut.png"),
     ("label", "translate", [], "'label'; it knows translate"),
@@ -1121,32 +1074,29 @@ def test_a_masked_picture_has_something_masked_and_the_size_that_is_drawn(pixels
     model = load_model(pixels)
     with pytest.raises(UserError, match="transparent"):
         sample.read_known(model, [f"masked={ASSETS / 'results/routing.png'}"], 1, 32, 32)
-    Image.new("RGBA", (32, 32), (9, 9, 9, 254)).save(tmp_path / "part.png")
-    for path in (ASSETS / "examples/masked.png", tmp_path / "part.png"):
+    picture = tmp_path / "in.png"
+    Image.new("RGBA", (32, 32), (9, 9, 9, 254)).save(picture)
+    for path in (ASSETS / "examples/masked.png", picture):
         known = sample.read_known(model, [f"masked={path}"], 2, 32, 32)
         assert known["masked"].shape == (2, 3, 32, 32) and (known["masked"] == 0).all(1).any()
     out = tmp_path / "out.png"
-    picture = tmp_path / "in.png"
-    for size, options, drawn in ((64, [], "32 x 32"), (24, [], "32 x 32"),
+    for size, options, drawn in ((64, [], "32 x 32"),
                                  (32, ["--width", 40, "--height", 48], "40 x 48")):
         transparent(picture, size)
         done = draw("masked", pixels, out, *options, given=[f"masked={picture}"])
         assert refused(done, f"the picture is {size} x {size} and what is drawn {drawn}")
         assert "--height" in done.stderr and not out.exists()
     transparent(picture, 40)
-    for path, size in ((ASSETS / "examples/masked.png", 32), (picture, 40)):
-        done = draw("masked", pixels, out, "--height", size, "--width", size,
-                    given=[f"masked={path}"])
-        assert done.returncode == 0 and Image.open(out).size == (2 * size, size), done.stderr
+    done = draw("masked", pixels, out, "--height", 40, "--width", 40, given=[f"masked={picture}"])
+    assert done.returncode == 0 and Image.open(out).size == (80, 40), done.stderr
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("translate,masked", "alone"), ("translate,t2i", "alone"), ("t2i --head linear", "--head"),
+    ("translate,masked", "alone"), ("t2i --head linear", "--head"),
     ("translate --head linear", "the heads of translate are image"),
     ("label --input x", "picture beside z_t"), ("label --drop 1", "--drop"),
     ("label --modality-weight -1", "--modality-weight"), ("translate --data x", "--data"),
     ("masked --t-range 0 9", "--t-range"), ("translate --unet adm-tiny", "--unet"),
-    ("label --model scratch --input x", "picture beside z_t"),
     ("repr --model scratch", "text encoder"),
     (f"translate --model {ASSETS / 'tiny-mtu'}", "starts from"),
     ("translate --schedule interpolating", "interpolating")])

@@ -2,18 +2,23 @@
 import functools
 import json
 import multiprocessing.reduction
+import os
 import shutil
+import struct
+import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file
 
 import clip
 import data
 import vae
-from conftest import call
+from conftest import call, full_disk
 from data import ALL, ASSETS, Encoder, Examples, Folder, collate
 from hub import UserError
 from sample import load_model
@@ -74,6 +79,19 @@ def test_a_folder_without_splits_divides_itself(tmp_path):
     assert 0 < len(heldout) < 20
 
 
+def test_of_a_handful_of_pictures_some_train_and_some_are_held_out(tmp_path):
+    """Also where the rule of one name in ten puts all on one side. A picture has one side only."""
+    one_sided = [f"{i}.png" for i in range(200) if data.held_out(f"{i}.png")]
+    for n, names in enumerate((["0.png", "1.png"], one_sided[:3], [f"{i}.png" for i in range(9)])):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        write_folder(folder, [dict(file_name=name, text=text) for name in names for text in "ab"])
+        train, heldout = ([row["file_name"] for row in Folder(folder, "t2i", split, 32).items]
+                          for split in ("train", "heldout"))
+        assert train and heldout and not set(train) & set(heldout)
+        assert sorted(train + heldout) == sorted(names * 2)
+
+
 def test_a_folder_with_some_splits_holds_out_only_those(tmp_path):
     rows = [dict(file_name=f"{i}.png", text="x") for i in range(60)]
     rows[0]["split"] = rows[1]["split"] = "heldout"
@@ -81,13 +99,6 @@ def test_a_folder_with_some_splits_holds_out_only_those(tmp_path):
     heldout = Folder(tmp_path, "t2i", "heldout", 32)
     assert [row["file_name"] for row in heldout.items] == ["0.png", "1.png"]
     assert len(Folder(tmp_path, "t2i", "train", 32)) == 58
-
-
-def test_pictures_are_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a phone held upright
-    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.jpg", exif=exif)
-    assert data.open_image(tmp_path / "a.jpg").size == (10, 20)
 
 
 @pytest.mark.parametrize("content, words", [
@@ -99,32 +110,257 @@ def test_pictures_are_turned_upright(tmp_path):
     ("[1]", "line 1"),
     ('{"file_name": "a.png", "text": 3}', "text"),
     ('{"file_name": "../a.png", "text": "x"}', "outside"),
-    ('{"file_name": "/etc/passwd", "text": "x"}', "outside")])
+    ('{"file_name": "/etc/passwd", "text": "x"}', "outside"),
+    ('{"file_name": "link.png", "text": "x"}', "outside")])
 def test_a_folder_refuses_by_name(tmp_path, content, words):
     data.read_rows.cache_clear()
     (tmp_path / "in").mkdir()
     for folder in (tmp_path, tmp_path / "in"):
         Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "a.png")
     if content is not None:
         (tmp_path / "in" / "metadata.jsonl").write_text(content)
     with pytest.raises(UserError, match=words):
         Folder(tmp_path / "in", "t2i", "train", 32)
 
 
-@pytest.mark.parametrize("damage", ["missing", "text", "cut", "script"])
-def test_a_broken_picture_is_named(tmp_path, damage):
-    write_folder(tmp_path, [dict(file_name="a.png", text="x", split="train")])
-    path = tmp_path / "a.png"
-    if damage == "missing":
-        path.unlink()
-    if damage == "text":
-        path.write_text("no picture")
+# -------------------------------------------------------------------------------------------------
+# Pictures
+
+def noise(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 5, width // 5, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.BICUBIC)
+
+
+def open_in_pillow(path, turn=None):
+    """Pillow's own pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as picture:
+            return np.asarray((turn(picture) if turn else picture).convert("RGBA"))
+
+
+def exif(*entries, data=b""):
+    """An EXIF block: entries of (tag, type, count, four bytes), then what they point to."""
+    packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4) + data
+
+
+def orientation(number):
+    return (0x112, 3, 1, struct.pack("<HH", number, 0))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
+def test_pictures_are_turned_upright(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    for number in range(1, 9):
+        noise(30, 20).save(path, exif=exif(orientation(number)))
+        expected = open_in_pillow(path, ImageOps.exif_transpose)
+        assert expected.shape[:2] == ((20, 30) if number < 5 else (30, 20))
+        assert np.array_equal(data.open_image(path), expected)
+
+
+# Orientation 6 beside values that the standard does not allow, and blocks that are damaged.
+@pytest.mark.parametrize("block, turned", [
+    (exif(orientation(6), (0x11A, 10, 1, b"\x26\0\0\0"), data=struct.pack("<ii", -1, 0)), 1),
+    (exif(orientation(6), (0x128, 2, 4, b"two\0")), 1),
+    (exif((0x100, 2, 4, b"abc\0"), orientation(6)), 1),
+    (exif(orientation(6), (0x11A, 10, 1, struct.pack("<I", 9999))), 1),
+    (exif((0x112, 2, 2, b"6\0\0\0")), 0),
+    (exif(orientation(6))[:20], 0),
+    (b"Exif\0\0" + bytes(range(30)), 0)])
+def test_odd_metadata_do_no_harm(tmp_path, block, turned):
+    for ending in ("jpg", "png", "webp"):
+        path = tmp_path / f"a.{ending}"
+        noise(30, 20).save(path, exif=block)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Pillow's remarks would stand beside our output
+            found = data.open_image(path)
+        turn = (lambda picture: picture.transpose(Image.Transpose.ROTATE_270)) if turned else None
+        assert np.array_equal(found, open_in_pillow(path, turn))
+
+
+def test_every_kind_of_pixel_has_its_right_value(tmp_path):
+    rgb = noise(30, 20)
+    frames = [noise(30, 20), Image.new("RGB", (30, 20), "red")]
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    rgb.convert("L").save(tmp_path / "grey.jpg")
+    rgb.quantize(9).save(tmp_path / "palette.png", transparency=bytes([0, 99, 255]))
+    rgb.quantize(9).save(tmp_path / "palette.gif", transparency=3)
+    rgb.convert("LA").save(tmp_path / "alpha.png")
+    rgb.convert("1").save(tmp_path / "bits.tiff")
+    rgb.save(tmp_path / "key.png", transparency=rgb.getpixel((0, 0)))
+    for ending in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / f"moving.{ending}", save_all=True, append_images=frames[1:])
+    for path in tmp_path.iterdir():
+        assert np.array_equal(data.open_image(path), open_in_pillow(path)), path.name
+    deep = np.arange(600).reshape(20, 30) * 109
+    for name in ("deep.png", "deep.tiff", "deep.ppm"):
+        Image.fromarray(deep.astype(np.uint16)).save(tmp_path / name)
+        red = np.asarray(data.open_image(tmp_path / name))[:, :, 0]
+        assert np.array_equal(red, deep // 256), name
+
+
+def break_picture(path, damage):
+    """Damage the picture at `path`, which is a JPEG by its content."""
+    content = path.read_bytes()
+    path.unlink()
     if damage == "cut":
-        path.write_bytes(path.read_bytes()[:60])
-    if damage == "script":
+        path.write_bytes(content[:len(content) * 2 // 3])
+    elif damage == "header":
+        path.write_bytes(content[:60])
+    elif damage == "text":
+        path.write_text("no picture")
+    elif damage == "script":
         path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # PostScript
-    with pytest.raises(UserError, match="a.png"):
-        data.open_image(path)
+    elif damage == "format":
+        Image.new("RGB", (8, 8)).save(path, format="PCX")  # one of those that are not meant
+    elif damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "float":
+        Image.new("F", (8, 8)).save(path, format="TIFF")
+    elif damage == "large":
+        # 13,000 x 13,000 grey pixels: the header of a PNG is enough.
+        header = struct.pack(">IIBBBBB", 13_000, 13_000, 8, 0, 0, 0, 0)
+        chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b""))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in chunks))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "header", "text", "script", "format", "pipe",
+                                    "float", "large"])
+def test_a_broken_picture_is_named(tmp_path, damage):
+    noise(64, 64).save(tmp_path / "a.jpg")
+    break_picture(tmp_path / "a.jpg", damage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match="a.jpg") as error:
+            data.open_image(tmp_path / "a.jpg")
+    assert ("pixels" in str(error.value)) == (damage in ("large", "float"))
+
+
+def test_whatever_pillow_raises_names_the_file(tmp_path, monkeypatch):
+    noise(10, 10).save(tmp_path / "a.png")
+    for kind in (struct.error, SyntaxError, KeyError, TypeError, ZeroDivisionError, EOFError):
+        def fail(*args, **options):
+            raise kind("odd")
+        monkeypatch.setattr(Image, "open", fail)
+        with pytest.raises(UserError, match="a.png.*odd"):
+            data.open_image(tmp_path / "a.png")
+
+
+def test_large_jpegs_are_reduced_while_they_are_decoded(tmp_path):
+    """Within a grey level or two of what decoding them whole would give."""
+    picture = noise(500, 400).filter(ImageFilter.GaussianBlur(3))
+    picture.save(tmp_path / "a.jpg", quality=95)
+    assert data.open_image(tmp_path / "a.jpg").size == (500, 400)
+    assert data.open_image(tmp_path / "a.jpg", 40).size == (125, 100)
+    square = np.asarray(data.open_square(tmp_path / "a.jpg", 40), dtype=float)
+    whole = picture.crop((50, 0, 450, 400)).resize((40, 40), Image.LANCZOS)
+    assert abs(square - np.asarray(whole)).mean() < 1
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures that are missing or broken
+
+def read_record(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_missing_pictures_are_left_out_and_named_up_to_one_percent(tmp_path, capsys, monkeypatch):
+    rows = [pair(i, "heldout" if i < 9 else "train") for i in range(200)]
+    write_folder(tmp_path, rows, size=(4, 4))
+    (tmp_path / "s20.png").unlink()
+    (tmp_path / "50.png").write_text("no picture")
+    record = tmp_path / "run" / "skipped.jsonl"
+    for _ in range(2):  # a run, and the same run resumed
+        data.report_broken.cache_clear()
+        datasets = [data.open_dataset(task, "train", 8, tmp_path) for task in ("edit", "t2i")]
+        assert [len(dataset) for dataset in datasets] == [189, 189]
+        data.record_skipped([*datasets, data.builtin("t2i", "train")], record)
+    names = [str(tmp_path / name) for name in ("s20.png", "50.png")]
+    assert sorted(row["file_name"] for row in read_record(record)) == sorted(names)
+    assert all(row["file_name"] in row["reason"] for row in read_record(record))
+    assert capsys.readouterr().err.count("left out: ") == 1
+
+    # Of very many, only some headers are read, but every name is looked for.
+    monkeypatch.setattr(data, "MAX_HEADERS", 9)
+    data.read_rows.cache_clear()
+    assert [*data.read_rows(tmp_path)[1]] == [tmp_path / "s20.png"]
+    for name in ("60.png", "61.png"):
+        (tmp_path / name).unlink()
+    data.read_rows.cache_clear()
+    with pytest.raises(UserError, match="3 of 200 .*more than 1%.*no picture at .*s20.png"):
+        data.open_dataset("sr", "train", 8, tmp_path)
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """Twelve examples to train on. Headers are fine, but 3, the source of 4, and 11 are cut."""
+    rows = [pair(i) for i in range(12)] + [pair(12, "heldout")]
+    write_folder(tmp_path, rows)
+    for row in rows:
+        for key in ("file_name", "source_file_name"):
+            noise(40, 40).rotate(20 * len(row["text"]) + int(row["text"][7:])).save(
+                tmp_path / row[key], format="JPEG")
+    for name in ("3.png", "s4.png", "11.png"):
+        break_picture(tmp_path / name, "cut")
+    data.read_rows.cache_clear()
+    data.report_broken.cache_clear()
+    return tmp_path
+
+
+def equal(a, b):
+    return all(torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
+               for key in a)
+
+
+def test_a_picture_that_turns_out_broken_is_replaced_by_the_next_good_one(broken_folder, capsys):
+    for task, number, replacement in (("edit", 3, 5), ("sr", 3, 4), ("edit", 11, 0),
+                                      ("masked", 11, 0), ("label", 3, 4)):
+        dataset = Folder(broken_folder, task, "train", 32)
+        for _ in range(2):
+            a, b = (dataset.get(i, np.random.default_rng(0)) for i in (number, replacement))
+            assert equal(a, b)
+    reports = capsys.readouterr().err.strip().splitlines()
+    assert len(reports) == 3 and all("left out: " in report for report in reports)
+    for i in range(12):
+        break_picture(broken_folder / f"{i}.png", "text")
+    with pytest.raises(UserError, match="in a row"):
+        dataset[0]
+
+
+def test_worker_processes_record_what_they_replace(broken_folder):
+    """Each picture once, in whole lines, whoever meets it first and however often."""
+    dataset = Folder(broken_folder, "edit", "train", 32)
+    record = broken_folder / "run" / "skipped.jsonl"
+    data.record_skipped([dataset], record)
+    assert not record.exists()
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[[3], [11, 3], [4], [4, 11]],
+                                         collate_fn=list, num_workers=2)
+    batches = list(loader)
+    assert equal(batches[0][0], dataset[5]) and equal(batches[3][1], dataset[0])
+    rows = read_record(record)
+    assert sorted(Path(row["file_name"]).name for row in rows) == ["11.png", "3.png", "4.png"]
+    assert "s4.png" in next(row["reason"] for row in rows if row["file_name"].endswith("/4.png"))
+    with full_disk(record.stat().st_size), pytest.raises(UserError, match="skipped.jsonl cannot"):
+        data.report_broken(record, (("another.png", "reason"),))
+
+
+def test_check_decodes_everything(broken_folder):
+    done = call("data.py", "check", "--data", broken_folder)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "3 of 26 pictures" in done.stderr
+    lines = done.stdout.splitlines()
+    assert "edit: 12 train, 1 held out" in lines and "label: 12 train, 1 held out" in lines
+    bad = [line for line in lines if "is not a picture that can be read (" in line]
+    assert len(bad) == 3 and "s4.png" in "".join(bad)
+    write_folder(broken_folder, [pair(0), pair(1, "heldout")])
+    done = call("data.py", "check", "--data", broken_folder)
+    assert done.returncode == 0 and not done.stderr and "all 4 pictures" in done.stdout
+    done = call("data.py", "check", "--data", broken_folder / "run")
+    assert done.returncode == 2 and "serves none" in done.stderr
 
 
 def test_unknown_task_and_split():

@@ -1,5 +1,9 @@
 """diffusion.py beside diffusers' schedulers, the papers' formulas and its own algebra."""
+import dataclasses
+import importlib
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +12,11 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import diffusion
-from diffusion import (SAMPLERS, STEPPING, Diffusion, UncertaintyWeight, ddim, guide, partway,
-                       randn, seeded)
+from diffusion import (CORRECTIONS, SAMPLERS, STEPPING, Diffusion, UncertaintyWeight, ddim, guide,
+                       partway, randn, seeded)
+from conftest import ROOT
 from hub import UserError
+from sample import generate, load_model
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", trained_betas=None)
 SD = dict(BETAS, num_train_timesteps=1000, clip_sample=False, set_alpha_to_one=False,
@@ -62,7 +68,11 @@ def theirs(scheduler, x, timesteps, model=network, **options):
         step = scheduler.step(model(inputs[-1], t.expand(2)), t, x, **options)
         x0s.append(getattr(step, "pred_original_sample", None))
         x = step.prev_sample
-    return list(zip(timesteps.tolist(), inputs[1:] + [x], x0s))
+    steps = list(zip(timesteps.tolist(), inputs[1:] + [x], x0s))
+    if type(scheduler).__name__ == "PNDMScheduler" and len(steps) > 1:
+        # It makes its first step twice, and only the second attempt counts.
+        steps[:2] = [(steps[0][0], *steps[1][1:])]
+    return steps
 
 
 def ours(sampler, d, x, steps, model=network, **options):
@@ -133,32 +143,132 @@ def test_absent_keys_take_the_defaults_of_the_class(diffusers, name):
     assert Diffusion.from_config({**scheduler.config, "_class_name": name}).config == d.config
 
 
-# Scheduler files of released models, with keys that an older class left behind.
-XL = dict(SD, interpolation_type="linear", prediction_type="epsilon", sample_max_value=1.0,
-          timestep_spacing="leading", use_karras_sigmas=False)
+# Scheduler files of released models, with keys that older classes left behind: the class, the file,
+# and what our samplers lack for it, or None if they draw diffusers' picture.
+EPS = dict(prediction_type="epsilon")
+XL = dict(SD, **EPS, interpolation_type="linear", sample_max_value=1.0, use_karras_sigmas=False,
+          timestep_spacing="leading")
 DPM = dict(BETAS, algorithm_type="dpmsolver++", dynamic_thresholding_ratio=0.995, solver_order=2,
            lambda_min_clipped=-np.inf, lower_order_final=True, sample_max_value=1.0, steps_offset=1,
            solver_type="midpoint", thresholding=False, use_karras_sigmas=True, variance_type=None)
+PLAIN_DPM = dict(DPM, use_karras_sigmas=False)
+TRAILING = dict(timestep_spacing="trailing")
+FIRST = dict(BETAS, num_train_timesteps=1000, timestep_values=None, tensor_format="pt")
+RELEASED = {
+    "sd-v1-1 as first released": ("pndm", dict(FIRST, skip_prk_steps=True), None),
+    "sd-image-variations": ("pndm", dict(BETAS, skip_prk_steps=True), None),
+    "stable-diffusion-v1-5": ("pndm", SD, None),
+    "stable-diffusion-2-1-base": ("pndm", dict(SD, **EPS, timestep_spacing="leading"), None),
+    "saved from a DDIM that clips": ("pndm", dict(SD, clip_sample=True, steps_offset=0), None),
+    "pndm, trailing": ("pndm", dict(SD, **TRAILING), None),
+    "pndm, linspace": ("pndm", dict(SD, timestep_spacing="linspace"), None),
+    "pndm, v": ("pndm", dict(SD, **V), None),
+    "pndm with its warm-up": ("pndm", FIRST, "skip_prk_steps = False"),
+    "the first DDIM files": ("ddim", dict(FIRST, clip_sample=True), None),
+    "stable-diffusion-inpainting": ("ddim", SD, None),
+    "stable-diffusion-2-1": ("ddim", dict(SD, **V), None),
+    "v and zero SNR": ("ddim", dict(SD, **ZERO_SNR, **TRAILING), None),
+    "DreamBooth": (
+        "ddpm", dict(SD, clip_sample_range=1.0, variance_type="fixed_small"), None),
+    "ddpm, predict_epsilon": ("ddpm", dict(FIRST, clip_sample=True, predict_epsilon=True), None),
+    "ddpm, large variance": ("ddpm", dict(SD, variance_type="fixed_large"), None),
+    "ddpm, large variance, trailing": (
+        "ddpm", dict(SD, variance_type="fixed_large", **TRAILING), None),
+    "stable-diffusion-xl-base-1.0": ("euler", XL, None),
+    "sd-turbo": ("euler", dict(BETAS, **EPS, **TRAILING, steps_offset=1, sigma_max=None,
+                               sigma_min=None, timestep_type="discrete", final_sigmas_type="zero",
+                               rescale_betas_zero_snr=False, use_karras_sigmas=False), None),
+    "euler, v and zero SNR": ("euler", dict(XL, **TRAILING) | ZERO_SNR, None),
+    "euler, karras": ("euler", dict(XL, use_karras_sigmas=True), None),
+    "euler, nothing but betas": ("euler", BETAS, None),
+    "euler that stops early": ("euler", dict(XL, final_sigmas_type="sigma_min"),
+                               "final_sigmas_type = 'sigma_min'"),
+    "sdxl-turbo": ("euler-a", dict(XL, **TRAILING), None),
+    "instruct-pix2pix": ("euler-a", dict(SD, **EPS), None),
+    "euler-a, v": ("euler-a", dict(SD, **V, timestep_spacing="linspace"), None),
+    "dpm++, karras": ("dpm++", DPM, None),
+    "dpm++": ("dpm++", PLAIN_DPM, None),
+    "dpm++, euler_at_final": (
+        "dpm++", dict(PLAIN_DPM, euler_at_final=True, lower_order_final=False), None),
+    "dpm++, v and trailing": ("dpm++", dict(PLAIN_DPM, **V, **TRAILING), None),
+    "dpm++ after UniPC": (
+        "dpm++", dict(PLAIN_DPM, solver_type="bh2", predict_x0=True, disable_corrector=[]), None),
+    "dpm++, stochastic": ("dpm++", dict(PLAIN_DPM, algorithm_type="sde-dpmsolver++"),
+                          "algorithm_type = 'sde-dpmsolver++'"),
+    "dpm++ that stops early": ("dpm++", dict(PLAIN_DPM, final_sigmas_type="sigma_min"),
+                               "final_sigmas_type = 'sigma_min'"),
+    "dpm++ of first order": ("dpm++", dict(PLAIN_DPM, solver_order=1), "solver_order = 1"),
+    "dpm++ of third order": ("dpm++", dict(PLAIN_DPM, solver_order=3), "solver_order = 3"),
+    "waifu-diffusion": ("LMSDiscreteScheduler", FIRST, "LMSDiscreteScheduler"),
+    "stable-diffusion-2-1 for Flax": ("FlaxDDIMScheduler", dict(SD, **V), "FlaxDDIMScheduler"),
+    "UniPC": ("UniPCMultistepScheduler", BETAS, "UniPCMultistepScheduler"),
+    "LCM": ("LCMScheduler", dict(SD, timestep_scaling=10.0), "LCMScheduler"),
+}
 
 
-@pytest.mark.parametrize("sampler, file", [
-    ("pndm", SD),  # stable-diffusion-v1-5
-    ("pndm", dict(BETAS, skip_prk_steps=True)),  # sd-image-variations
-    ("ddim", SD),  # stable-diffusion-inpainting
-    ("ddim", dict(SD, **V)),  # stable-diffusion-2-1
-    ("ddpm", dict(SD, clip_sample_range=1.0, variance_type="fixed_small")),  # DreamBooth
-    ("ddpm", dict(beta_end=0.02, beta_schedule="linear", clip_sample=True)),  # ddpm-butterflies
-    ("euler", XL),
-    ("euler-a", dict(SD, prediction_type="epsilon")),  # instruct-pix2pix
-    ("euler-a", dict(XL, timestep_spacing="trailing")),  # sdxl-turbo
-    ("dpm++-karras", DPM)])
-def test_files_of_released_models_draw_as_in_diffusers(diffusers, sampler, file):
-    d = Diffusion.from_config({**file, "_class_name": class_of(sampler)})
-    if sampler == "pndm":  # by DDIM, with PNDM's defaults
-        file = dict(clip_sample=False, set_alpha_to_one=False) | file
-        sampler = "ddim"
-    assert d.sampler == sampler
-    assert_alike(sampler, d, getattr(diffusers, class_of(sampler)).from_config(file))
+@pytest.mark.parametrize("model", RELEASED)
+def test_files_of_released_models_draw_as_in_diffusers(diffusers, model):
+    sampler, file, missing = RELEASED[model]
+    name = CLASSES.get(sampler, sampler)
+    d = Diffusion.from_config({**file, "_class_name": name})
+    assert d.missing == (missing or "") and bool(d.sampler) != bool(missing)
+    if not missing:
+        sampler += "-karras" if file.get("use_karras_sigmas") else ""
+        assert d.sampler == sampler
+        tolerance = 2e-4 if file.get("rescale_betas_zero_snr") else 1e-5    # sigma starts at 4096
+        assert_alike(sampler, d, getattr(diffusers, name).from_config(file), tolerance=tolerance)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The miniature, here and in diffusers, and what to set for it to predict the noise."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = ROOT / "assets" / "tiny"
+    model = load_model(folder)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    alpha_bar = make().alpha_bar.numpy()
+    eps = [False]
+
+    def predict_eps(module, args, out):
+        """Turn the network's v into eps, or a file that says epsilon would draw noise."""
+        if not eps[0]:
+            return out
+        x, t = args[:2]
+        level = torch.tensor(np.interp(t.reshape(-1)[:1], np.arange(1000), alpha_bar)).float()
+        v = out if torch.is_tensor(out) else out[0]
+        v = level.sqrt() * v + (1 - level).sqrt() * x
+        return v if torch.is_tensor(out) else (v,)
+
+    for network in (model.unet, pipe.unet):
+        network.register_forward_hook(predict_eps)
+    return model, pipe, eps
+
+
+SLOW = RELEASED.keys() - {"sd-v1-1 as first released", "stable-diffusion-v1-5", "sdxl-turbo",
+                          "stable-diffusion-2-1", "stable-diffusion-xl-base-1.0", "dpm++, karras"}
+DRAWN = [pytest.param(model, marks=pytest.mark.slow) if model in SLOW else model
+         for model, (_, _, missing) in RELEASED.items() if not missing]
+
+
+@pytest.mark.parametrize("model", DRAWN)
+@pytest.mark.filterwarnings("ignore")
+def test_released_models_draw_the_picture_of_diffusers_pipeline(diffusers, tiny, model):
+    sampler, file, _ = RELEASED[model]
+    ours, pipe, eps = tiny
+    eps[0] = file.get("prediction_type") != "v_prediction"
+    scheduler = {**file, "_class_name": CLASSES[sampler], **CORRECTIONS["StableDiffusionPipeline"]}
+    ours = dataclasses.replace(ours, scheduler=scheduler)
+    scheduler = getattr(diffusers, CLASSES[sampler]).from_config(file)
+    pipe = diffusers.StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler},
+                                             requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    for steps in (1, 2, 5, 20) if model in SLOW else (1, 2, 5):
+        theirs = pipe("red apple, google style", num_inference_steps=steps, guidance_scale=3.0,
+                      generator=torch.Generator().manual_seed(3)).images[0]
+        picture = generate(ours, "t2i", "red apple, google style", guidance=3.0, steps=steps,
+                           seed=3)[0]
+        difference = np.subtract(picture, theirs, dtype=int)
+        assert abs(difference).max() <= 1, steps
 
 
 @pytest.mark.parametrize("name", ["UniPCMultistep", "DEISMultistep", "DPMSolverSinglestep", "TCD",
@@ -172,25 +282,70 @@ def test_of_a_class_that_is_not_implemented_the_process_counts(diffusers, name):
     assert_alike("ddim", d, scheduler)
 
 
+@pytest.mark.parametrize("name", CLASSES.values())
+def test_every_key_that_counts_in_diffusers_counts_here(diffusers, name):
+    """A new key of a later version has to be thought about."""
+    keys = inspect.signature(getattr(diffusers, name)).parameters.keys()
+    # Of thresholding and of flows, which are refused; and of DPM++'s last step, which ends at
+    # sigma = 0 and so is of first order in any case.
+    idle = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type",
+            "use_dynamic_shifting", "lower_order_final", "euler_at_final"}
+    assert keys <= {*diffusion.DEFAULTS, *diffusion.PROCESS, *STEPPING, *idle}
+
+
 @pytest.mark.parametrize("key", STEPPING)
 def test_of_another_way_of_stepping_the_process_counts(key):
     file = dict(DPM, _class_name="DPMSolverMultistepScheduler")
-    other = Diffusion.from_config({**file, key: 1})
+    other = Diffusion.from_config({**file, key: "other"})
     assert other.sampler is None and torch.equal(other.alpha_bar, make().alpha_bar)
+    assert other.missing == f"{key} = 'other'"
     as_text = Diffusion.from_config({**file, "lambda_min_clipped": "-Infinity"})
     assert as_text.sampler == "dpm++-karras"
 
 
-@pytest.mark.parametrize("pipeline", ["", "Img2Img", "Inpaint", "InstructPix2Pix", "XL"])
-def test_old_files_are_corrected_as_by_diffusers_pipelines(diffusers, pipeline):
-    kind = getattr(diffusers, f"StableDiffusion{pipeline}Pipeline")
+QUICK = ["StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLPipeline",
+         "StableDiffusionInstructPix2PixPipeline"]
+REST = sorted(CORRECTIONS.keys() - {*QUICK, "DDIMPipeline"})
+
+
+@pytest.mark.parametrize("name", QUICK + [pytest.param(x, marks=pytest.mark.slow) for x in REST])
+@pytest.mark.filterwarnings("ignore")
+def test_old_files_are_corrected_as_by_diffusers_pipelines(diffusers, name):
+    """What a constructor changes in the scheduler's config stands in CORRECTIONS."""
+    rooms = ["deprecated.stable_diffusion_safe", "deprecated.stable_diffusion_variants",
+             "deprecated.alt_diffusion"]
+    rooms = [importlib.import_module(f"diffusers.pipelines.{room}") for room in rooms]
+    kind = next(getattr(room, name) for room in (diffusers, *rooms) if hasattr(room, name))
     parts = dict.fromkeys(kind._get_signature_keys(kind)[0])
-    for file in ({}, dict(clip_sample=True, steps_offset=3)):
-        parts["scheduler"] = diffusers.DDIMScheduler(**file)
-        expected = kind(**parts).scheduler.config
-        config = Diffusion.from_config(file, kind.__name__).config
-        for key in ("clip_sample", "steps_offset"):
-            assert config[key] == expected[key], key
+    changes = CORRECTIONS.get(name, {})
+    for file in ({}, dict(clip_sample=True, steps_offset=3), dict(steps_offset=1)):
+        for scheduler in (diffusers.DDIMScheduler(**file), diffusers.PNDMScheduler()):
+            before = dict(scheduler.config)
+            after = kind(**parts | dict(scheduler=scheduler)).scheduler.config
+            expected = {**before, **{key: changes[key] for key in changes if key in before}}
+            assert {key: after[key] for key in before} == expected
+
+
+def test_no_other_pipeline_of_diffusers_corrects_a_scheduler(diffusers):
+    """By their source. ONNX's and LEDITS++'s folders hold no weights of ours."""
+    found = set()
+    for file in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+        classes = re.split(r"^class (\w+)", file.read_text(), flags=re.M)[1:]
+        for name, body in zip(classes[::2], classes[1::2]):
+            keys = re.findall(r'new_config\["(\w+)"\]', body)
+            if {"steps_offset", "clip_sample", "skip_prk_steps"} & {*keys}:
+                found.add(name)
+    found = {name for name in found if not name.startswith(("Onnx", "LEdits"))}
+    assert found == CORRECTIONS.keys() - {"DDIMPipeline"}
+
+
+def test_on_pixels_ddims_pipeline_always_steps_by_ddim(diffusers):
+    scheduler = diffusers.DDPMScheduler(beta_end=0.01)
+    expected = diffusers.DDIMPipeline(None, scheduler).scheduler.config
+    file = {**scheduler.config, "_class_name": "DDPMScheduler", **CORRECTIONS["DDIMPipeline"]}
+    d = Diffusion.from_config(file)
+    assert d.sampler == "ddim"
+    assert all(d.config[key] == value for key, value in expected.items() if key in d.config)
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -393,9 +548,10 @@ CASES = [("ddim", extra | prediction, eta) for eta in (0.0, 0.5, 1.0) for predic
 CASES += [("ddim", ZERO_SNR, eta) for eta in (0.0, 0.5, 1.0)]
 CASES += [(sampler, extra, None) for sampler in list(SAMPLERS)[1:]
           for extra in ({}, V, COSINE, dict(steps_offset=0), ZERO_SNR)]
-# diffusers is wrong there: it takes the root of a rounding error below 0, it divides by zero, and
-# it loses count where two steps share a timestep.
-BROKEN = [("ddim", ZERO_SNR, 1.0), ("ddpm", ZERO_SNR, None), ("dpm++-karras", COSINE, None)]
+# diffusers is wrong there: it takes the root of a rounding error below 0, it divides by zero, it
+# loses count where two steps share a timestep, and its PNDM passes over rescale_betas_zero_snr.
+BROKEN = [("ddim", ZERO_SNR, 1.0), ("ddpm", ZERO_SNR, None), ("dpm++-karras", COSINE, None),
+          ("pndm", ZERO_SNR, None)]
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -443,7 +599,9 @@ def test_starting_from_a_picture_equals_diffusers(diffusers, sampler, strength, 
 def test_every_sampler_returns_x0_from_the_true_noise(sampler, changes, spacing):
     x0, noise = batch(2, 4, 8, 8)
     d = make(set_alpha_to_one=True, timestep_spacing=spacing, **changes)
-    x, start = partway(d, x0, noise, 20, 1.0, sampler)
+    # PNDM's sums of several outputs are exact only for many steps, unless all are the same eps.
+    steps = 200 if sampler == "pndm" else 20
+    x, start = partway(d, x0, noise, steps, 1.0, sampler)
     sigmas = (1 / d.alpha_bar - 1).sqrt().numpy()
 
     def oracle(x, t):
@@ -452,11 +610,12 @@ def test_every_sampler_returns_x0_from_the_true_noise(sampler, changes, spacing)
         eps = (x - signal * x0) / (signal * sigma)
         return signal * eps - signal * sigma * x0 if changes else eps
     for options in [{}, dict(eta=1.0)] if sampler == "ddim" else [{}]:
-        seen = ours(sampler, d, x, 20, oracle, start=start, **options)
+        seen = ours(sampler, d, x, steps, oracle, start=start, **options)
         # Karras's timesteps are rounded, or interpolated in log sigma: t does not tell all.
-        assert torch.allclose(seen[-1][1], x0, atol=0.05 if "karras" in sampler else 2e-3)
+        tolerance = 0.05 if "karras" in sampler else 5e-3 if sampler == "pndm" else 2e-3
+        assert torch.allclose(seen[-1][1], x0, atol=tolerance)
         t = [step[0] for step in seen]
-        assert len(t) == 20 and t == sorted(t, reverse=True)
+        assert len(t) == steps and t == sorted(t, reverse=True)
 
 
 def test_ddim_with_eta_zero_draws_nothing_and_keeps_no_graph():

@@ -1,18 +1,23 @@
-"""hub.py: files that are whole or not there, checkpoints, mistakes. More of models: test_unet.py."""
+"""hub.py: files that are whole or not there, the hub, checkpoints, and mistakes."""
 import io
+import json
+import multiprocessing
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from PIL import Image
 from conftest import full_disk
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import hub
-from hub import UserError, load_state, read_scalars, replacing, save_state, write_json
+from hub import UserError, append_line, load_state, read_scalars, replacing, save_state, write_json
 
 
 def files(folder):
@@ -70,6 +75,62 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "state.safetensors" / "a.json", 1)
+
+
+def test_a_full_disk_leaves_no_empty_picture_and_no_half_line(tmp_path):
+    noise = Image.effect_noise((64, 64), 99)
+    for kind in ("png", "gif"):
+        with full_disk(100), pytest.raises(UserError, match=f"a.{kind} cannot be written"):
+            with replacing(tmp_path / f"a.{kind}") as beside:
+                noise.save(beside, format=kind)
+    assert not files(tmp_path)
+    log = tmp_path / "log.jsonl"
+    with full_disk(10), pytest.raises(UserError, match="log.jsonl cannot be written .File too la"):
+        append_line(log, {"step": "1" * 50})
+    assert not files(tmp_path)
+    append_line(log, {"step": 1})
+    append_line(log, {"step": 2})
+    with full_disk(30), pytest.raises(UserError, match="log.jsonl cannot be written"):
+        append_line(log, {"step": 3})
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
+
+
+def hold(folder, workers):
+    with hub.lock(folder):
+        worker = os.fork()
+        if worker:
+            workers.put(worker)
+        time.sleep(60)
+
+
+def test_a_run_folder_is_held_until_its_process_is_gone(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    workers = context.Queue()
+    process = context.Process(target=hold, args=(tmp_path / "run", workers))
+    process.start()
+    worker = workers.get(timeout=20)
+    with pytest.raises(UserError, match="another process trains into .*run; wait"):
+        with hub.lock(tmp_path / "run"):
+            raise AssertionError
+    with hub.lock(tmp_path / "other"):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")  # of another process of the same run: the first holds the folder
+        with hub.lock(tmp_path / "run"):
+            pass
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "fcntl", None)  # Windows
+        with hub.lock(tmp_path / "run"):
+            pass
+    process.kill()
+    process.join()
+    try:
+        for _ in range(2):
+            # A worker of a DataLoader outlives its killed parent for a while, without the lock.
+            with hub.lock(tmp_path / "run"):
+                os.kill(worker, 0)
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 # ---- checkpoints ----
@@ -142,10 +203,18 @@ def test_whatever_goes_wrong_with_a_file_is_blamed_on_it_but_for_our_own_words()
         words = r"^a.json does not hold what it should \(\w+: .*\)$"
         with pytest.raises(UserError, match=words), hub.blaming("a.json"):
             wrong()
-    with pytest.raises(UserError, match="^ours$"), hub.blaming("a.json"):
-        raise UserError("ours")
+    for ours, shown in [("ours", "a.json: ours"), ("ours in a.json", "ours in a.json")]:
+        with pytest.raises(UserError, match=f"^{shown}$"), hub.blaming("a.json"):
+            raise UserError(ours)
     with pytest.raises(KeyboardInterrupt), hub.blaming("a.json"):
         raise KeyboardInterrupt
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
@@ -155,7 +224,156 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
             hub.fetch(name, "unet")
     with pytest.raises(UserError, match="has no folder unet/"):
         hub.fetch(tmp_path, "unet")
-    assert hub.fetch(tmp_path, "") == tmp_path
+    with pytest.raises(UserError, match="has no model_index.json"):
+        hub.fetch(tmp_path, "")
+    folder = touch(tmp_path / "owner" / "name@v1", "model_index.json", "unet/config.json")
+    assert hub.fetch(folder, "") == folder and hub.fetch(folder, "unet") == folder / "unet"
+
+
+@pytest.mark.parametrize("names, words", [
+    (["model_index.json", "transformer/config.json", "vae/config.json"], "is a transformer"),
+    (["pytorch_lora_weights.safetensors", "README.md"], "LoRA.*fuse_lora.*save_pretrained"),
+    (["v1-5-pruned.safetensors", "v1-inference.yaml"], "single file.*from_single_file.*save_pret"),
+    (["v1-5-pruned.ckpt"], "single file.*from_single_file.*save_pretrained"),
+    (["notes.txt"], "not a model in the Hugging Face layout")])
+def test_what_lies_in_another_folder_is_said(names, words, tmp_path, monkeypatch):
+    touch(tmp_path, *names)
+    for subfolder in ("unet", "" if "model_index.json" not in names else "unet"):
+        with pytest.raises(UserError, match=f"{tmp_path} has no .*{words}"):
+            hub.fetch(tmp_path, subfolder)
+        serve(monkeypatch, names, tmp_path / "cache")
+        with pytest.raises(UserError, match=f"owner/name has no .*{words}"):
+            hub.fetch("owner/name", subfolder)
+
+
+def test_what_a_single_file_is_is_said(tmp_path):
+    for key, words in [("model.diffusion_model.out.2.bias", "single file.*from_single_file"),
+                       ("lora_unet_mid_block.lora_up.weight", "LoRA.*fuse_lora")]:
+        save_file({key: torch.ones(1)}, tmp_path / "style.safetensors")
+        with pytest.raises(UserError, match=f"no model folder at .*style.safetensors.*{words}"):
+            hub.fetch(tmp_path / "style.safetensors", "unet")
+    with pytest.raises(UserError, match="no model folder at .*old.ckpt.*from_single_file"):
+        hub.fetch(touch(tmp_path, "old.ckpt") / "old.ckpt", "")
+
+
+def test_sdxls_refiner_is_named_and_a_lora_beside_a_model_is_ignored_with_a_word(tmp_path, capsys):
+    touch(tmp_path, "model_index.json", "unet/config.json", "text_encoder_2/config.json")
+    with pytest.raises(UserError, match="has no folder text_encoder/: it is SDXL's refiner"):
+        hub.fetch(tmp_path, "text_encoder")
+    touch(tmp_path, "text_encoder/config.json", "pytorch_lora_weights.safetensors")
+    for part in ("", "unet", "text_encoder", "unet"):
+        hub.fetch(tmp_path, part)
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: the LoRA pytorch_lora_weights.safetensors is ignored, only the model "
+        "itself is loaded\n")
+    with pytest.raises(UserError, match="no folder tokenizer/: it is not a model in"):
+        hub.fetch(tmp_path, "tokenizer")
+
+
+def test_weights_of_another_kind_are_listed(tmp_path):
+    touch(tmp_path, "config.json", "diffusion_pytorch_model.non_ema.safetensors", "model.bin")
+    with pytest.raises(UserError, match="no weights in .*found diffusion_pytorch_model.non_ema.saf"
+                                        "etensors, model.bin. .*save_pretrained"):
+        hub.weight_files(tmp_path)
+
+
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match="config.json cannot be read .it is no regular file"):
+        hub.read_json(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no weights in"):
+        hub.weight_files(tmp_path)
+    write_json(tmp_path / "model.safetensors.index.json", dict(weight_map=dict(a="fifo")))
+    os.mkfifo(tmp_path / "fifo")
+    (file,) = hub.weight_files(tmp_path)
+    with pytest.raises(UserError, match="no file .*fifo"), hub.open_weights(file):
+        pass
+
+
+# ---- the hub ----
+
+def serve(monkeypatch, names, cache, revision=None):
+    """Let a stand-in for the hub hold the named files; an index lists the shards of its kind."""
+    import huggingface_hub
+
+    def list_repo_files(repository, revision):
+        assert (repository, revision) == ("owner/name", wanted)
+        return list(names)
+
+    def snapshot_download(repository, revision, allow_patterns, local_files_only=False):
+        assert (repository, revision) == ("owner/name", wanted)
+        if local_files_only and not cache.is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache\nat all")
+        here = [] if local_files_only else names
+        cache.mkdir(exist_ok=True)
+        for name in huggingface_hub.utils.filter_repo_objects(here, allow_patterns=allow_patterns):
+            touch(cache, name)
+            if ".index." in name:
+                half = "fp16" in name
+                shards = [n.rpartition("/")[2] for n in names
+                          if "-of-" in n and ("fp16" in n) == half]
+                write_json(cache / name, dict(weight_map=dict(enumerate(shards))))
+        return str(cache)
+
+    wanted = revision
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+STEM = "unet/diffusion_pytorch_model"
+FULL, HALF = f"{STEM}.safetensors", f"{STEM}.fp16.safetensors"
+SHARDS = [f"{STEM}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+HALF_SHARDS = [f"{STEM}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+INDEX, HALF_INDEX = f"{STEM}.safetensors.index.json", f"{STEM}.safetensors.index.fp16.json"
+OTHERS = ["unet/config.json", f"{STEM}.non_ema.safetensors", f"{STEM}.bin", "v1-5.safetensors",
+          "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
+          "text_encoder/model.safetensors", "README.md"]
+
+
+@pytest.mark.parametrize("there, fetched", [
+    ([FULL, HALF], [FULL]), ([HALF], [HALF]),
+    (["unet/diffusion_pytorch_model.bf16.safetensors"],) * 2,
+    ([HALF_INDEX, *HALF_SHARDS],) * 2,  # diffusers' pull request 8869
+    ([INDEX, *SHARDS, HALF_INDEX, *HALF_SHARDS], [INDEX, *SHARDS, HALF_INDEX]),
+    ([INDEX, *SHARDS, HALF], [INDEX, *SHARDS])])
+def test_the_hub_gives_one_precision_and_an_index_with_its_shards(there, fetched, tmp_path,
+                                                                 monkeypatch):
+    serve(monkeypatch, [*there, *OTHERS], tmp_path / "cache")
+    assert hub.fetch("owner/name", "unet") == tmp_path / "cache" / "unet"
+    found = {name for name, text in files(tmp_path / "cache").items() if text is not False}
+    assert found == {*fetched, "unet/config.json"}
+    weights = {f"unet/{file.name}" for file in hub.weight_files(tmp_path / "cache" / "unet")}
+    assert weights == {name for name in fetched if name.endswith(".safetensors")}
+
+
+def test_the_hub_gives_parts_without_weights_and_models_without_folders(tmp_path, monkeypatch):
+    serve(monkeypatch, [*OTHERS, FULL], tmp_path / "a", revision="refs/pr/1")
+    hub.fetch("owner/name@refs/pr/1", "tokenizer")
+    assert {*files(tmp_path / "a")} == {"tokenizer", "tokenizer/vocab.json", "tokenizer/merges.txt"}
+    tower = ["config.json", "model.safetensors"]  # CLIP's, alone in its repository
+    serve(monkeypatch, [*tower, "pytorch_model.bin", *OTHERS], tmp_path / "b")
+    assert hub.fetch("owner/name", "") == tmp_path / "b"
+    assert {*files(tmp_path / "b")} == {*tower}
+
+
+def test_without_a_network_a_download_is_found_again(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no network\nat all")
+
+    import huggingface_hub
+    for i in range(2):
+        serve(monkeypatch, [*OTHERS, FULL], tmp_path / "cache")
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", no_network)
+        if i == 0:
+            with pytest.raises(UserError, match="owner/name.*OSError: no network$"):
+                hub.fetch("owner/name", "unet")
+            serve(monkeypatch, [*OTHERS, FULL], tmp_path / "cache")
+        assert hub.fetch("owner/name", "unet") == tmp_path / "cache" / "unet"
+        assert hub.weight_files(tmp_path / "cache" / "unet") == [tmp_path / "cache" / FULL]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    with pytest.raises(UserError, match="no network$"):
+        hub.fetch("owner/name", "unet")
 
 
 @pytest.mark.parametrize("error, code, words", [
@@ -163,15 +381,38 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
     (SafetensorError("bad file"), 2, "error: bad file"),
     (FileNotFoundError(2, "No such file", "a.png"), 2, "error: a.png: No such file"),
     (OSError("no network"), 2, "error: no network"), (MemoryError(), 2, "error: out of memory"),
+    (torch.OutOfMemoryError("a\nb"), 2, "error: out of memory"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: "), 2, "error: out of memory"),
     (KeyboardInterrupt(), 130, "interrupted")])
-def test_a_command_ends_in_one_line(error, code, words, capsys):
+def test_a_command_ends_in_one_line(error, code, words, capsys, monkeypatch):
     def main():
+        signal.signal(signal.SIGTERM, lambda *_: None)  # train.py saves before it ends
         raise error
 
     with pytest.raises(SystemExit) as end:
         hub.command(main)
     stderr = capsys.readouterr().err
     assert end.value.code == code and stderr.startswith(words) and stderr.count("\n") == 1
+
+    # The second process of torchrun's waits to be ended before it prints the same.
+    def sleep(seconds):
+        assert seconds > 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert not capsys.readouterr().err
+        raise InterruptedError
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InterruptedError):
+        hub.command(main)
+
+
+def test_a_mistake_of_ours_shows_its_traceback_and_a_command_without_mistakes_just_runs():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        hub.command(main)
+    assert hub.command(lambda: 3) == 3
 
 
 def test_a_character_that_the_terminal_lacks_is_a_question_mark(monkeypatch):

@@ -1,5 +1,6 @@
 """DTR: the masks of the official code, where they act, what they leave alone."""
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -8,28 +9,16 @@ from PIL import Image
 
 import adm
 import moe
+import test_moe
 from conftest import call
 from data import ASSETS
 from hub import UserError
 from routing import MODES, add_routing, random_masks, task_masks
 from sample import Model, generate, load_model
-from unet import CONFIGS, BasicTransformerBlock, ResnetBlock2D, UNet
+from test_moe import FLAT, SMALL, T, base
+from unet import BasicTransformerBlock, ResnetBlock2D, UNet
 
-SMALL = dict(CONFIGS["tiny"], block_out_channels=(32, 64, 64), cross_attention_dim=24)
-T = torch.tensor([1, 300, 600, 999])
-
-
-def base():
-    torch.manual_seed(0)
-    return UNet(SMALL).eval()
-
-
-def run(unet, channels=4, batch=slice(None), task=None):
-    """The output for a batch of four samples, the same at each call."""
-    torch.manual_seed(1)
-    x, text = torch.randn(4, 8, 8, 8), torch.randn(4, 7, 24)
-    dtype = unet.conv_out.weight.dtype
-    return unet(x[batch, :channels].to(dtype), T[batch], text[batch].to(dtype), task=task)
+run = functools.partial(test_moe.run, channels=4)
 
 
 def blocks(network):
@@ -155,15 +144,13 @@ def test_the_papers_own_unet(name, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_it_composes_with_mtu_and_folds(mode):
-    task = torch.arange(4)
     dense = run(add_routing(base(), mode=mode))
     last, first = add_routing(moe.upcycle(base()), mode=mode), add_routing(base(), mode=mode)
     for unet in (last, moe.upcycle(first)):
         assert unet.config["_class_name"] in ("RoutedUpcycledUNet", "UpcycledRoutedUNet")
-        assert torch.allclose(run(unet, 8, task=task), dense, atol=1e-4)
+        assert torch.allclose(run(unet, channels=8), dense, atol=1e-4)
         folded = moe.fold(unet, "edit")
-        expected = run(unet, 8, task=torch.ones_like(task))
-        assert torch.allclose(run(folded, 8), expected, atol=1e-4)
+        assert torch.allclose(run(folded, channels=8), run(unet, 1, channels=8), atol=1e-4)
         assert folded.config["_class_name"] == "RoutedUNet"
 
 
@@ -185,7 +172,7 @@ def test_a_folder_is_rebuilt_with_its_routing(tmp_path, upcycled):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_graph_and_bf16(mode):
-    unet = add_routing(base(), mode=mode)
+    unet = add_routing(base(**FLAT), mode=mode)
     with torch.autocast("cpu", torch.bfloat16):
         out = run(torch.compile(unet, backend="eager", fullgraph=True))
     assert out.dtype == torch.bfloat16 and (out - run(unet)).abs().max() < 0.1
@@ -205,8 +192,20 @@ def test_bad_settings_are_refused_and_leave_the_network_alone(options):
         add_routing(unet)
 
 
-def test_the_demonstration_draws(tmp_path):
+def test_the_demonstration_draws_the_masks_between_labelled_axes(tmp_path):
     done = call("routing.py", "--out", tmp_path / "m.png")
     assert done.returncode == 0 and "share of channels" in done.stdout
-    assert Image.open(tmp_path / "m.png").size == (1000, 320 + 8 + 320)
+    picture = np.asarray(Image.open(tmp_path / "m.png"))
+    dtr = task_masks(torch.arange(1000), 320).T.numpy()
+    random = random_masks(320).T.numpy()
+    # Both lie in frames whose lines are as long as the axes; the labels lie outside.
+    lines = [y for y, row in enumerate(picture == 128) if row.sum() >= 1000]
+    left = np.flatnonzero(picture[lines[0]] == 128)[0]
+    assert len(lines) == 4
+    for mask, top, bottom in zip((dtr, random), lines[::2], lines[1::2]):
+        assert np.array_equal(picture[top + 1:bottom, left + 1:left + 1001], 255 * mask)
+        for corner in (picture[top:top + 20, :left], picture[bottom - 20:bottom, :left],
+                       picture[bottom + 1:bottom + 20, left:-500],
+                       picture[bottom + 1:bottom + 20, -500:]):
+            assert (corner < 99).any()
     assert call("routing.py", "--beta", "1.5").returncode == 2

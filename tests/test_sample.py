@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 import moe
+import sample
 from clip import CONFIGS as TEXT, CLIPText
-from conftest import call
+from conftest import call, full_disk
 from data import ALL, ASSETS, EXAMPLES, on_white, open_image
-from hub import UserError
-from sample import generate, load_model
+from hub import UserError, read_json, write_json
+from sample import generate, load_model, sample_grid
 from unet import CONFIGS, UNet
 
 
@@ -162,12 +163,36 @@ def test_the_folders_scheduler_names_the_sampler(tmp_path, name, sampler):
     assert difference(ours, theirs) < 1
 
 
-def test_a_scheduler_that_is_not_implemented_matters_only_for_its_own_stepping(tmp_path, tiny):
-    shutil.copytree(ASSETS / "tiny", tmp_path / "model")
-    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text()) | {"_class_name": "UniPCMultistepScheduler"}
-    path.write_text(json.dumps(config))
-    model = load_model(tmp_path / "model")
+def change(path, **entries):
+    """Change a JSON file; None takes an entry out."""
+    value = read_json(path) | entries
+    write_json(path, {key: entry for key, entry in value.items() if entry is not None})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of assets/tiny, to be changed."""
+    return shutil.copytree(ASSETS / "tiny", tmp_path / "model")
+
+
+@pytest.mark.parametrize("name, version", [
+    *[("StableDiffusionPipeline", version) for version in ("0.3.0", "0.8.1", "0.9.0.dev0", None)],
+    ("StableDiffusionImg2ImgPipeline", "0.6.0"),
+    ("StableDiffusionInstructPix2PixPipeline", "0.6.0")])
+def test_an_old_files_sample_size_is_corrected_where_diffusers_does(folder, name, version):
+    """SD 1.4's first config said 32, for a model of 512 x 512 pixels."""
+    import diffusers
+    change(folder / "unet" / "config.json", _diffusers_version=version)
+    change(folder / "model_index.json", _class_name=name)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe).__name__ == name
+    ours = load_model(folder).native_size
+    assert ours == pipe.unet.config.sample_size * 4 and ours in (64, 256)
+
+
+def test_a_scheduler_that_is_not_implemented_matters_only_for_its_own_stepping(folder, tiny):
+    change(folder / "scheduler" / "scheduler_config.json", _class_name="UniPCMultistepScheduler")
+    model = load_model(folder)
     with pytest.raises(UserError, match="UniPC.*--sampler"):
         generate(model, "t2i", "red apple", steps=2)
     a = generate(model, "t2i", "red apple", steps=2, sampler="ddim")[0]
@@ -222,29 +247,35 @@ def test_sdxl_is_upcycled_trained_folded_and_opened_by_diffusers(sdxl, tmp_path)
 # -------------------------------------------------------------------------------------------------
 # The hub, by a stand-in for its download call
 
-def test_a_hub_id_is_downloaded_part_by_part(sdxl, tmp_path, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """Repositories by their ids -> what asks for one gets its folder."""
     import huggingface_hub
+    repositories = {}
 
-    def snapshot_download(name, allow_patterns, ignore_patterns):
-        assert name == "owner/xl"
-        for file in (path.relative_to(sdxl) for path in sdxl.rglob("*") if path.is_file()):
-            allowed = any(file.match(pattern) for pattern in allow_patterns)
-            if allowed and not any(file.match(pattern) for pattern in ignore_patterns):
-                (tmp_path / file).parent.mkdir(exist_ok=True)
-                shutil.copy(sdxl / file, tmp_path / file)
-        return tmp_path
+    def list_repo_files(name, **options):
+        folder = repositories[name]
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                if path.is_file()]
+
+    def snapshot_download(name, **options):
+        return repositories[name]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return repositories
+
+
+def test_a_hub_id_draws_as_its_folder(sdxl, hub):
+    """Which files are downloaded is tested in test_hub.py."""
+    hub["owner/xl"] = sdxl
     a, b = (generate(load_model(name), "t2i", "pizza", steps=2)[0] for name in (sdxl, "owner/xl"))
     assert a.tobytes() == b.tobytes()
 
 
-def test_a_model_on_the_hub_that_names_its_base_keeps_its_own_unet(tmp_path, monkeypatch):
-    import huggingface_hub
-    shutil.copytree(ASSETS / "tiny-mtu", tmp_path / "mtu")
-    path = tmp_path / "mtu" / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base": "owner/tiny"}))
-    folders = {"owner/mtu": tmp_path / "mtu", "owner/tiny": ASSETS / "tiny"}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: folders[name])
+def test_a_model_on_the_hub_that_names_its_base_keeps_its_own_unet(tmp_path, hub):
+    hub["owner/tiny"] = ASSETS / "tiny"
+    hub["owner/mtu"] = shutil.copytree(ASSETS / "tiny-mtu", tmp_path / "mtu")
+    change(tmp_path / "mtu" / "model_index.json", base="owner/tiny")
     assert load_model("owner/mtu").tasks == ["t2i", "edit", "sr", "inpaint"]
 
 
@@ -292,14 +323,19 @@ def test_a_picture_does_not_depend_on_its_batch(mtu):
     assert np.abs(np.asarray(batch[1], dtype=int) - np.asarray(alone, dtype=int)).max() <= 2
 
 
-def test_guidance_of_at_most_one_is_the_conditional_model(mtu):
-    """Three branches at scales 1, 1 (forced by a hair) give what one branch gives, as 0 does."""
-    prompt, image = example("edit")
+@pytest.mark.parametrize("task, steps", [("edit", 4), ("t2i", 1)])
+def test_guidance_of_at_most_one_is_the_conditional_model(mtu, task, steps):
+    """All branches at scales 1, 1 (forced by a hair) give what one branch gives, and so does 0.
+
+    The second case is how SD-Turbo is used, one step with a guidance of 0.
+    """
+    prompt, image = example(task)
 
     def draw(guidance):
-        return generate(mtu, "edit", prompt, image, steps=4, guidance=guidance, image_guidance=1.0)[0]
-    one, zero, three = (np.asarray(draw(g), dtype=int) for g in (1.0, 0.0, 1.0 + 1e-7))
-    assert (one == zero).all() and np.abs(one - three).max() <= 2
+        options = dict(steps=steps, guidance=guidance, image_guidance=1.0)
+        return np.asarray(generate(mtu, task, prompt, image, **options)[0], dtype=int)
+    one, zero, branches = (draw(guidance) for guidance in (1.0, 0.0, 1.0 + 1e-7))
+    assert (one == zero).all() and np.abs(one - branches).max() <= 2
 
 
 def test_strength_keeps_or_changes_the_picture(mtu):
@@ -338,9 +374,89 @@ def test_a_task_added_later_draws_as_its_model_did(mtu, like):
 
 
 # -------------------------------------------------------------------------------------------------
+# Nothing that is no picture is drawn without a word
+
+FAULTS = {
+    "not a number": lambda y: y * torch.nan,
+    "infinity": lambda y: y / 0,
+    "zeros": lambda y: 0 * y,
+    "one sample": lambda y: torch.cat([y[:-1], y[-1:] * torch.nan]),
+}
+
+
+@pytest.mark.parametrize("part, module", [
+    ("text_encoder", "text_model.final_layer_norm"), ("unet", "conv_out"), ("vae", "quant_conv"),
+    ("vae", "decoder.conv_out")])
+def test_a_part_that_computes_no_signal_is_named(mtu, part, module):
+    """The autoencoder lies in the folder's base."""
+    prompt, image = example("edit")
+    place = ASSETS / "tiny-mtu" / "../tiny" if part == "vae" else ASSETS / "tiny-mtu"
+    network = getattr(mtu, part).get_submodule(module)
+    for fault in FAULTS.values():
+        hook = network.register_forward_hook(lambda module, inputs, y: fault(y))
+        with pytest.raises(UserError, match=f"the {part} of {place} computes"):
+            generate(mtu, "edit", [prompt] * 2, [image] * 2, steps=1, guidance=1.0)
+        hook.remove()
+
+
+@pytest.mark.parametrize("part, key", [("unet", "conv_in.weight"), ("vae", "decoder.conv_in.bias"),
+                                       ("text_encoder_2", "text_projection.weight")])
+def test_weights_of_nan_write_no_file(sdxl, tmp_path, part, key):
+    model = load_model(sdxl)
+    getattr(model, part).get_parameter(key).data.fill_(torch.nan)
+    model.save(tmp_path / "model")
+    out = tmp_path / "out.png"
+    done = call("sample.py", "--model", tmp_path / "model", "--steps", 1, "--out", out)
+    assert done.returncode == 2 and f"the {part} of {tmp_path / 'model'}" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not out.exists()
+
+
+def test_a_copy_of_an_ensemble_that_computes_no_signal_is_named(tiny):
+    copies = [tiny.unet, lambda *inputs, **options: torch.full((1, 4, 16, 16), torch.inf)]
+    with pytest.raises(UserError, match="unet of copy 2 of the ensemble"):
+        generate(tiny, "t2i", "pizza", steps=2, guidance=1.0, ensemble=copies)
+
+
+@pytest.mark.parametrize("guidance", ["high", {"t2i": 7.5}, {"t2i": ["a", "b"]},
+                                      {"t2i": [1, 2, 3]}])
+def test_a_folder_whose_guidance_is_no_pair_of_numbers_is_named(tiny, guidance):
+    model = replace(tiny, index=tiny.index | {"guidance": guidance})
+    with pytest.raises(UserError, match="model_index.json, guidance"):
+        generate(model, "t2i", "pizza", steps=1)
+
+
+# -------------------------------------------------------------------------------------------------
 # The command
 
-def test_the_command_writes_a_picture_a_strip_and_a_gif(tmp_path):
+def test_many_pictures_are_drawn_in_batches_and_fit_on_a_sheet(tmp_path, monkeypatch):
+    batches = []
+
+    def draw(model, task, prompts, *args, seed, **options):
+        batches.append((seed, len(prompts)))
+        return [Image.new("RGB", (64, 64))] * len(prompts)
+    monkeypatch.setattr(sample, "generate", draw)
+    out = tmp_path / "a.png"
+    done = call("sample.py", "--num-images", 40, "--seed", 5, "--out", out)
+    assert done.returncode == 0 and batches == [(5, 16), (21, 16), (37, 8)], done.stderr
+    done = call("sample.py", "--num-images", 10_000, "--width", 128, "--height", 128, "--out", out)
+    assert done.returncode == 2 and "at most 6103 fit" in done.stderr and len(batches) == 3
+
+
+def test_a_full_disk_names_the_file_and_leaves_no_part_of_it(tmp_path, tiny):
+    out = tmp_path / "a.png"
+    strip = tmp_path / "a-trajectory.png"
+    for size, path in ((1000, out), (20_000, strip)):  # the second has room for the picture
+        with full_disk(size):
+            done = call("sample.py", "--steps", 5, "--out", out, "--trajectory")
+        assert done.returncode == 2 and f"{path} cannot be written" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and Image.open(out)
+    dataset = [dict(prompt="", target=torch.rand(3, 64, 64))]
+    with full_disk(1000), pytest.raises(UserError, match="grid.png cannot be written"):
+        sample_grid(tiny, {"t2i": dataset}, 1, 0, tmp_path / "grid.png")
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_the_command_writes_a_picture_and_a_strip(tmp_path):
     out = tmp_path / "a" / "b.png"
     done = call("sample.py", "--task", "edit", "--steps", 3, "--num-images", 2, "--out", out,
                 "--trajectory")
@@ -349,7 +465,6 @@ def test_the_command_writes_a_picture_a_strip_and_a_gif(tmp_path):
     assert picture.size in ((64, 128), (128, 64))
     assert json.loads(picture.text["arguments"])["steps"] == 3
     assert Image.open(tmp_path / "a" / "b-trajectory.png").size == (3 * 64, 2 * 64)
-    assert Image.open(tmp_path / "a" / "b-trajectory.gif").n_frames == 3
 
 
 def test_side_by_side_shows_the_source_and_the_result(tmp_path):
@@ -391,8 +506,13 @@ def test_an_examples_instruction_is_never_applied_to_ones_own_picture(tmp_path):
     (["--task", "colorize"], "colorize"),
     (["--out", "a.jpg"], "a.jpg"),
     (["--num-images", "0"], "--num-images"),
+    (["--num-images", "1000000000"], "--num-images 1000000000: from 1 to 10000"),
     (["--seed", "-1"], "--seed"),
+    (["--seed", str(2 ** 62)], "from 0 to 2^62 - 1"),
     (["--steps", "1e9"], "--steps"),
+    (["--steps", "0"], "steps = 0"),
+    (["--steps", "1000000000"], "steps = 1000000000"),
+    (["--steps", "1000000000", "--sampler", "dpm++-karras"], "steps = 1000000000"),
     (["--device", "nonsense"], "nonsense")])
 def test_a_mistake_is_one_line_and_exit_2(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
@@ -433,24 +553,24 @@ def test_the_base_knows_only_text_to_image(tiny):
 # Folders that are wrong
 
 @pytest.mark.parametrize("part, config, words", [
-    ("unet", dict(in_channels=9), "9 input channels"),
-    ("unet", dict(in_channels=3, out_channels=3), "latent_channels"),
-    ("unet", dict(cross_attention_dim=32), "hidden_size"),
+    ("unet", dict(in_channels=9), "in_channels of the U-Net is 9"),
+    ("unet", dict(out_channels=3), "out_channels of the U-Net is 3"),
+    ("unet", dict(cross_attention_dim=32), "cross_attention_dim of the U-Net is 32"),
     ("unet", dict(sample_size=None), "sample_size"),
-    ("text_encoder", dict(vocab_size=100, eos_token_id=99, bos_token_id=98), "words"),
-    ("text_encoder", dict(vocab_size=2048, max_position_embeddings=16), "positions")])
-def test_parts_that_do_not_fit_are_named(tmp_path, part, config, words):
-    shutil.copytree(ASSETS / "tiny", tmp_path / "model")
-    shutil.rmtree(tmp_path / "model" / part)
+    ("text_encoder", dict(vocab_size=100, eos_token_id=99, bos_token_id=98), "vocab_size"),
+    ("text_encoder", dict(max_position_embeddings=16), "max_position_embeddings"),
+    # The vocabulary of another model, which would read other words.
+    ("text_encoder", dict(eos_token_id=2000), "eos_token_id of the text encoder is 2000")])
+def test_parts_that_do_not_fit_are_named(folder, part, config, words):
+    shutil.rmtree(folder / part)
     network = UNet(CONFIGS["tiny"] | config) if part == "unet" else CLIPText(TEXT["tiny"] | config)
-    network.save_pretrained(tmp_path / "model" / part)
+    network.save_pretrained(folder / part)
     with pytest.raises(UserError, match=words):
-        load_model(tmp_path / "model")
+        load_model(folder)
 
 
-def test_a_cut_checkpoint_is_named(tmp_path):
-    shutil.copytree(ASSETS / "tiny", tmp_path / "model")
-    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+def test_a_cut_checkpoint_is_named(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors"):
-        load_model(tmp_path / "model")
+        load_model(folder)

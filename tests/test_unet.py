@@ -1,8 +1,7 @@
 """The U-Net beside diffusers' own: names, numbers, files both ways; and what training needs."""
 import contextlib
 import json
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import hub
 import unet as module
-from conftest import ROOT, full_disk
-from hub import UserError, command, fetch, load_weights, read_json, save_weights
+from conftest import full_disk
+from hub import UserError, load_weights, read_json, save_weights
 from unet import CONFIGS, UNet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -314,7 +313,7 @@ def test_diffusers_opens_what_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(max_shard_size="300KB"),
+    dict(), dict(max_shard_size="300KB"), dict(variant="bf16"),
     dict(variant="fp16"), dict(variant="fp16", max_shard_size="200KB")], ids=str)
 def test_opens_what_diffusers_saved(tmp_path, options):
     reference = theirs(SMALL).to(torch.float16 if "variant" in options else torch.float32)
@@ -405,11 +404,24 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
     dict(attention_head_dim=None), dict(attention_head_dim=0), dict(block_out_channels=32),
     dict(block_out_channels=(32, 60, 64)), dict(layers_per_block=[]), dict(norm_num_groups=None),
     dict(transformer_layers_per_block=[[1], [1], [1]]), dict(addition_embed_type="text_time"),
-], ids=str)
+    dict(addition_embed_type="text_time", projection_class_embeddings_input_dim=20,
+         addition_time_embed_dim=8),
+    # These would build a network, and fail only when it draws.
+    dict(attention_head_dim=4.0), dict(attention_head_dim=[4.0] * 3), dict(norm_eps=None),
+    dict(norm_eps=float("nan")), dict(freq_shift=None), dict(freq_shift=-1),
+    # These would build without end, or ask for more memory than there is.
+    dict(layers_per_block=10 ** 5), dict(transformer_layers_per_block=[10 ** 5] * 3),
+    dict(block_out_channels=[32] * 10 ** 4, down_block_types="DownBlock2D",
+         up_block_types="UpBlock2D"),
+    dict(in_channels=10 ** 9),
+    dict(cross_attention_dim=10 ** 12),
+], ids=lambda change: str(change)[:60])
 def test_impossible_numbers_are_the_fault_of_the_file(change, tmp_path):
     hub.write_json(tmp_path / "config.json", {**SMALL, **change})
-    with refused("config.json does not hold"):
+    start = time.perf_counter()
+    with refused(f"config.json(: .*({'|'.join(change)})| does not hold)"):
         UNet.from_pretrained(tmp_path, "")
+    assert time.perf_counter() - start < 2
 
 
 def test_a_list_of_equal_items_is_one_value():
@@ -456,7 +468,7 @@ def test_folders_that_cannot_be_read_are_refused_by_name(tmp_path):
     ("conv_in.bias", None, "lacks conv_in.bias"),
     ("stranger", torch.zeros(1), "unknown stranger"),
     ("conv_in.bias", torch.zeros(3), "shape of conv_in.bias"),
-    ("conv_in.bias", torch.zeros(32).long(), "conv_in.bias is of another type")])
+    ("conv_in.bias", torch.zeros(32).long(), "another type of conv_in.bias")])
 def test_loading_is_strict(tmp_path, key, value, match):
     UNet(SMALL).save_pretrained(tmp_path)
     state = {**load_file(tmp_path / WEIGHTS), key: value}
@@ -466,40 +478,6 @@ def test_loading_is_strict(tmp_path, key, value, match):
 
 
 # hub.py
-
-def test_the_hub_is_asked_for_needed_files_only(tmp_path, monkeypatch):
-    """With full precision, with half precision only, and for a tokenizer, which has no weights."""
-    import huggingface_hub
-    full, half = f"unet/{WEIGHTS}", f"unet/{WEIGHTS.replace('.', '.fp16.')}"
-    everything = [
-        full, half, f"unet/{WEIGHTS.replace('.', '.non_ema.')}", "unet/config.json",
-        "unet/diffusion_pytorch_model.bin", f"vae/{WEIGHTS}", "v1-5-pruned.safetensors",
-        "tokenizer/vocab.json", "tokenizer/merges.txt",
-    ]
-
-    def downloaded(subfolder, there, cache):
-        def snapshot_download(repo, **patterns):
-            for name in huggingface_hub.utils.filter_repo_objects(there, **patterns):
-                (cache / name).parent.mkdir(parents=True, exist_ok=True)
-                (cache / name).touch()
-            return str(cache)
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        assert fetch("owner/name", subfolder) == cache / subfolder
-        return {str(file.relative_to(cache)) for file in cache.rglob("*") if file.is_file()}
-
-    assert downloaded("unet", everything, tmp_path / "a") == {full, "unet/config.json"}
-    only_half = [name for name in everything if name != full]
-    assert downloaded("unet", only_half, tmp_path / "b") == {half, "unet/config.json"}
-    assert downloaded("tokenizer", everything, tmp_path / "c") == set(everything[-2:])
-    tower = {"config.json", "model.safetensors"}  # CLIP's, alone in its repository
-    there = [*tower, "pytorch_model.bin", "text_encoder/model.safetensors", *everything]
-    assert downloaded("", there, tmp_path / "d") == tower
-    no_network = raising(OSError("no network\nat all"))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    with refused("owner/name.*no network$"):
-        fetch("owner/name", "unet")
-
 
 def test_save_and_load_serve_other_modules(tmp_path):
     def network():
@@ -514,22 +492,3 @@ def test_save_and_load_serve_other_modules(tmp_path):
     assert read_json(tmp_path / "config.json") == {"a": 1}
     assert target[1].num_batches_tracked.dtype == torch.long
     assert torch.equal(target[0].weight, source[0].weight.half().float())
-
-
-@pytest.mark.parametrize("error, code, message", [
-    ("UserError('no such\\nthing')", 2, "error: no such thing"),
-    ("torch.OutOfMemoryError('a\\nb')", 2, "error: out of memory"),
-    ("RuntimeError('DefaultCPUAllocator: not enough memory: ')", 2, "error: out of memory"),
-    ("KeyboardInterrupt()", 130, "interrupted"), ("RuntimeError('a bug')", 1, "Traceback")])
-def test_a_mistake_ends_in_one_line(error, code, message):
-    program = f"import torch\nfrom hub import *\ndef main():\n    raise {error}\ncommand(main)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code and not done.stdout
-    assert done.stderr.startswith(message)
-    assert code == 1 or done.stderr.count("\n") == 1
-
-
-def test_a_command_without_mistakes_just_runs():
-    ran = []
-    command(lambda: ran.append(1))
-    assert ran == [1]

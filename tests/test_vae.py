@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from hub import UserError
-from vae import CONFIGS, DEFAULTS, FIXED, VAE, completed
+from vae import CONFIGS, DEFAULTS, VAE, completed
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -190,7 +190,7 @@ def test_force_upcast_is_kept(tmp_path, value):
 
 
 def test_every_config_key_of_diffusers_has_its_default_here():
-    known = {**DEFAULTS, **FIXED, "down_block_types": ("DownEncoderBlock2D",),
+    known = {**DEFAULTS, "down_block_types": ("DownEncoderBlock2D",),
              "up_block_types": ("UpDecoderBlock2D",)}
     parameters = inspect.signature(diffusers.AutoencoderKL.__init__).parameters
     for key in set(parameters) - {"self"}:
@@ -213,7 +213,10 @@ def test_what_is_not_implemented_is_named(key, value):
 @pytest.mark.parametrize("key, value, message", [
     ("_class_name", "AutoencoderKLTemporalDecoder", "AutoencoderKLTemporalDecoder"),
     ("norm_num_groups", 7, "config.json"), ("block_out_channels", 8, "config.json"),
-    ("scaling_factor", "x", "config.json"), ("layers_per_block", None, "config.json")])
+    ("scaling_factor", "x", "config.json.*scaling_factor"), ("scaling_factor", 0, "config.json"),
+    ("layers_per_block", None, "config.json"), ("sample_size", None, "config.json.*sample_size"),
+    ("scaling_factor", float("nan"), "config.json"), ("layers_per_block", 10 ** 9, "config.json"),
+    ("latent_channels", 4.0, "config.json"), ("force_upcast", [[{}]], "config.json")])
 def test_another_class_and_impossible_values_are_the_files_fault(tmp_path, key, value, message):
     VAE(SMALL).save_pretrained(tmp_path / "vae")
     file = tmp_path / "vae" / "config.json"
