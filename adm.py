@@ -122,7 +122,7 @@ CONFIGS = {
     ),
 }
 
-# DDPM's noise schedule. ADM has it too, but for a cosine schedule at 64 x 64 pixels.
+# DDPM's noise schedule. ADM has it too, but has a cosine (squaredcos_cap_v2) at 64 x 64 pixels.
 SCHEDULER = dict(
     _class_name="DDPMScheduler",
     num_train_timesteps=1000,
@@ -134,11 +134,28 @@ SCHEDULER = dict(
 )
 
 
-def scheduler_for(config):
+def scheduler_for(config, beta_schedule="linear"):
     """Choose a scheduler config: the variance is learned if the network has outputs for it."""
     c = DEFAULTS | config
     learned = c["out_channels"] == 2 * c["in_channels"]
-    return SCHEDULER | dict(variance_type="learned_range" if learned else "fixed_large")
+    variance_type = "learned_range" if learned else "fixed_large"
+    return SCHEDULER | dict(variance_type=variance_type, beta_schedule=beta_schedule)
+
+
+def zero_outputs(network):
+    """Set the last layer of the network, and of each of its blocks, to zero, in place.
+
+    Every block then starts as its skip path. DDPM's and ADM's official code begin training so.
+    """
+    last = [network.conv_out]
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            last.append(module.conv2)
+        if isinstance(module, Attention):
+            last.append(module.to_out[0])
+    for layer in last:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -232,6 +249,7 @@ class UNet2D(UNet):
 
     def add_condition(self, width):
         classes = self.config["num_class_embeds"]
+        self.num_class_embeds = classes     # the last one means no class
         self.class_embedding = None if classes is None else nn.Embedding(classes, width)
 
     def make_resnet(self, cin, cout, resample=None):

@@ -1,17 +1,17 @@
 """MT-Diffusion: several modalities in one forward process (Chen et al., ICLR 2024,
 arXiv 2407.17571).
 
-Each step of the forward process adds, besides noise, what encoders make of other modalities
-X = (x_1, .., x_M): a source picture, a masked one, a label, a representation. So z_t carries them
-all, and one network predicts its noise and, through one head each, the x_i. With
-a_t = alpha_t and ab_t = a_1 .. a_t, ab_0 = 1, the paper's equations are
+Each forward step adds noise and encodings of the other modalities X = (x_1, .., x_M): a source
+picture, a masked one, a label, a representation. So z_t carries them all, and one network predicts
+its noise and, through one head each, the x_i. With a_t = alpha_t and ab_t = a_1 .. a_t, ab_0 = 1,
+the paper's equations are
 
     Eq. 1      q(z_t, X | z_{t-1}) = q(z_t | z_{t-1}, X) prod_i q(x_i)
-    Eq. 2      the bound on -log p(z_0, X), whose terms Eq. 6 weights             `loss`
+    Eq. 2      the bound whose terms Eq. 6 weights                     derived in `loss`
     Eq. 3      q(z_t | z_{t-1}, X) = N(sqrt(a_t) (z_{t-1} + A_t), (1 - a_t) I)    `transition`
                A_t = sum_i w_t^i E_i(x_i)
     Eq. 4, 7   q(z_t | z_0, X) = N(sqrt(ab_t) z_0 + C_t, (1 - ab_t) I)            `marginal`
-               C_t = sqrt(a_t) (C_{t-1} + A_t),  C_0 = 0
+               C_t = sqrt(a_t) (C_{t-1} + A_t) = sum_i c_t^i E_i(x_i),  C_0 = 0
     Eq. 5, 9   q(z_{t-1} | z_t, z_0, X) = N(mu_t, s2_t I)                         `posterior`
                s2_t = (1 - ab_{t-1}) (1 - a_t) / (1 - ab_t)
                mu_t = (z_t - (1 - a_t) / sqrt(1 - ab_t) eps) / sqrt(a_t) - A_t
@@ -22,10 +22,14 @@ a_t = alpha_t and ab_t = a_1 .. a_t, ab_0 = 1, the paper's equations are
 
 and Algorithms 1 and 2 draw and train: `sample` and `loss`.
 
-E_i encodes x_i, and ||.||^2 is a mean over channels and positions, to which lambda = 0.1 belongs.
-These formulas were reconstructed from the paper's prose, from Eq. 3 as others quote it, and by the
-derivations that stand beside each method below; tests/test_aggregation.py verifies each by another
-way to compute it.
+E_i encodes x_i. For ||.||^2 we take the mean over channels and positions; with a sum, the paper's
+lambda = 0.1 would mean something else.
+
+These formulas were reconstructed from the paper's prose and by the derivations that stand beside
+each method below; tests/test_aggregation.py verifies each by another way to compute it. Eq. 3 is
+quoted elsewhere in two forms, which differ by a factor on w. Ours is the one whose posterior has
+exactly one term more than DDPM's, without a factor, as Remark 2 says. Eq. 8 is lost: what stands
+above is the likeliest of several special cases.
 
 In y_t = z_t - C_t all of this is plain DDPM. So v, where the network predicts it, is DDPM's of y,
 and a known x is no more than a shift. What changes is what the network sees, z_t, and that it
@@ -41,7 +45,8 @@ What each task of data.TASKS means by z_0; x; E(x); head:
                 token; two layers on the middle block
 
 The paper's variants: -U sees z_t alone, -X sees x beside it (`widen`). -M reads the label off the
-middle block, -E by a classifier. Starred ones train some samples without x.
+middle block, -E by a classifier. The starred ones are fine-tuned with some samples that lack x;
+here some lack it from the first step.
 
     python aggregation.py       draws the forward process with and without aggregation
 
@@ -55,7 +60,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import randn, seeded
+from diffusion import posterior, randn, seeded
 from hub import Parser, UserError, command, replacing
 from unet import Cond, sinusoidal
 
@@ -83,7 +88,7 @@ def alphas(alpha_bar):
 def vanishing(alpha_bar, k=1.0):
     """w_t = k ab_{t-1} (1 - sqrt(a_t)), so that c_t = k sqrt(ab_t) (1 - sqrt(ab_t)).
 
-    It is zero at both ends of a process that ends in pure noise, and at most k / 4. Where ab_T is
+    c_t is zero at both ends of a process that ends in pure noise, and at most k / 4. Where ab_T is
     not quite zero, as with Stable Diffusion's betas, sampling starts from noise and a little of E.
     """
     a, before = alphas(alpha_bar)
@@ -95,7 +100,7 @@ def interpolating(alpha_bar, k=1.0):
 
     The mean goes from z_0 to k E. This is for x that is always known: sampling starts from k E.
     """
-    # The factor k in Eq. 8 is our reading.
+    # Eq. 8 is lost. This is its likeliest form, and the factor k is ours.
     a, _ = alphas(alpha_bar)
     return k * (1 - a.sqrt()) / a.sqrt()
 
@@ -123,18 +128,17 @@ class Aggregation:
     """
 
     def __init__(self, alpha_bar, weights):
-        a, _ = alphas(alpha_bar)
+        a, before = alphas(alpha_bar)
         T = len(a)
-        ab = on_cpu(alpha_bar)
         rows = [on_cpu(row(alpha_bar) if callable(row) else row) for row in weights]
-        self.ab = torch.cat([ab.new_ones(1), ab])                             # (T + 1,)
+        self.ab = torch.cat([before, on_cpu(alpha_bar)[-1:]])                       # (T + 1,)
         if not ((self.ab.diff() < 0).all() and self.ab[-1] >= 0):
             raise UserError("aggregation: alpha_bar must decrease, from below 1 to 0 or above")
         if not rows or any(row.shape != (T,) or not row.isfinite().all() for row in rows):
             raise UserError(f"aggregation: the weights of a modality are {T} finite numbers, one a "
                             "timestep (interpolating has none where betas end in pure noise)")
         # Column t + 1 of the tables is timestep t, column 0 is clean.
-        self.w = torch.cat([ab.new_zeros(len(rows), 1), torch.stack(rows)], dim=1)  # (M, T + 1)
+        self.w = torch.cat([a.new_zeros(len(rows), 1), torch.stack(rows)], dim=1)   # (M, T + 1)
         # C_t is linear in the E_i, so their coefficients c_t^i follow its recursion (Eq. 7).
         self.c = torch.zeros_like(self.w)
         for t in range(T):
@@ -153,11 +157,10 @@ class Aggregation:
         t = torch.as_tensor(t, device=table.device).reshape(-1)
         return table.index_select(-1, t + 1)[..., None, None, None]
 
-    def between(self, t, r):
-        """Return ab_t, ab_r and a = ab_t / ab_r, the product of the alphas after r."""
-        ab = self.at(self.ab, t)
-        before = self.at(self.ab, r)
-        return ab, before, ab / before
+    def ddpm(self, t, r, z):
+        """Return the four numbers of diffusion.posterior, DDPM's Eq. 7, for z_t -> z_r."""
+        numbers = posterior(self.at(self.ab, t), self.at(self.ab, r))
+        return [like(number, z) for number in numbers]
 
     def aggregate(self, E, t, table=None):
         """Compute C_t = sum_i c_t^i E_i -> (B, C, H, W). With the table w: A_t.
@@ -173,7 +176,7 @@ class Aggregation:
 
         Nothing below calls it: training and sampling need only what many of these steps sum up to.
         """
-        _, _, a = self.between(t, t - 1)
+        a = self.at(self.ab, t) / self.at(self.ab, t - 1)
         mean = like(a.sqrt(), z) * (z + self.aggregate(E, t, self.w))
         return mean, like((1 - a).sqrt(), z)
 
@@ -195,16 +198,15 @@ class Aggregation:
         # The code says the same in y_t = z_t - C_t, where it is DDPM's Eq. 7, and adds C_r to the
         # result. Over several steps a is the product of the alphas between.
         r = t - 1 if r is None else r
-        ab, before, a = self.between(t, r)
-        from_z0 = like(before.sqrt() * (1 - a) / (1 - ab), zt)
-        from_y = like(a.sqrt() * (1 - before) / (1 - ab), zt)
-        mean = from_z0 * z0 + from_y * (zt - self.aggregate(E, t)) + self.aggregate(E, r)
-        return mean, like((1 - before) * (1 - a) / (1 - ab), zt)
+        of_z0, of_y, var, _ = self.ddpm(t, r, zt)
+        mean = of_z0 * z0 + of_y * (zt - self.aggregate(E, t)) + self.aggregate(E, r)
+        return mean, var
 
     def posterior_from_eps(self, zt, eps, E, t):
-        """Eq. 5 and 9 by the noise, as the paper prints them -> mean and var of z_{t-1}; ab_t > 0.
+        """Eq. 5 and 9 by the noise, as Remark 2 describes them -> mean and var of z_{t-1}.
 
-        `sample` uses `posterior`, which is equal to it and also steps over several timesteps.
+        ab_t must be above 0. `sample` uses `posterior`, which is equal to it and also steps over
+        several timesteps.
         """
         # Put z_0 = (z_t - C_t - sqrt(1 - ab_t) eps) / sqrt(ab_t) into the mean above. Since
         # C_t / sqrt(a_t) = C_{t-1} + A_t, the terms in E are
@@ -214,25 +216,24 @@ class Aggregation:
         # So classifier guidance of scale g is E = grad log p(label | z_t) with w_t = -g var_t, and
         # classifier-free guidance is E = eps(label) - eps with
         # w_t = g (1 - a_t) / sqrt(a_t (1 - ab_t)) (Appendix D).
-        ab, before, a = self.between(t, t - 1)
-        mean = like(1 / a.sqrt(), zt) * zt - like((1 - a) / (a * (1 - ab)).sqrt(), zt) * eps
-        mean = mean - self.aggregate(E, t, self.w)
-        return mean, like((1 - before) * (1 - a) / (1 - ab), zt)
+        ab = self.at(self.ab, t)
+        a = ab / self.at(self.ab, t - 1)
+        mean = like(1 / a.sqrt(), zt) * (zt - like((1 - a) / (1 - ab).sqrt(), zt) * eps)
+        _, _, var, _ = self.ddpm(t, t - 1, zt)
+        return mean - self.aggregate(E, t, self.w), var
 
     def ddim_step(self, zt, eps, E, t, r, sigma=0.0, noise=None, z0=None):
-        """DDIM Eq. 12 for y_t -> z_r for any r < t; without `noise` its mean.
+        """DDIM's step (Eq. 12) from z_t to z_r for any r < t; without `noise` its mean.
 
-        sigma = 0 is deterministic, and sigma^2 = `posterior`'s var is DDPM, the paper's only
-        sampler. z0: where it does not follow from eps, at ab_t = 0 or when it was clipped.
+        sigma = 0 is deterministic, and sigma^2 = `posterior`'s var is DDPM, as in our Algorithm 1.
+        z0: where it does not follow from eps, at ab_t = 0 or when it was clipped.
         """
-        ab, before, _ = self.between(t, r)
         if z0 is None:
-            y = zt - self.aggregate(E, t)
-            z0 = like(1 / ab.sqrt(), zt) * y - like(((1 - ab) / ab).sqrt(), zt) * eps
+            shift, std = self.marginal(torch.zeros_like(zt), E, t)
+            z0 = (zt - shift - std * eps) / like(self.at(self.ab, t).sqrt(), zt)
+        mean, std = self.marginal(z0, E, r)
         # Of the variance 1 - ab_r of z_r, fresh noise brings sigma^2 and the old noise the rest.
-        sigma2 = torch.as_tensor(sigma).to(before) ** 2
-        direction = (1 - before - sigma2).clamp(min=0).sqrt()
-        mean = like(before.sqrt(), zt) * z0 + self.aggregate(E, r) + like(direction, zt) * eps
+        mean = mean + (std ** 2 - sigma ** 2).clamp(min=0).sqrt() * eps
         return mean if noise is None else mean + sigma * noise.to(mean.dtype)
 
 
@@ -256,8 +257,7 @@ class ImageHead(nn.Module):
         self.norm = copy.deepcopy(unet.conv_norm_out)
         self.conv = nn.Conv2d(old.in_channels, channels, 3, padding=1)
         # Only the first channels: ADM's others describe a variance.
-        self.conv.weight = nn.Parameter(old.weight.detach()[:channels].clone())
-        self.conv.bias = nn.Parameter(old.bias.detach()[:channels].clone())
+        self.conv.load_state_dict({name: p[:channels] for name, p in old.state_dict().items()})
 
     def forward(self, features, t):                                          # -> (B, C, H, W)
         h = self.norm(features["up"])
@@ -280,9 +280,10 @@ class VectorHead(nn.Module):
     """Two layers on the middle block, averaged over positions; the paper's width is 1024."""
     probabilities = False
 
-    def __init__(self, unet, channels, width=1024):
+    def __init__(self, unet, channels):
         super().__init__()
         inner = unet.config["block_out_channels"][-1]
+        width = unet.config["cross_attention_dim"]  # a vector enters as one token
         self.net = nn.Sequential(nn.Linear(inner, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, features, t):                                          # -> (B, D)
@@ -294,17 +295,20 @@ class Classifier(nn.Module):
 
     It is the encoder half of ADM's U-Net with attention pooling; guided-diffusion's is 128 wide
     and 4 deep. The paper puts it on "the output". Our reading is the picture that the output and
-    z_t stand for, z_0 + C_t / sqrt(ab_t): without x nobody can take C_t away.
+    z_t stand for, z_0 + C_t / sqrt(ab_t): C_t cannot be subtracted without knowing x.
     """
     probabilities = True
 
-    def __init__(self, unet, channels, classes, width=128, depth=4):
+    def __init__(self, unet, channels, classes):
         super().__init__()
         import adm
+        # As deep as the U-Net, and no wider than guided-diffusion's.
+        width = min(128, max(32, unet.config["block_out_channels"][0] // 64 * 32))
         C = 4 * width
         size = unet.config["sample_size"]
         net = adm.UNet2D(adm.CONFIGS["adm"] | dict(
-            block_out_channels=(width, 2 * width, 3 * width, C), layers_per_block=depth,
+            block_out_channels=(width, 2 * width, 3 * width, C),
+            layers_per_block=unet.config["layers_per_block"],
             attention_head_dim=min(width, 64), in_channels=channels, sample_size=size,
             num_class_embeds=None))
         self.width = width
@@ -328,7 +332,7 @@ class Classifier(nn.Module):
         cond = Cond(temb, None, t, None, None, None)
         x = self.conv_in(features["picture"].to(dtype), cond)
         for block in self.down_blocks:
-            x = block(x, cond, [])                                           # skips lead nowhere
+            x = block(x, cond, [])                         # the skip connections are not used
         x = F.silu(self.norm(self.mid_block(x, cond)))
         x = x.flatten(2).transpose(1, 2)                                     # (B, L, C)
         if len(self.position) != 1 + x.shape[1]:
@@ -359,18 +363,16 @@ class Heads(nn.ModuleDict):
         self.diffusion = diffusion
         schedules = []
         for name, m in modalities.items():
-            options = {k: v for k, v in m.items() if k not in ("kind", "weights", "k")}
+            options = {key: m[key] for key in m.keys() - {"kind", "weights", "k"}}
             self[name] = HEADS[m["kind"]](unet, channels, **options)
-            # Each modality has weights of its own, w_t^i.
             schedules.append(SCHEDULES[m["weights"]](diffusion.alpha_bar, m["k"]))
         self.process = Aggregation(diffusion.alpha_bar, schedules)
 
     def forward(self, features, t):
         """Turn what the U-Net computed at z_t into {modality: its head's output}."""
-        if any(isinstance(head, Classifier) for head in self.values()):
-            # Of z_t, not of z_t - C_t, which would give x away.
-            z = features["z"][:, :self.channels]
-            features["picture"], _ = self.diffusion.to_x0_eps(features["out"], z, t)
+        # Of z_t, not of z_t - C_t, which would give x away.
+        z = features["z"][:, :self.channels]
+        features["picture"], _ = self.diffusion.to_x0_eps(features["out"], z, t)
         return {name: head(features, t) for name, head in self.items()}
 
 
@@ -383,6 +385,9 @@ def add_heads(unet, modalities, channels, diffusion):
     if "aggregation" in unet.config:
         names = ", ".join(unet.config["aggregation"]["modalities"])
         raise UserError(f"this U-Net has heads already: {names}")
+    # Older folders also record the size of a head, which follows from that of the U-Net.
+    modalities = {name: {key: m[key] for key in m if key not in ("width", "depth")}
+                  for name, m in modalities.items()}
     heads = Heads(unet, modalities, channels, diffusion)
     # Heads always train, also beside a U-Net that is frozen.
     unet.heads = heads.to(unet.conv_out.weight).requires_grad_(True)
@@ -398,12 +403,11 @@ def widen(unet, channels):
 
     Their weights start at zero, so the network is what it was. In pure generation x is all zeros.
     """
-    old = unet.conv_in
-    unet.conv_in = copy.deepcopy(old)   # its class takes a Cond beside z
-    extra = old.weight.new_zeros(len(old.weight), channels, 3, 3)
-    unet.conv_in.weight = nn.Parameter(torch.cat([old.weight.detach(), extra], dim=1))
-    unet.conv_in.in_channels = old.in_channels + channels
-    unet.config["in_channels"] = old.in_channels + channels
+    conv = unet.conv_in
+    extra = conv.weight.new_zeros(conv.out_channels, channels, 3, 3)
+    conv.weight = nn.Parameter(torch.cat([conv.weight.detach(), extra], dim=1))
+    conv.in_channels += channels
+    unet.config["in_channels"] = conv.in_channels
     return unet
 
 
@@ -413,32 +417,35 @@ def reads_x(unet):
 
 
 def prepare(model, task, modality, *, head=None, input="z", weights="vanishing", k=1.0, classes=()):
-    """Attach MT-Diffusion to a model that draws pictures from text, or from nothing.
+    """Attach MT-Diffusion to a U-Net that draws pictures from text, from a class or from nothing.
 
     head: a name in HEADS_OF[modality], by default the first. input: "z" (-U) or "x" (-X).
     classes: the names of the label's classes. A model that has these heads already stays as it is.
     UserError where the model and the modality do not go together.
     """
     unet = model.unet
-    # Mistakes first: a model that is refused stays as it was.
+    # Check everything before changing the model.
     kind = head or HEADS_OF[modality][0]
     if kind not in HEADS_OF[modality]:
         raise UserError(f"--head {head}: the heads of {task} are {', '.join(HEADS_OF[modality])}")
     if input == "x" and kind != "image":
-        raise UserError("--input x puts a picture beside z_t, and the other modality of "
-                        f"{task} is none")
-    config = dict(kind=kind, weights=weights, k=k, **head_options(unet, modality, kind, classes))
+        raise UserError(f"--input x puts a picture beside z_t, and {modality} is not a picture")
+    config = dict(kind=kind, weights=weights, k=k)
+    if modality == "masked":
+        config["silu"] = False
+    if modality == "label":
+        config["classes"] = list(classes)
     if unet.heads is not None:
         # Training goes on from a model of the same kind, and from no other.
         heads = unet.config["aggregation"]["modalities"]
         if heads != {modality: config} or reads_x(unet) != (input == "x"):
             raise UserError(f"{model.path} has other heads, weights or inputs: {heads}")
         return
-    if model.tasks not in (["t2i"], ["uncond"]):
-        raise UserError(f"{task} starts from a model that draws from text or from nothing, and "
-                        f"{model.path} knows {', '.join(model.tasks)}")
+    if unet.folder != "unet" or model.tasks not in (["t2i"], ["class"], ["uncond"]):
+        raise UserError(f"{task} starts from a U-Net that draws from text, from a class or from "
+                        f"nothing, and {model.path} knows {', '.join(model.tasks)}")
     if modality == "repr" and not (
-            model.texts and vectors(model, [""]).shape[1] == config["width"]):
+            model.texts and vectors(model, [""]).shape[1] == unet.config["cross_attention_dim"]):
         raise UserError("repr enters as one token of the U-Net's cross-attention: it needs a text "
                         "encoder whose pooled state is as wide")
     # One row of the embedding a class, and one for no class.
@@ -452,23 +459,6 @@ def prepare(model, task, modality, *, head=None, input="z", weights="vanishing",
     add_heads(unet, {modality: config}, channels, model.diffusion)
 
 
-def head_options(unet, modality, kind, classes):
-    """Choose the sizes of a head to suit a U-Net -> the options that its constructor takes."""
-    options = {}
-    if modality == "masked":
-        options["silu"] = False
-    if modality == "label":
-        options["classes"] = list(classes)
-    if modality == "repr":
-        options["width"] = unet.config.get("cross_attention_dim")
-    if kind == "classifier":
-        # As deep as the U-Net, and no wider than guided-diffusion's.
-        first = unet.config["block_out_channels"][0]
-        options["width"] = min(128, max(32, first // 64 * 32))
-        options["depth"] = unet.config["layers_per_block"]
-    return options
-
-
 # -------------------------------------------------------------------------------------------------
 # Encoders x -> E(x) (B, C, h, w), without parameters of their own. A picture, in the space of z,
 # is its own encoding. Everything else is read by the U-Net itself: E(x) = U-Net(0, t = 0, x).
@@ -480,16 +470,16 @@ class Known(NamedTuple):
     keep: torch.Tensor  # (B,) of 0 and 1: samples with 0 train as if x were not there
 
 
-def predictor(net, unet, known, context, added):
+def predictor(net, unet, batch_x, context, added):
     """Make predict(z_t, t) -> prediction, {modality: output}, for `loss` and `sample`.
 
-    net: the U-Net, or what wraps it. known: {modality: Known}, of which -X reads x beside z_t; a
+    net: the U-Net, or what wraps it. batch_x: {modality: Known}, of which -X reads x beside z_t; a
     sample that does not keep its x reads zeros. With a class embedding, z_t itself has no class.
     added: what SDXL reads besides the context, see sample.Model.added.
     """
     x_input = None
     if reads_x(unet):
-        ((x, _, keep),) = known.values()
+        ((x, _, keep),) = batch_x.values()
         x_input = x * keep[:, None, None, None]
 
     def predict(z, t):
@@ -512,7 +502,7 @@ def unet_encoding(unet, shape, context=None, added=None):
     encodes with the weights of the moment, sampling with the averaged ones.
     """
     weight = unet.conv_out.weight
-    B = len(context) if context is not None else len(added["class_labels"])
+    B = len(added["class_labels"] if context is None else context)
     zeros = weight.new_zeros(B, unet.config["in_channels"], *shape[1:])
     context = None if context is None else context.to(weight)
     t = torch.zeros(B, device=weight.device, dtype=torch.long)
@@ -521,13 +511,9 @@ def unet_encoding(unet, shape, context=None, added=None):
     return prediction[:, :shape[0]].float()
 
 
-def encode_context(model, context, pooled, shape):
-    """Encode what the text encoder says: context (B, S, D), pooled as `added` wants it -> E."""
-    factor = model.vae.factor
-    if pooled is not None:
-        pooled = pooled.expand(len(context), -1)    # one text may stand for all samples
-    added = model.added(pooled, shape[1] * factor, shape[2] * factor)
-    return unet_encoding(model.unet, shape, context, added)
+def class_names(unet):
+    """List the classes of the modality label of a U-Net that has its head."""
+    return unet.config["aggregation"]["modalities"]["label"]["classes"]
 
 
 def encode_classes(model, classes, shape):
@@ -535,15 +521,11 @@ def encode_classes(model, classes, shape):
     if not model.texts:
         return unet_encoding(model.unet, shape, added={"class_labels": classes})
     # A text-to-image model knows what the classes' names mean.
-    names = model.unet.config["aggregation"]["modalities"]["label"]["classes"]
-    texts = [names[number] for number in classes.tolist()]
-    return encode_context(model, *model.encode_text(texts), shape)
-
-
-def encode_vectors(model, x, shape):
-    """Vectors (B, D) -> E (B, C, h, w); each enters as one token."""
-    _, pooled = model.encode_text([""])
-    return encode_context(model, x[:, None], pooled, shape)
+    names = class_names(model.unet)
+    context, pooled = model.encode_text([names[number] for number in classes.tolist()])
+    factor = model.vae.factor
+    added = model.added(pooled, shape[1] * factor, shape[2] * factor)
+    return unet_encoding(model.unet, shape, context, added)
 
 
 def encoder_of(model, modality, shape):
@@ -553,11 +535,11 @@ def encoder_of(model, modality, shape):
     the mean of all classes' encodings.
     """
     if modality == "repr":
-        return lambda x: encode_vectors(model, x, shape)
+        return lambda x: unet_encoding(model.unet, shape, x[:, None])
     if modality != "label":
         return lambda x: x
     # Every step of sampling may change the probabilities, but never the classes.
-    K = len(model.unet.config["aggregation"]["modalities"]["label"]["classes"])
+    K = len(class_names(model.unet))
     table = encode_classes(model, torch.arange(K, device=model.unet.conv_out.weight.device), shape)
     return lambda x: expected_encoding(table, F.one_hot(x, K) if x.dim() == 1 else x)
 
@@ -565,7 +547,8 @@ def encoder_of(model, modality, shape):
 def expected_encoding(table, probabilities):
     """All classes' encodings (K, C, h, w), probabilities (B, K) -> the mean E (B, C, h, w).
 
-    mu_t is linear in eps and in E, so their means give its mean over p(z_0, x | z_t).
+    mu_t is linear in eps and in E, so their means give its mean over p(z_0, x | z_t). This is
+    exact for pictures too. For repr, where a network reads the mean of x, it is an approximation.
     """
     return torch.einsum("bk,kchw->bchw", probabilities.to(table.dtype), table)
 
@@ -578,7 +561,9 @@ def vectors(model, captions):
     which lies in the same space where both towers of one CLIP are at hand.
     """
     tokenizer, encoder = model.texts[0]
-    return encoder(tokenizer(captions).to(model.unet.conv_out.weight.device))[2].float()
+    ids = tokenizer([tokenizer.expand(caption) for caption in captions])
+    _, _, pooled = encoder(ids.to(model.device))
+    return pooled.float()
 
 
 @torch.no_grad()
@@ -592,12 +577,11 @@ def encode_batch(model, encoder, batch, shape, device):
     (name,) = model.unet.heads
     if name == "label":
         x = torch.tensor(batch["x"], device=device)
-        # Each class that occurs is encoded once.
         classes, rows = x.unique(return_inverse=True)
         E = encode_classes(model, classes, shape).index_select(0, rows)
     elif name == "repr":
         x = vectors(model, batch["x"])
-        E = encode_vectors(model, x, shape)
+        E = unet_encoding(model.unet, shape, x[:, None])
     else:
         x = encoder.modality(batch, device)
         E = x
@@ -617,35 +601,33 @@ def divergence(head, output, x):
     return (output.float() - x).square().flatten(1).mean(1)
 
 
-def loss(heads, predict, z0, known, noise, t, *, head_weight=LAMBDA, **weighting):
+def loss(heads, predict, z0, batch_x, noise, t, *, head_weight=LAMBDA, **weighting):
     """Eq. 6 by Algorithm 2 -> the loss (B,) and its terms, {"denoising" or modality: (B,)}.
 
-    predict(z_t, t) -> prediction, {modality: output}. known: {modality: Known}. head_weight: the
-    paper's lambda. weighting: options of Diffusion.loss for the denoising term, which in
-    y_t = z_t - C_t is DDPM's.
+    predict(z_t, t) -> prediction, {modality: output}. batch_x: {modality: Known}, one a head.
+    head_weight: the paper's lambda. weighting: options of Diffusion.loss for the denoising term,
+    which in y_t = z_t - C_t is DDPM's.
 
-    A sample that does not keep its x has E = 0 and no KL, whatever its values; its KL term is NaN.
-    A modality that is absent from `known` has E = 0, and its head's gradient is zero.
+    A sample that does not keep its x has E = 0 and no KL; its KL term is reported as NaN.
     """
-    # Eq. 2 is DDPM's bound with every p and q joint with X:
+    # The paper's prose names the four terms of Eq. 2, and this is our derivation. Eq. 1 draws X at
+    # each step; q(x_i) is the example's own x_i, always the same. We assume that z_{t-1} and the
+    # x_i are independent given z_t: p(z_{t-1}, X | z_t) = p(z_{t-1} | z_t) prod_i p(x_i | z_t).
+    # DDPM's bound on -log p(z_0) is then the mean of
     #     KL(q(z_T | z_0, X) || p(z_T)) + sum_{t>1} KL(q(z_{t-1} | z_t, z_0, X) || p(z_{t-1} | z_t))
     #     + sum_t sum_i KL(q(x_i) || p(x_i | z_t)) - log p(z_0 | z_1).
     # By Bayes' rule q(z_t | z_{t-1}, X) = q(z_{t-1} | z_t, z_0, X) q(z_t | z_0, X) / q(z_{t-1} |
-    # z_0, X). The quotients of all t telescope to q(z_T | z_0, X), and the product of Eq. 1 leaves
-    # one KL term of x_i at each step. Eq. 6 replaces the factors of both sums by 1 and lambda.
-    E = torch.stack([known[name].E * known[name].keep[:, None, None, None] if name in known
-                     else torch.zeros_like(z0) for name in heads])
+    # z_0, X) for t > 1. These quotients, and q(z_1 | z_0, X), telescope to q(z_T | z_0, X), and the
+    # product of Eq. 1 leaves one KL term of x_i at each step. Eq. 6 replaces the factors of the
+    # denoising terms by 1, and gives the KL terms the factor lambda.
+    E = torch.stack([batch_x[name].E * batch_x[name].keep[:, None, None, None] for name in heads])
     # Eq. 4, as y_t + C_t: with w = 0 this is DDPM to the last bit.
     z_t = heads.diffusion.add_noise(z0, noise, t) + heads.process.aggregate(E, t)
     out, outputs = predict(z_t, t)
     total = heads.diffusion.loss(out, z0, noise, t, **weighting)
     terms = {"denoising": heads.diffusion.error(out, z0, noise, t)}
     for name, output in outputs.items():
-        if name not in known:
-            # Under DDP every parameter needs a gradient, if only of zero.
-            total = total + 0 * output.float().flatten(1).sum(1)
-            continue
-        x, _, keep = known[name]
+        x, _, keep = batch_x[name]
         kl = divergence(heads[name], output, x)
         total = total + head_weight * keep * kl                                          # Eq. 6
         terms[name] = torch.where(keep > 0, kl, torch.nan)
@@ -676,7 +658,6 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
     if unknown := [name for name in known if name not in heads]:
         raise UserError(f"this model was not trained on {', '.join(unknown)}; it knows "
                         f"{', '.join(heads)}")
-    # What is known is encoded once. What is unknown changes with every step.
     known_E = {name: encoders[name](x) for name, x in known.items()}
     E = torch.stack([known_E.get(name, torch.zeros_like(noise)) for name in heads])
 
@@ -684,13 +665,14 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
         mean, std = process.marginal(z0, E, t)
         return mean + std * noise
 
-    # Nearly nothing is left of z_0 at the first timestep, so z_T = C_T + noise.
+    # As all samplers here, this one starts from pure noise at whatever timestep comes first; what
+    # it adds is C_T.
     z = process.aggregate(E, visited[0]) + noise if z0 is None else noisy(visited[0])
     for i, (t, r) in enumerate(zip(visited, visited[1:])):
         batch_t = torch.full((len(z),), t, dtype=torch.long, device=z.device)
         prediction, outputs = predict(z, batch_t)
         prediction = prediction.float()
-        # The heads' word on what is unknown takes the place of its last encoding.
+        # Encode the heads' new estimate of what is unknown.
         x = {name: infer(heads[name], output) for name, output in outputs.items()} | known
         E = torch.stack([known_E[name] if name in known else encoders[name](x[name])
                          for name in heads])
@@ -704,11 +686,11 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
             fresh = randn(z.shape, generators, z.device) if eta > 0 else None
             z = process.ddim_step(z, eps, E, t, r, sigma=eta * var.sqrt(), noise=fresh, z0=z0_hat)
         else:
-            z, var = process.posterior(z0_hat, z, E, t, r)
+            _, _, small, beta = process.ddpm(t, r, z)
+            z, _ = process.posterior(z0_hat, z, E, t, r)
             if t > 0:
-                # As diffusion.ddpm: the variance may be the posterior's, or 1 - a, or learned.
-                beta = like(1 - process.between(t, r)[2], z)
-                small = var.clamp(min=1e-20)
+                # As diffusion.ddpm: the variance may be the posterior's, or beta, or learned.
+                small = small.clamp(min=1e-20)
                 var = diffusion.step_variance(prediction, small, beta, z.shape[1])
                 z = z + var.sqrt() * randn(z.shape, generators, z.device)
         if callback is not None:
@@ -726,35 +708,38 @@ def infer(head, output):
 
 TIMES = (0, 100, 200, 300, 400, 500, 600, 800, 999)
 SIDE = 128  # pixels of one picture on the sheet
+LINE = 24   # pixels of a line of text
 
 
-def draw_processes(processes, z0, x, noise, style):
+def draw_processes(processes, z0, x, noise):
     """Draw means and samples of z_t at TIMES, two rows a process -> one picture with legends.
 
-    processes: {name: Aggregation}. z0, x, noise: (1, 3, H, W). style: of the legends, for Pillow.
+    processes: {name: Aggregation}. z0, x, noise: (1, 3, H, W).
     """
     from PIL import Image, ImageDraw
 
     from emoji import to_pil
-    sheet = Image.new("RGB", (SIDE * (1 + len(TIMES)), 24 + 2 * SIDE * len(processes)), "white")
+    height = LINE + 2 * SIDE
+    sheet = Image.new("RGB", (SIDE * (1 + len(TIMES)), height * len(processes)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, t in enumerate(TIMES, 1):
-        draw.text((SIDE * column + 6, 4), f"t = {t}", **style)
+
+    def write(text, column, top):
+        draw.text((SIDE * column + 6, top + 4), text, fill="black", font_size=14)
+
+    def paste(picture, column, top):
+        enlarged = to_pil(picture[0]).resize((SIDE, SIDE), Image.NEAREST)
+        sheet.paste(enlarged, (SIDE * column, top))
+
     for row, (name, process) in enumerate(processes.items()):
-        source = "z_0" if name == "zero" else "x"
-        means = [z0 if name == "zero" else x]
-        draws = [torch.ones_like(z0)]  # white, for the legend
-        for t in TIMES:
+        above = height * row + LINE
+        below = above + SIDE
+        paste(x, 0, above)
+        write(f"w: {name}\n\nabove: x, and\nthe mean of z_t\n\nhere: z_t", 0, below)
+        for column, t in enumerate(TIMES, 1):
+            write(f"t = {t}, c = {process.c[0, t + 1]:.3f}", column, height * row)
             mean, std = process.marginal(z0, x[None], t)
-            means.append(mean)
-            draws.append(mean + std * noise)
-        rows = torch.cat([torch.cat(means, dim=3), torch.cat(draws, dim=3)], dim=2)
-        top = 24 + 2 * SIDE * row
-        enlarged = to_pil(rows[0]).resize((sheet.width, 2 * SIDE), Image.NEAREST)
-        sheet.paste(enlarged, (0, top))
-        title = "w = 0: DDPM" if name == "zero" else f"w: {name}"
-        legend = f"{title}\n\nabove: {source}, and\nthe mean of z_t\n\nhere: z_t"
-        draw.text((6, top + SIDE + 6), legend, **style)
+            paste(mean, column, above)
+            paste(mean + std * noise, column, below)
     return sheet
 
 
@@ -770,20 +755,10 @@ def main():
     alpha_bar = Diffusion.from_config({}).alpha_bar
     processes = {name: Aggregation(alpha_bar, [SCHEDULES[name]])
                  for name in ("zero", "vanishing", "interpolating")}
-    sheet = draw_processes(processes, z0, x, randn(z0.shape, seeded([0])),
-                           style=dict(fill="#222222", font_size=14))
+    sheet = draw_processes(processes, z0, x, randn(z0.shape, seeded([0])))
     with replacing(args.out) as beside:
         sheet.save(beside, format="PNG")
-
-    print("z_t = sqrt(ab_t) z_0 + c_t x + std_t noise, with DDPM's linear betas")
-    print(f"{'t':>6}{'sqrt(ab_t)':>12}{'std_t':>8}   c_t:"
-          + "".join(f"{name:>15}" for name in processes))
-    for t in TIMES:
-        signal = alpha_bar[t].sqrt()
-        std = (1 - alpha_bar[t]).sqrt()
-        coefficients = "".join(f"{p.c[0, t + 1]:>15.4f}" for p in processes.values())
-        print(f"{t:>6}{signal:>12.4f}{std:>8.4f}       {coefficients}")
-    print(f"a dragon's face in two styles, t from left to right -> {args.out}")
+    print(f"z_t = sqrt(ab_t) z_0 + c_t x + std_t noise, with DDPM's linear betas -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
     Encoder          the pictures of a batch as latents of a frozen autoencoder
 
     python data.py check --data FOLDER
+    python data.py show --task edit --data FOLDER
     python data.py encode --data FOLDER --model MODEL --out ENCODED
 
 A data set yields dicts: `prompt` (str), `target` (3, H, W) in [-1, 1], for image-to-image tasks
@@ -20,23 +21,25 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import sys
-import warnings
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import emoji
-from emoji import ASSETS, ItemDataset, degrade, held_out, on_white, patched, to_pil, to_tensor
+from emoji import ASSETS, DEGRADATIONS, ItemDataset, on_white, patched, to_pil, to_tensor
 from hub import Parser, UserError, blaming, command, open_weights, pick_device, read_json
 from hub import replacing, write_json
+from readers import MAX_PIXELS, PICTURES, Frame, Rows, as_list, choose, decode, draw_text
+from readers import file_names, find_broken, find_layout, open_image, open_square, read_rows
+from readers import split_part, usable_rows
 
 # -------------------------------------------------------------------------------------------------
 # Tasks
@@ -54,7 +57,7 @@ class Task(NamedTuple):
     guidance: float             # the paper's text scale on SD 1.5; 1 is no guidance
     image_guidance: float = 1.0
     modality: str | None = None  # MT-Diffusion: the name of x, the other modality
-    columns: tuple = ()          # what a folder's metadata.jsonl needs besides file_name
+    columns: tuple = ()          # what the rows of a folder need besides file_name
 
 
 TARGET = Latent(sample=True, scaled=True)
@@ -75,6 +78,8 @@ TASKS = {
     "sr":        Task(SOURCE, None, (0.0, 0.0, 0.0), guidance=1.0),
     "inpaint":   Task(SOURCE, "remove the ...", (0.05, 0.05, 0.05), guidance=4.0,
                       image_guidance=1.5, columns=("text", "source_file_name")),
+    # The name of a class is the prompt, so dropout and guidance work as for text. DiT: 10 %.
+    "class":     Task(None, "a class", (0.10, 0.0, 0.0), guidance=4.0, columns=("label",)),
     "uncond":    Task(None, None, (0.0, 0.0, 0.0), guidance=1.0),
     "translate": Task(None, None, (0.0, 0.0, 0.0), guidance=1.0, modality="source",
                       columns=("source_file_name",)),
@@ -98,97 +103,6 @@ EXAMPLES = {
 
 
 # -------------------------------------------------------------------------------------------------
-# Pictures from disk
-
-# Only these formats are opened. Pillow knows more, of which PostScript would start a program.
-Image.init()
-FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-           if name in Image.OPEN]
-# A picture of this size takes 400 MB as RGBA. This limit speaks in one line, so Pillow's goes.
-MAX_PIXELS = 100_000_000
-Image.MAX_IMAGE_PIXELS = None
-
-# EXIF's orientation -> how to turn the picture upright.
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
-
-
-@contextlib.contextmanager
-def open_header(path):
-    """Yield a picture that is not decoded yet. Whatever fails in the block is a UserError.
-
-    Pillow's readers raise nearly everything on a damaged file, struct.error and SyntaxError too, so
-    this one guard catches all of it and names the file.
-    """
-    try:
-        if not os.path.isfile(path):
-            # Opening a FIFO would wait for ever, and a device may have no end.
-            raise UserError(f"no picture at {path}")
-        with warnings.catch_warnings():
-            # Pillow prints a remark where it can do without some damaged metadata.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as picture:
-                # The header says how large a picture is before any memory is taken for it.
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
-                yield picture
-    except (UserError, MemoryError):
-        # Too little memory is no fault of the file: `hub.command` has a line for it.
-        raise
-    except Exception as error:
-        raise UserError(f"{path} is not a picture that can be read ({error})") from None
-
-
-def check_header(path):
-    """Raise a UserError where a picture is missing or its header is damaged."""
-    with open_header(path):
-        pass
-
-
-def upright(picture):
-    """Turn a picture as its EXIF says.
-
-    ImageOps.exif_transpose would also write all other tags again, and fails where one of them has
-    a value that the standard does not allow.
-    """
-    orientation = None
-    with contextlib.suppress(Exception):
-        # A block that cannot be read is ignored, as viewers do.
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
-
-
-def open_image(path, size=None):
-    """Open a picture upright, as RGBA. A UserError names a file that is missing or no picture.
-
-    size: of the square that will be made of it. A large JPEG is then decoded at 1/2, 1/4 or 1/8 of
-    its size, several times as fast, and still has two pixels or more for each one of the square.
-    """
-    with open_header(path) as picture:
-        if size is not None:
-            # Other formats than JPEG ignore this.
-            picture.draft(None, (2 * size, 2 * size))
-        # Broken pixels show before the metadata are looked at; some PNGs keep these at their end.
-        picture.load()
-        picture = upright(picture)
-        if picture.mode.startswith("I"):
-            # 16 bits a pixel: convert() would cut them off at 255.
-            array = np.asarray(picture).clip(0, 65535) // 256
-            picture = Image.fromarray(array.astype(np.uint8))
-        if picture.mode == "F":
-            # TIFF knows such pictures; one cannot tell whether they end at 1, 255 or elsewhere.
-            raise ValueError("floating-point pixels have no fixed white")
-        return picture.convert("RGBA")
-
-
-def open_square(path, size):
-    """Open a picture, crop it to its central square and resize it -> RGB, size x size."""
-    return ImageOps.fit(on_white(open_image(path, size)), (size, size), Image.LANCZOS)
-
-
-# -------------------------------------------------------------------------------------------------
 # Data sets
 
 def builtin(task, split, size=64):
@@ -209,201 +123,119 @@ def folder_of(task, root):
     return folder if folder.is_dir() else Path(root)
 
 
-def open_dataset(task, split, size, root=None):
-    """The data set of one task: the built-in one, a folder, or an encoded folder."""
+def open_dataset(task, split, size, root=None, **options):
+    """The data set of one task: the built-in one, a folder, or an encoded folder.
+
+    options: of `Folder`, degradation and reverse.
+    """
     if root is None:
         return builtin(task, split, size)
     folder = folder_of(task, root)
+    # Each task decides for itself: some folders may be encoded and others not.
     kind = Encoded if (folder / "encoded.json").is_file() else Folder
-    return kind(folder, task, split, size)
+    return kind(folder, task, split, size, **options)
 
 
-def class_names(root=None):
-    """The classes of the task label: the built-in categories, or those of a folder."""
+def class_names(root=None, task="label"):
+    """The classes of the tasks class and label: the built-in categories, or those of a folder."""
     if root is None:
         return emoji.classes()
-    rows, _ = read_rows(folder_of("label", root))
+    rows, _ = read_rows(folder_of(task, root))
     # In alphabetical order, so that a class has the same number in every run.
     return sorted({row["label"] for row in rows if "label" in row})
 
 
-# The columns of metadata.jsonl that name pictures, and all that we read.
-PICTURES = ("file_name", "source_file_name")
-COLUMNS = (*PICTURES, "text", "label")
-
-
 def needed_columns(task):
-    """The columns of metadata.jsonl that a task reads."""
+    """The columns of a row that a task reads."""
     return ["file_name", *TASKS[task].columns]
+
+
+def missing_columns(task, rows):
+    """The columns that a task reads and that not every row has."""
+    return [column for column in needed_columns(task) if column not in (rows.columns or ())]
 
 
 def served_tasks(rows):
     """The tasks for which every row has what they read."""
-    return [task for task in TASKS
-            if rows and all(column in row for row in rows for column in needed_columns(task))]
+    return [task for task in TASKS if not missing_columns(task, rows)]
 
 
 def served_folders(root, tasks):
     """Task -> its folder, for those of `tasks` that the pictures in `root` serve."""
     folders = {task: folder_of(task, root) for task in tasks}
-    folders = {task: folder for task, folder in folders.items()
-               if (folder / "metadata.jsonl").is_file()
-               and task in served_tasks(read_rows(folder)[0])}
+    if any(folder != Path(root) for folder in folders.values()):
+        # Otherwise the folders of tasks would count as classes of pictures in the root.
+        folders = {task: folder for task, folder in folders.items() if folder != Path(root)}
+    served = {folder: served_tasks(read_rows(folder)[0])
+              for folder in set(folders.values()) if find_layout(folder)}
+    folders = {task: folder for task, folder in folders.items() if task in served.get(folder, ())}
     if not folders:
-        raise UserError(f"{root} serves none of {', '.join(tasks)}; see data.Folder for its layout")
+        raise UserError(f"{root} serves none of {', '.join(tasks)}; see readers.py for what a "
+                        "folder looks like")
     return folders
 
 
-def parse_row(root, line):
-    """One line of metadata.jsonl -> its dict. ValueError says what is wrong with it.
-
-    root: the folder as an absolute path without symbolic links.
-    """
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("it is no JSON object")
-    for column in COLUMNS:
-        if not isinstance(row.get(column, ""), str):
-            raise ValueError(f"{column} is no text")
-        row.get(column, "").encode()  # half a surrogate pair is no text
-    if row.get("split", "train") not in ("train", "heldout"):
-        raise ValueError('"split" is "train" or "heldout"')
-    for name in picture_names(row):
-        # A data set from elsewhere must not make us read this machine's other files, be it by an
-        # absolute path, by "..", or through a link.
-        if not (root / name).resolve().is_relative_to(root):
-            raise ValueError(f"{name} lies outside of {root}")
-    return row
-
-
-def picture_names(row):
-    """The file names of a row's pictures."""
-    return [row[column] for column in PICTURES if column in row]
-
-
-def split_rows(rows):
-    """Give each row a "split". Where no line says one, one file name in ten is held out."""
-    if any("split" in row for row in rows):
-        for row in rows:
-            row.setdefault("split", "train")
-        return
-    names = {row.get("file_name", "") for row in rows}
-    heldout = {name for name in names if held_out(name)}
-    if len(names) > 1 and len(heldout) in (0, len(names)):
-        # The names of a handful of pictures may all fall on one side. The first one changes over.
-        heldout = heldout.symmetric_difference({min(names)})
-    for row in rows:
-        row["split"] = "heldout" if row.get("file_name", "") in heldout else "train"
-
-
-MAX_SKIPPED = 0.01     # the share of lines that may be left out
-MAX_HEADERS = 20_000   # files that are opened before training; the others are only looked for
-
-
-def find_broken(paths, read, label):
-    """Call read(path) for all paths -> {path: the reason}, for those where it raises UserError."""
-    broken = {}
-    for path in tqdm(paths, desc=label, delay=1, leave=False):
-        try:
-            read(path)
-        except UserError as error:
-            broken[path] = " ".join(str(error).split())
-    return broken
-
-
-def find_missing(root, rows):
-    """Find pictures that are missing or have no header -> {path: the reason}.
-
-    A header takes a tenth of a millisecond, and a hundred times that over a slow network: in large
-    folders only some files are opened, spread over all of them.
-    """
-    names = list(dict.fromkeys(name for row in rows for name in picture_names(row)))
-    step = len(names) // MAX_HEADERS + 1
-    paths = [root / name for i, name in enumerate(names)
-             if i % step == 0 or not os.path.isfile(root / name)]
-    return find_broken(paths, check_header, f"looking at {root}")
-
-
-@functools.lru_cache(maxsize=8)
-def read_rows(root):
-    """Read a folder's metadata.jsonl -> rows, each with a "split", and `find_missing` of them."""
-    path = root / "metadata.jsonl"
-    if not path.is_file():
-        raise UserError(f"no {path}: --data names a folder with pictures and a metadata.jsonl, or "
-                        "one with a subfolder like that for each task, named after it")
-    try:
-        # Windows puts a mark before the text, which utf-8-sig drops. splitlines() would also split
-        # at characters that JSON allows inside of strings, such as U+2028.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
-    absolute = root.resolve()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(parse_row(absolute, line))
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{path} line {number}: {error}") from None
-    split_rows(rows)
-    return rows, find_missing(root, rows)
-
-
-def usable_rows(root):
-    """The rows of a folder whose pictures are there. UserError where more than 1 % are not."""
-    rows, broken = read_rows(root)
-    usable = [row for row in rows
-              if not any(root / name in broken for name in picture_names(row))]
-    # Some damage is normal in a large download. Much of it means the wrong folder, or half of an
-    # archive.
-    skipped = len(rows) - len(usable)
-    if skipped > MAX_SKIPPED * len(rows):
-        raise UserError(f"{root}: {skipped} of {len(rows)} lines of metadata.jsonl cannot be used, "
-                        f"more than {MAX_SKIPPED:.0%}; python data.py check --data {root} names "
-                        f"them all. The first: {next(iter(broken.values()))}")
-    return usable
-
-
 class Folder(ItemDataset):
-    """Pictures and a metadata.jsonl, one JSON object a line:
+    """Pictures in one of the layouts of readers.py, such as a metadata.jsonl, an object a line:
 
         {"file_name": "after.jpg", "source_file_name": "before.jpg", "text": "make it snow"}
 
     t2i needs no source, and sr makes its own from the picture. Lines with "split": "heldout" are
     held out; where no line has a split, one file name in ten is. Pictures are cropped to their
-    central square and resized. The few lines whose pictures are missing or broken are left out.
+    central square and resized; where a data set's authors cut and mirror at random, training does
+    so too, alike for both pictures of a pair. The few rows whose pictures are broken are left out.
+
+    degradation: of sr, one of DEGRADATIONS. reverse: the source and the target change places.
     """
     TRIES = 10
 
-    def __init__(self, root, task, split, size):
+    def __init__(self, root, task, split, size, degradation="simple", reverse=False):
         self.root = root
         self.task = task
         self.size = size
+        self.degrade = DEGRADATIONS[degradation]
+        self.reverse = reverse
+        self.layout = find_layout(root)
+        self.augment = split == "train"
         self.record = None  # see record_skipped
         rows, _ = read_rows(root)
-        missing = [column for column in needed_columns(task)
-                   if not all(column in row for row in rows)]
-        if missing:
+        if missing := missing_columns(task, rows):
             raise UserError(f"{root} serves {', '.join(served_tasks(rows)) or 'no task'}; for "
-                            f"{task} every line of metadata.jsonl needs {' and '.join(missing)}")
-        self.items = [row for row in usable_rows(root) if row["split"] == split]
-        self.classes = class_names(root)
+                            f"{task} every picture needs {' and '.join(missing)}, in a "
+                            "metadata.jsonl or as readers.py says")
+        self.items = Rows(row for row in usable_rows(root) if row["split"] == split)
+        self.classes = class_names(root) if task == "label" else None
         if not self.items:
             raise UserError(f"{root} has no {split} pictures for {task}; mark some lines of "
                             f'metadata.jsonl with "split": "{split}"')
 
-    def open_pictures(self, i):
-        """Example i -> its row, and its pictures by column.
+    def draw_frame(self, rng):
+        """Choose what of the pictures is seen, by the rules of the data set's authors."""
+        enlarge, left, top, mirror = rng.random(4)
+        # What is measured stays the same picture; the built-in data do likewise.
+        if not self.augment:
+            return Frame()
+        low, high = self.layout.enlarge
+        return Frame(low + (high - low) * enlarge, left, top, self.layout.mirror and mirror < 0.5)
+
+    def open_example(self, i, seed):
+        """Visit example i -> its row with its text, and its pictures by column.
 
         In place of an example whose pictures turn out broken comes the next good one. That is a
-        function of i alone: the same on every rank, in every run, and after resuming.
+        function of i and the seed: the same on every rank, in every run, and after resuming.
         """
-        columns = [column for column in needed_columns(self.task) if column in PICTURES]
+        columns = needed_columns(self.task)
         for number in range(i, i + self.TRIES):
-            row = self.items[number % len(self.items)]
+            # Each try starts from the same seed, and pairs share a frame: the picture before an
+            # edit and the one after it stay aligned.
+            rng = np.random.default_rng(seed)
+            row = choose(self.items[number % len(self.items)], rng)
             try:
-                return row, {column: open_square(self.root / row[column], self.size)
-                             for column in columns}
+                if "text" in columns:
+                    row["text"] = draw_text(self.root, row["text"], rng)
+                frame = self.draw_frame(rng)
+                return row, {column: open_square(self.root / row[column], self.size, frame)
+                             for column in columns if column in PICTURES}
             except UserError as error:
                 reason = str(error)
                 report_broken(self.record, ((self.root / row["file_name"], reason),))
@@ -411,17 +243,20 @@ class Folder(ItemDataset):
         raise UserError(f"{self.TRIES} examples in a row cannot be read; the last one: {reason}")
 
     def get(self, i, rng):
-        """Example i; what is random about it (degradation, patches) is drawn from rng."""
-        # rng is used only afterwards, so a replacement draws the same numbers.
-        row, pictures = self.open_pictures(i)
+        """Example i; what is random about it (words, crop, patches) is drawn from rng."""
+        # One number is the seed of the visit, so a replacement leaves rng in the same state.
+        row, pictures = self.open_example(i, rng.integers(2 ** 62))
         modality = TASKS[self.task].modality
-        picture = pictures["file_name"]
-        example = dict(prompt=row["text"] if TASKS[self.task].prompt else "",
+        # pix2pix calls this the direction BtoA.
+        names = PICTURES[::-1] if self.reverse and len(pictures) == 2 else PICTURES
+        picture = pictures[names[0]]
+        words = "label" if self.task == "class" else "text"
+        example = dict(prompt=row[words] if TASKS[self.task].prompt else "",
                        target=to_tensor(picture))
         if self.task == "sr":
-            example["source"] = to_tensor(degrade(picture, rng))
-        elif "source_file_name" in pictures:
-            example["x" if modality else "source"] = to_tensor(pictures["source_file_name"])
+            example["source"] = to_tensor(self.degrade(picture, rng))
+        elif len(pictures) == 2:
+            example["x" if modality else "source"] = to_tensor(pictures[names[1]])
         elif modality == "masked":
             example["x"] = patched(example["target"], rng)
         elif modality == "label":
@@ -485,15 +320,24 @@ def append_new(record, broken):
 
 
 def check_folder(root):
-    """Decode every picture of a folder. Print how many examples a task has, and what is broken."""
+    """Decode every picture of a folder. Print what each task has, and all that is broken."""
     counts = {}
     paths = {}  # an ordered set: several tasks may share a folder
-    for task, folder in served_folders(root, TASKS).items():
+    folders = served_folders(root, TASKS)
+    for task, folder in folders.items():
         rows, _ = read_rows(folder)
         counts[task] = collections.Counter(row["split"] for row in rows)
-        paths |= {folder / name: None for row in rows for name in picture_names(row)}
-    broken = find_broken(paths, open_image, "decoding")
+        paths |= {folder / name: None for row in rows for name in file_names(row)}
+    # Unlike training, which reads some headers first, this reads all pixels and all captions.
+    broken = find_broken(paths, decode, "decoding")
     print_counts(counts)
+    for folder in dict.fromkeys(folders.values()):
+        rows, _ = read_rows(folder)
+        # What is not recognised for what it is shows here at a glance.
+        print(f"{folder} is read as {find_layout(folder).name}; for example")
+        for i in range(min(3, len(rows))):
+            example = json.dumps(rows[i * len(rows) // 3], ensure_ascii=False)
+            print(f"    {textwrap.shorten(example, 200)}")
     for reason in broken.values():
         print(reason)
     if broken:
@@ -501,10 +345,47 @@ def check_folder(root):
     print(f"all {len(paths)} pictures in {root} can be read")
 
 
+def draw_example(example):
+    """Draw what training reads -> a Pillow picture: source or x, target, and below them the words.
+    """
+    pictures = [to_pil(example[key]) for key in ("source", "x", "target")
+                if torch.is_tensor(example.get(key))]
+    size = pictures[0].width
+    cell = Image.new("RGB", (len(pictures) * size + 4, size + 32), "white")
+    for i, picture in enumerate(pictures):
+        cell.paste(picture, (i * size, 0))
+    words = example["prompt"]
+    # MT-Diffusion's other modality need not be a picture.
+    if not torch.is_tensor(example.get("x", example["target"])):
+        words = str(example["x"])  # the number of a class, or a caption
+    # Pillow's own font draws letters six pixels wide, and has those of Latin-1.
+    lines = textwrap.wrap(words.encode("latin-1", "replace").decode("latin-1"), cell.width // 6)
+    ImageDraw.Draw(cell).text((2, size), "\n".join(lines[:2]), fill="black")
+    return cell
+
+
+def show_folder(args):
+    """Draw a sheet of examples as a training run sees them."""
+    from sample import grid, save_png  # here, because sample.py imports this file
+    if not 8 <= args.size <= 4096:
+        raise UserError(f"--size {args.size} must be from 8 to 4096")
+    dataset = open_dataset(args.task, "train", args.size, args.data,
+                           degradation=args.degradation, reverse=args.reverse)
+    if isinstance(dataset, Encoded):
+        raise UserError(f"{args.data} holds latents; show the folder that it was encoded from")
+    # Spread over the data set, whose neighbours are often alike.
+    count = min(16, len(dataset))
+    cells = [draw_example(dataset[i * len(dataset) // count]) for i in range(count)]
+    path = Path(args.out or f"samples/{args.task}-data.png")
+    save_png(grid(cells, 4), path, vars(args))
+    print(f"{path}: examples of {args.task} as training sees them")
+
+
 def print_counts(counts):
     """Print how many examples each task has. counts: task -> split -> number."""
     for task, splits in counts.items():
-        print(f"{task}: {splits['train']} train, {splits['heldout']} held out")
+        test = f", {splits['test']} test" if splits.get("test") else ""
+        print(f"{task}: {splits['train']} train, {splits['heldout']} held out{test}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -558,11 +439,15 @@ def fingerprint(model):
 class Encoded(ItemDataset):
     """An encoded folder: its examples hold latents' moments (2, C, h, w) in place of pictures.
 
-    An item is [row of the target, row of the source or None, text].
+    An item is [row of the target, row of the source or None, text]. In place of each may stand a
+    list, of which a visit draws one, as in a folder. Nothing is cut or mirrored at random.
     """
 
-    def __init__(self, root, task, split, size):
+    def __init__(self, root, task, split, size, degradation="simple", reverse=False):
+        if reverse:
+            raise UserError(f"{root} is encoded, and cannot be reversed")
         self.root = root
+        self.degrade = DEGRADATIONS[degradation]
         self.task = task
         self.index = read_json(root / "encoded.json")
         with blaming(root / "encoded.json"):
@@ -572,16 +457,21 @@ class Encoded(ItemDataset):
             if self.index["size"] != size:
                 raise UserError(f"{root} holds pictures of {self.index['size']} pixels, and this "
                                 f"model draws {size}")
-            self.items = self.index["tasks"][task][split]
+            self.items = Rows(self.index["tasks"][task][split])
             self.text_numbers = {text: i for i, text in enumerate(self.index["texts"])}
 
     def get(self, i, rng):
         """Example i; sr's degradation is drawn from rng."""
         target, source, text = self.items[i]
+        # As in Folder.get and open_example: both then draw the same words and the same noise.
+        visit = np.random.default_rng(rng.integers(2 ** 62))
+        row = choose(dict(file_name=target, source_file_name=source), visit)
+        target, source = row.values()
+        text = draw_text(self.root, text, visit)
         example = dict(prompt=text, target=read_shard(self.root, "latents", target)["latents"])
         if self.task == "sr":
             picture = open_image(self.root / "pictures" / f"{target}.png").convert("RGB")
-            example["source"] = to_tensor(degrade(picture, rng))
+            example["source"] = to_tensor(self.degrade(picture, rng))
         elif source is not None:
             example["source"] = read_shard(self.root, "latents", source)["latents"]
         return example
@@ -620,7 +510,8 @@ def encode_folder(model, root, out, device):
         report_broken(out / "skipped.jsonl", tuple(broken.items()))
 
     # Pictures of sr stay pictures as well, because their sources are degraded anew each time.
-    sr = {target for items in tasks.get("sr", {}).values() for target, _, _ in items}
+    sr = {number for items in tasks.get("sr", {}).values() for target, _, _ in items
+          for number in as_list(target)}
     pictures = [(path, out / "pictures" / f"{i}.png" if i in sr else None)
                 for i, path in enumerate(paths)]
     encoder = Encoder(model.vae)
@@ -640,21 +531,35 @@ def number_rows(folders):
     text_rows = {"": 0}  # every folder needs the empty text, for dropped conditions
     tasks = {}
     for task, folder in folders.items():
-        tasks[task] = dict(train=[], heldout=[])
+        tasks[task] = dict(train=[], heldout=[], test=[])
         columns = needed_columns(task)
         for row in usable_rows(folder):
-            text = row["text"] if "text" in columns else ""
-            text_rows.setdefault(text, len(text_rows))
-            numbers = {column: picture_rows.setdefault(folder / row[column], len(picture_rows))
-                       for column in columns if column in PICTURES}
-            item = [numbers["file_name"], numbers.get("source_file_name"), text]
-            tasks[task][row["split"]].append(item)
+            item = []
+            # A picture of several tasks, or one that is a source here and a target there, has one
+            # number. A single number is no list, as in folders that were encoded in the past.
+            for column in PICTURES:
+                names = as_list(row[column]) if column in columns else []
+                numbers = [picture_rows.setdefault(folder / name, len(picture_rows))
+                           for name in names]
+                item.append(numbers if len(numbers) > 1 else next(iter(numbers), None))
+            texts = possible_texts(folder, row["text"]) if "text" in columns else [""]
+            for text in texts:
+                text_rows.setdefault(text, len(text_rows))
+            tasks[task][row["split"]].append([*item, texts if len(texts) > 1 else texts[0]])
     return list(picture_rows), list(text_rows), tasks
+
+
+def possible_texts(folder, text):
+    """All captions of a picture, or a few of the instructions that can be composed for it."""
+    if isinstance(text, list):
+        return text
+    # Five, as COCO has captions: all that can be composed from a scene would be dozens.
+    return sorted({draw_text(folder, text, np.random.default_rng(i)) for i in range(5)})
 
 
 def fingerprint_files(paths):
     """A hash of the names, sizes and times of files: it changes when a picture changes."""
-    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    stats = [(str(path.resolve()), split_part(path)[0].stat()) for path in paths]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
@@ -857,15 +762,24 @@ class Encoder:
 
 
 def main():
-    parser = Parser("Check a folder of pictures, or encode it once, for train.py --data.")
-    parser.add_argument("action", choices=("check", "encode"), help="check decodes every picture")
-    parser.add_argument("--data", required=True, help="folder of pictures, see data.Folder")
+    parser = Parser("Check or show a folder of pictures, or encode it, for train.py --data.")
+    parser.add_argument("action", choices=("check", "show", "encode"),
+                        help="check decodes every picture; show draws a sheet of examples")
+    parser.add_argument("--data", required=True, help="folder of pictures, see readers.py")
+    parser.add_argument("--task", default="t2i", choices=TASKS, help="task whose examples show")
+    parser.add_argument("--size", type=int, default=256, help="side of the pictures shown")
+    parser.add_argument("--degradation", default="simple", choices=DEGRADATIONS, help="of sr")
+    parser.add_argument("--reverse", action="store_true", help="swap source and target")
     parser.add_argument("--model", default=str(ASSETS / "tiny"), help="model folder or hub id")
-    parser.add_argument("--out", help="folder for what is encoded")
+    parser.add_argument("--out", help="folder for what is encoded, or file for the sheet (default: "
+                        "samples/TASK-data.png)")
     parser.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
     args = parser.parse_args()
     if args.action == "check":
         check_folder(Path(args.data))
+        return
+    if args.action == "show":
+        show_folder(args)
         return
     if args.out is None:
         raise UserError("data.py encode needs --out, a folder for what is encoded")

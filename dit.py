@@ -206,6 +206,7 @@ class DiT(nn.Module):
 
     Height and width must be multiples of `multiple`, the patch size.
     """
+    folder = "transformer"      # where a model keeps it
 
     def __init__(self, config):
         super().__init__()
@@ -324,6 +325,11 @@ class DiT(nn.Module):
             for block in self.transformer_blocks[1:]:
                 block.norm1.emb = copy.deepcopy(first.emb)
         return super().load_state_dict(state_dict, strict, assign)
+
+    @staticmethod
+    def rename(key):
+        """Turn a parameter's name in a file into its name here."""
+        return key
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="transformer", dtype=torch.float32):

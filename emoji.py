@@ -12,6 +12,7 @@ table was written by experiments/emoji_words.py; assets/README.md has sources an
 A picture is a tensor (3, H, W) in [-1, 1] or a Pillow picture, 64 x 64 unless a size is given.
 """
 import functools
+import io
 import itertools
 import json
 import zlib
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 ASSETS = Path(__file__).parent / "assets"
@@ -73,6 +75,133 @@ def degrade(picture, rng, max_sigma=3.0):
     x = np.clip(x + rng.uniform(0.05, 3.0) * noise, 0, 1)
     noisy = Image.fromarray((x * 255).round().astype(np.uint8))
     return noisy.resize(picture.size, Image.BICUBIC)
+
+
+class Stage(NamedTuple):
+    """One of the two rounds in which Real-ESRGAN (arXiv 2107.10833) spoils a picture."""
+    blur: float       # probability of a blur
+    sigma: tuple      # its range of standard deviations, in pixels
+    resize: tuple     # probabilities to enlarge, to reduce and to keep the size
+    scales: tuple     # the range of factors
+    gaussian: tuple   # the range of standard deviations of Gaussian noise, in grey levels
+    poisson: tuple    # the range of factors on shot noise
+
+
+# train_realesrgan_x2plus.yml of the authors' code.
+STAGES = (Stage(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0)),
+          Stage(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5)))
+KERNELS = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
+MODES = ("area", "bilinear", "bicubic")
+
+
+def kernel_grid(rng):
+    """Coordinates of a kernel of a random odd side from 7 to 21 -> x, y, (side, side) each."""
+    radius = int(rng.integers(3, 11))
+    ax = np.arange(-radius, radius + 1.0)
+    return np.meshgrid(ax, ax)
+
+
+def blur_kernel(rng, sigma):
+    """Draw one of Real-ESRGAN's six shapes of blur; a tenth of kernels are a sinc."""
+    if rng.random() < 0.1:
+        return sinc_kernel(rng)
+    x, y = kernel_grid(rng)
+    # Plain, generalised and plateau-shaped Gaussians, each isotropic and anisotropic.
+    shape, anisotropic = divmod(rng.choice(6, p=KERNELS), 2)
+    sx, sy = rng.uniform(*sigma, 2) if anisotropic else np.full(2, rng.uniform(*sigma))
+    angle = rng.uniform(-np.pi, np.pi)
+    u = (x * np.cos(angle) + y * np.sin(angle)) / sx
+    v = (y * np.cos(angle) - x * np.sin(angle)) / sy
+    r2 = u ** 2 + v ** 2
+    # Half of the exponents are below 1, whichever range they are from.
+    low, high = ((1, 1), (0.5, 4), (1, 2))[shape]
+    beta = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    kernel = 1 / (1 + r2 ** beta) if shape == 2 else np.exp(-0.5 * r2 ** beta)
+    return kernel / kernel.sum()
+
+
+def sinc_kernel(rng, final=False):
+    """Draw an ideal low-pass filter, whose ringing is that of sharpened and compressed pictures."""
+    x, y = kernel_grid(rng)
+    lowest = np.pi / 3 if final or len(x) < 13 else np.pi / 5
+    cutoff = rng.uniform(lowest, np.pi)
+    # A tiny distance stands for zero in the centre: J_1(c r) / r tends to c / 2.
+    r = torch.from_numpy(np.hypot(x, y).clip(1e-6))
+    kernel = (cutoff / (2 * np.pi) * torch.special.bessel_j1(cutoff * r) / r).numpy()
+    return kernel / kernel.sum()
+
+
+def convolve(x, kernel):
+    """Filter a picture (3, H, W) with a kernel (k, k), mirrored at its borders."""
+    radius = len(kernel) // 2
+    mode = "reflect" if radius < min(x.shape[1:]) else "replicate"
+    x = F.pad(x[None], [radius] * 4, mode=mode)
+    weight = torch.from_numpy(kernel).float().expand(3, 1, *kernel.shape)
+    return F.conv2d(x, weight, groups=3)[0]
+
+
+def resize(x, size, rng):
+    """Resize a picture (3, H, W) in one of three ways."""
+    size = [max(1, int(length)) for length in size]
+    return F.interpolate(x[None], size=size, mode=MODES[rng.integers(3)])[0]
+
+
+def add_noise(x, rng, stage):
+    """Add Gaussian or shot noise to a picture (3, H, W) in [0, 1]; 40 % of it is grey."""
+    gaussian = rng.random() < 0.5
+    grey = rng.random() < 0.4
+    if gaussian:
+        noise = rng.standard_normal(x[:1].shape if grey else x.shape)
+        noise = noise * rng.uniform(*stage.gaussian) / 255
+    else:
+        levels = x.clamp(0, 1).mul(255).round().numpy() / 255
+        if grey:
+            levels = np.tensordot([[0.299, 0.587, 0.114]], levels, 1)
+        # So many photons as the picture has levels, to the next power of two.
+        photons = 2 ** np.ceil(np.log2(len(np.unique(levels))))
+        noise = (rng.poisson(levels * photons) / photons - levels) * rng.uniform(*stage.poisson)
+    return (x + torch.from_numpy(noise).float()).clamp(0, 1)
+
+
+def compress(x, rng):
+    """Save a picture (3, H, W) in [0, 1] as a JPEG of a quality from 30 to 95 and read it."""
+    file = io.BytesIO()
+    to_pil(2 * x.clamp(0, 1) - 1).save(file, format="JPEG", quality=int(rng.uniform(30, 95)))
+    return to_tensor(Image.open(file)) / 2 + 0.5
+
+
+def degrade_twice(picture, rng):
+    """Spoil a Pillow RGB picture by Real-ESRGAN's two stages, for a factor of 2 -> the same size.
+
+    Theirs sharpen the picture first, since their network's targets are sharp too. Ours are not.
+    """
+    x = to_tensor(picture) / 2 + 0.5
+    small = [length // 2 for length in x.shape[1:]]
+    for number, stage in enumerate(STAGES):
+        if rng.random() < stage.blur:
+            x = convolve(x, blur_kernel(rng, stage.sigma))
+        up, down, _ = stage.resize
+        r = rng.random()
+        low, high = stage.scales
+        scale = rng.uniform(1, high) if r < up else rng.uniform(low, 1) if r < up + down else 1
+        # The second stage starts from the size it ends with.
+        size = small if number else x.shape[1:]
+        x = add_noise(resize(x, [length * scale for length in size], rng), rng, stage)
+        if number == 0:
+            x = compress(x, rng)
+    # The last two steps come in either order: a filter with the final size, and compression.
+    kernel = sinc_kernel(rng, final=True) if rng.random() < 0.8 else np.ones((1, 1))
+    filter_first = rng.random() < 0.5
+    if not filter_first:
+        x = compress(x, rng)
+    x = convolve(resize(x, small, rng), kernel)
+    if filter_first:
+        x = compress(x, rng)
+    return to_pil(2 * x - 1).resize(picture.size, Image.BICUBIC)
+
+
+# What train.py --degradation offers.
+DEGRADATIONS = {"simple": degrade, "real-esrgan": degrade_twice}
 
 
 def patched(picture, rng, patches=None):
@@ -301,7 +430,7 @@ class Builtin(ItemDataset):
     Image-to-image tasks add a source (3, H, W); MT-Diffusion's tasks add x, the other modality: a
     picture, the number of a class, or a caption. Random are words, tones, places and noise.
 
-    split: "train" or "heldout". size: of the pictures of uncond and of MT-Diffusion's tasks.
+    split: "train" or "heldout". size: of the pictures of uncond, class and MT-Diffusion's tasks.
     """
 
     def __init__(self, task, split, size=64):
@@ -322,7 +451,9 @@ class Builtin(ItemDataset):
 
     def get(self, i, rng):
         """Make an example of item i by the method that has the task's name."""
-        return getattr(self, self.task)(self.items[i], rng)
+        # "class" is a word of Python's.
+        name = "by_class" if self.task == "class" else self.task
+        return getattr(self, name)(self.items[i], rng)
 
     def pick(self, item, rng):
         """Choose a skin tone for an item -> the drawing's caption and its RGB picture."""
@@ -424,6 +555,10 @@ class Builtin(ItemDataset):
         """Join a picture and its masked copy, x."""
         example = self.uncond(item, rng)
         return dict(example, x=patched(example["target"], rng))
+
+    def by_class(self, item, rng):
+        """Draw a picture of a category, whose name is the prompt."""
+        return dict(self.uncond(item, rng), prompt=item[0].category.lower())
 
     def label(self, item, rng):
         """Join a picture and the number of its category, x."""

@@ -9,8 +9,9 @@ would reach. "Closer" is the share of examples whose drawing has a smaller squar
 source as it is.
 
 Text-to-image has no single right answer. There it prints how often a drawing is nearer to its
-caption's own picture than to any other picture of the split. No figure replaces a look: --grid
-saves the pictures that were counted.
+caption's own picture than to any other picture of the split; for a class, how often the picture
+that is nearest of all belongs to the class. No figure replaces a look: --grid saves the pictures
+that were counted.
 """
 import numpy as np
 import torch
@@ -93,33 +94,63 @@ def summaries(rows):
     return figures
 
 
+def distances(drawn, pictures):
+    """Compare drawings (B, 3, H, W) with all pictures (N, 3, H, W) -> (B, N).
+
+    The root of the squared error at a quarter of the size, where colours and coarse shapes count
+    and detail does not.
+    """
+    drawn = F.avg_pool2d(drawn, 4).flatten(1)
+    pictures = F.avg_pool2d(pictures, 4).flatten(1)
+    return torch.cdist(drawn, pictures)
+
+
 def rank_own(drawn, pictures, own):
     """How many pictures are nearer to each drawing than its own -> (B,).
 
-    drawn (B, 3, H, W); all pictures (N, 3, H, W); own (B,): the number of the right one. By squared
-    error at a quarter of the size, where colours and coarse shapes count and detail does not.
+    drawn (B, 3, H, W); all pictures (N, 3, H, W); own (B,): the number of the right one.
     """
     # All pictures of a split are candidates, not only those that were drawn: the more there are,
     # the harder it is to be the nearest.
-    drawn = F.avg_pool2d(drawn, 4).flatten(1)
-    pictures = F.avg_pool2d(pictures, 4).flatten(1)
-    distances = torch.cdist(drawn, pictures)  # (B, N)
-    return (distances < distances.gather(1, own[:, None])).sum(dim=1)
+    apart = distances(drawn, pictures)
+    return (apart < apart.gather(1, own[:, None])).sum(dim=1)
+
+
+def draw_prompts(model, task, prompts, count, seed, **options):
+    """Draw `count` of the prompts -> PIL pictures, and the number of each one's prompt."""
+    drawn = []
+    numbers = []
+    for indices in tqdm(batches(count, len(prompts)), desc=task, leave=False):
+        drawn += generate(model, task, [prompts[i] for i in indices], seed=seed + len(numbers),
+                          **options)
+        numbers += indices
+    return drawn, numbers
+
+
+def as_batch(pictures):
+    """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
+    return torch.stack([to_tensor(picture) for picture in pictures])
+
+
+def measure_classes(model, count, seed, split="heldout", **options):
+    """Measure the task class -> figures, and (drawn, nearest) pictures."""
+    examples = list(data.builtin("class", split, model.native_size))
+    classes = [example["prompt"] for example in examples]
+    pictures = torch.stack([example["target"] for example in examples])
+    # Drawing the class of every n-th example draws each class as often as the split has it.
+    drawn, own = draw_prompts(model, "class", classes, count, seed, **options)
+    nearest = distances(as_batch(drawn), pictures).argmin(dim=1).tolist()
+    right = [classes[i] == classes[j] for i, j in zip(own, nearest)]
+    figures = dict(count=len(own), of=len(classes), same_class=float(np.mean(right)))
+    return figures, [(picture, to_pil(pictures[i])) for picture, i in zip(drawn, nearest)]
 
 
 def measure_captions(model, count, seed, split="heldout", **options):
     """Measure text-to-image -> figures, and (drawn, own) pictures."""
     captions, pictures = emoji.plain(split)
-    drawn = []
-    own = []  # for each drawing the number of its own picture
-    for indices in tqdm(batches(count, len(captions)), desc="t2i", leave=False):
-        # A caption's own picture has its number: both are lists of the same drawings.
-        drawn += generate(model, "t2i", [captions[i] for i in indices], seed=seed + len(own),
-                          **options)
-        own += indices
-    rank = rank_own(torch.stack([to_tensor(picture) for picture in drawn]),
-                    torch.stack([to_tensor(picture) for picture in pictures]),
-                    torch.tensor(own)).numpy()
+    # A caption's own picture has its number: both are lists of the same drawings.
+    drawn, own = draw_prompts(model, "t2i", captions, count, seed, **options)
+    rank = rank_own(as_batch(drawn), as_batch(pictures), torch.tensor(own)).numpy()
     # A rank of 0 means that no other picture is nearer.
     figures = dict(count=len(own), of=len(captions), nearest_1=float(np.mean(rank < 1)),
                    nearest_10=float(np.mean(rank < 10)))
@@ -130,6 +161,8 @@ def measure(model, task, args):
     """Measure one task -> its figures, and the pictures that were counted."""
     # What is not given here, such as the guidance, is the model's own.
     options = dict(seed=args.seed, split=args.split, steps=args.steps)
+    if task == "class":
+        return measure_classes(model, args.count, **options)
     if TASKS[task].source is None:
         return measure_captions(model, args.count, **options)
     rows, pictures = measure_edits(model, task, args.count, **options)
@@ -144,7 +177,11 @@ HEADER = f"{'PSNR in dB':<20}{'count':>6}{'drawing':>9}{'nothing':>9}{'ceiling':
 
 def print_figures(task, figures):
     """Print the lines of one task, below HEADER."""
-    # Text-to-image has no PSNR, and fills the columns with a sentence.
+    # What has no PSNR fills the columns with a sentence.
+    if task == "class":
+        print(f"{task:<20}{figures['count']:>6}   nearest picture of {figures['of']} has the right "
+              f"class: {figures['same_class']:.0%}")
+        return
     if "all" not in figures:
         print(f"{task:<20}{figures['count']:>6}   own picture nearest of {figures['of']}: "
               f"{figures['nearest_1']:.0%}, among the ten nearest: {figures['nearest_10']:.0%}")
@@ -179,8 +216,8 @@ def get_args():
     parser.add_argument("--seed", type=int, default=0, help="random seed of the drawings")
     parser.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
     parser.add_argument("--out", help="JSON file for the figures")
-    parser.add_argument("--grid", help="PNG file for the pictures of one task: source (but for "
-                        "t2i), drawing and target below each other")
+    parser.add_argument("--grid", help="PNG file for the pictures of one task: source (if it has "
+                        "one), drawing and target (for class, the nearest) below each other")
     args = parser.parse_args()
     if args.count < 1:
         raise UserError(f"--count {args.count} must be at least 1")
@@ -191,11 +228,11 @@ def get_args():
 
 def measured_tasks(args, model):
     """The tasks that --task names. A UserError says what cannot be measured."""
-    if model.native_size != 64:
+    # Pictures that were drawn without any input, and joint tasks, have no target to compare with.
+    measurable = [task for task in model.tasks if task in (*ALL, "class")]
+    if measurable != ["class"] and model.native_size != 64:
         raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, "
                         "and the built-in ones are 64 x 64")
-    # Pictures that were drawn without any input, and joint tasks, have no target to compare with.
-    measurable = [task for task in model.tasks if task in ALL]
     tasks = measurable if args.task == "all" else [args.task]
     if not tasks or not set(tasks) <= set(measurable):
         raise UserError(f"--task {args.task}: {args.model} can be measured on "

@@ -3,6 +3,7 @@
     python sample.py --task edit
     python sample.py --task t2i --prompt "red apple, google style" --num-images 4
     python sample.py --task edit --image cat.png --prompt "make it snow" --model runs/all
+    python sample.py --task class --model facebook/DiT-XL-2-256 --prompt "golden retriever"
     python sample.py --task translate --given source=cat.png
 
 `load_model` rebuilds a model with its methods from disk, and `generate` draws with it. In the last
@@ -25,24 +26,33 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+import adm
+import aggregation
+import dit
+import emoji
+import merge
+import moe
+import routing
 from clip import CLIPText, Tokenizer
-from data import ASSETS, EXAMPLES, MAX_PIXELS, OTHER, SDXL_GUIDANCE, SOURCE, TASKS
+from data import ALL, ASSETS, EXAMPLES, MAX_PIXELS, SDXL_GUIDANCE, TASKS
 from data import on_white, open_image, to_pil, to_tensor
 from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
-from hub import Parser, UserError, blaming, command, compiled, fetch, load_weights, pick_device
-from hub import read_json, replacing, write_json
+from hub import MissingFolder, Parser, UserError, blaming, command, compiled, fetch, load_weights
+from hub import pick_device, read_json, replacing, write_json
 from unet import UNet
 from vae import VAE
 
 # --precision; None lets load_model decide.
 DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
-# model_index.json's class names of models that draw on pixels (adm.py); ours end in Pipeline2D.
+# model_index.json's class names of adm.py's models; those that only we open end in Pipeline2D.
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "Pipeline2D")
+# What ends the names of the folders of text encoders: only SDXL has a second one.
+NUMBERS = ("", "_2")
 # The command draws so many pictures at a time, so that --num-images needs no more memory.
 BATCH = 16
 # The command's options that `generate` has under the same name.
 PASSED_ON = ("negative_prompt", "guidance", "image_guidance", "guidance_rescale", "steps",
-             "sampler", "eta", "strength")
+             "sampler", "strength")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -54,7 +64,7 @@ class Model:
 
     A model on pixels has no text encoder, and adm.Pixels stands for its autoencoder.
     """
-    unet: nn.Module
+    unet: nn.Module                           # or a DiT
     vae: nn.Module
     text_encoder: CLIPText | None
     tokenizer: Tokenizer | None
@@ -83,7 +93,7 @@ class Model:
         if "moe" in config:
             return config["moe"]["tasks"]
         if not self.texts:
-            return ["uncond"]
+            return ["class"] if self.classes else ["uncond"]
         # A source enters beside z_t, in as many channels again.
         plain = config["in_channels"] == config["out_channels"]
         return ["t2i"] if plain else ["edit", "sr", "inpaint"]
@@ -107,6 +117,24 @@ class Model:
         return [pair for pair in pairs if pair[1] is not None]
 
     @property
+    def classes(self):
+        """Name -> number of the classes that a class-conditional network draws; else empty.
+
+        A class may have several names with commas between them, as in diffusers' DiTPipeline. Its
+        number is a name too.
+        """
+        rows = getattr(self.unet, "num_class_embeds", None)
+        if rows is None or "aggregation" in self.unet.config:
+            return {}
+        classes = {}
+        for number, names in self.index.get("id2label", {}).items():
+            for name in (names, *names.split(",")):
+                classes[name.strip()] = int(number)
+        for number in range(rows - 1):
+            classes.setdefault(str(number), number)
+        return classes
+
+    @property
     def device(self):
         return self.unet.conv_out.weight.device
 
@@ -124,14 +152,14 @@ class Model:
         return self
 
     def check(self, part, output, place=None):
-        """Return what a part computed, (B, ..); UserError where a sample of it is no signal.
+        """Return what a part computed, (B, ..); UserError where it is constant or not finite.
 
         Weights of NaN or zero, and activations beyond the largest fp16, would otherwise end in a
         black, grey or noisy picture without a word. place: where the part comes from, if it is not
         this model's own.
         """
-        # One comparison finds all of it: the spread of a sample that holds NaN is NaN, and of one
-        # that holds an infinity it is infinite or NaN.
+        # One comparison a sample finds all of it: the spread of one that holds NaN is NaN, and of
+        # one that holds an infinity it is infinite or NaN.
         low, high = output.float().flatten(1).aminmax(dim=1)
         spread = high - low
         if not ((spread > 0) & (spread < math.inf)).all():
@@ -143,23 +171,27 @@ class Model:
 
     @torch.no_grad()
     def encode_text(self, prompts):
-        """B strings -> context (B, S, D), pooled (B, P) or None; both None without a text encoder.
+        """B strings -> context (B, S, D), and what `added` turns into the network's other input.
+
+        The latter is SDXL's pooled text (B, P), or the number of each class (B,) for a network that
+        draws classes, whose context is None. Others have None.
 
         SDXL reads both encoders' penultimate states side by side, and the second's pooled state.
         Its empty prompt is all zeros where the folder says force_zeros_for_empty_prompt, in
         training as in drawing.
         """
+        if self.classes:
+            return None, self.class_numbers(prompts)
         if not self.texts:
             return None, None
         # Each encoder returns last, penultimate and pooled states: (B, S, D), (B, S, D), (B, P).
         states = []
-        for tokenizer, encoder in self.texts:
+        for number, (tokenizer, encoder) in zip(NUMBERS, self.texts):
             # A word that textual inversion has learned may stand for several tokens.
             ids = tokenizer([tokenizer.expand(prompt) for prompt in prompts])
             states.append(encoder(ids.to(self.device)))
-        for part, outputs in zip(("text_encoder", "text_encoder_2"), states):
-            for output in outputs:
-                self.check(part, output)
+            for output in states[-1]:
+                self.check("text_encoder" + number, output)
         if len(states) == 1:
             # Stable Diffusion 1.x and 2.x, whose towers of 2.x lack the last layer already.
             return states[0][0], None
@@ -171,42 +203,64 @@ class Model:
             pooled = pooled * has_text[:, None]
         return context, pooled
 
-    def added(self, pooled, height, width):
-        """What SDXL's U-Net reads besides the context, for pictures never resized or cropped.
+    def class_numbers(self, prompts):
+        """B names of classes -> their numbers (B,). The empty name means no class."""
+        # The last row of the table means no class, as the empty text means no text.
+        numbers = self.classes | {"": self.unet.num_class_embeds - 1}
+        for prompt in prompts:
+            if prompt not in numbers:
+                raise UserError(f"{self.path} has no class {prompt!r}. A class is a number below "
+                                f"{numbers['']}, or a name, such as {next(iter(numbers))!r}")
+        return torch.tensor([numbers[prompt] for prompt in prompts], device=self.device)
 
-        This is the pooled text and six numbers: original size, corner of the crop, target size.
+    def added(self, pooled, height, width):
+        """What the network reads besides the context, from what `encode_text` returned.
+
+        For SDXL this is the pooled text and six numbers, those of pictures never resized or
+        cropped: original size, corner of the crop, target size.
         """
         if pooled is None:
             return None
+        if self.classes:
+            return dict(class_labels=pooled)
         sizes = pooled.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32)
         return dict(text_embeds=pooled, time_ids=sizes.repeat(len(pooled), 1))
 
-    def encode(self, pictures, tile=None):
+    def encode(self, pictures):
         """Pictures (B, 3, H, W) in [-1, 1] -> the mean of their latents (B, C, h, w), unscaled."""
-        mean, _ = self.vae.encode(pictures.to(self.device), tile)
+        mean, _ = self.vae.encode(pictures.to(self.device), self.tile(pictures, 1))
+        # On pixels there is no autoencoder that could be at fault: the picture itself is constant.
         return mean if self.vae.factor == 1 else self.check("vae", mean)
 
-    def decode(self, latents, tile=None):
+    def decode(self, latents):
         """Latents (B, C, h, w) as the U-Net draws them -> pictures (B, 3, H, W), about [-1, 1]."""
         latents = self.check("unet", latents) / self.vae.config["scaling_factor"]
-        pictures = self.vae.decode(latents, tile)
-        # On pixels there is no autoencoder that could be at fault.
-        return pictures if self.vae.factor == 1 else self.check("vae", pictures)
+        return self.check("vae", self.vae.decode(latents, self.tile(latents, self.vae.factor)))
+
+    def tile(self, x, factor):
+        """The side of a tile in latents, or None up to twice the size the autoencoder trained at.
+
+        Above that the autoencoder's memory is the limit, not the U-Net's. factor: pixels of the
+        picture for each of x.
+        """
+        side = self.vae.config["sample_size"]
+        if max(x.shape[2:]) * factor <= 2 * side:
+            return None
+        # A quarter of each tile overlaps the next one, so the side is a multiple of 4.
+        return side // self.vae.factor // 4 * 4
 
     def save(self, folder, dtype=None, unet_only=False):
         """Write the model in the Hugging Face layout; dtype: of the files' tensors."""
         folder = Path(folder)
-        self.unet.save_pretrained(folder / "unet", dtype=dtype)
+        self.unet.save_pretrained(folder / self.unet.folder, dtype=dtype)
         if unet_only:
             # Nothing else changes in training, so a later checkpoint needs no more.
             return
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            part = getattr(self, name)
-            if hasattr(part, "save_pretrained"):  # adm.Pixels has no weights, and None is no part
-                part.save_pretrained(folder / name, dtype=dtype)
-        for name in ("tokenizer", "tokenizer_2"):
-            if getattr(self, name) is not None:
-                getattr(self, name).save_pretrained(folder / name)
+        if self.vae.factor > 1:     # on pixels there are no weights
+            self.vae.save_pretrained(folder / "vae", dtype=dtype)
+        for number, (tokenizer, encoder) in zip(NUMBERS, self.texts):
+            tokenizer.save_pretrained(folder / f"tokenizer{number}")
+            encoder.save_pretrained(folder / f"text_encoder{number}", dtype=dtype)
         write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler)
         write_json(folder / "model_index.json", self.index)
 
@@ -218,6 +272,14 @@ def pipeline_index(model):
     if model.guidance:
         # diffusers warns of keys that it does not know, but for those with an underscore.
         index["_guidance"] = model.guidance
+    if "id2label" in model.index:
+        index["id2label"] = model.index["id2label"]
+    if model.unet.folder == "transformer":
+        index["transformer"] = ["diffusers", "DiTTransformer2DModel"]
+        if model.vae.factor == 1:
+            # diffusers has no pipeline for a transformer on pixels.
+            return index | {"_class_name": "DiTPipeline2D"}
+        return index | {"_class_name": "DiTPipeline", "vae": ["diffusers", "AutoencoderKL"]}
     if not model.texts:
         return index | {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
     # diffusers has a pipeline of its own for networks that read a picture beside z_t.
@@ -250,40 +312,52 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     """
     path = str(path_or_hub_id)
     index = read_json(fetch(path, "") / "model_index.json")
-    # Models on pixels have no text encoder, no autoencoder, and often no folder for each part.
-    if str(index.get("_class_name")).endswith(PIXEL_PIPELINES):
-        return load_pixels(path, index, dtype or torch.float32).to(device)
+    name = str(index.get("_class_name"))
+    kind = UNet
+    if "DiTPipeline" in name:
+        kind = dit.DiT
+    elif name.endswith(PIXEL_PIPELINES):
+        kind = adm.UNet2D
 
     def place(part):
         return place_of(path, index, part)
 
-    unet_folder = fetch(place("unet"), "unet")
-    config = read_json(unet_folder / "config.json")
-    scheduler = read_json(fetch(place("scheduler"), "scheduler") / "scheduler_config.json")
-    if index.get("_class_name") in CORRECTIONS:
-        # What diffusers' pipelines correct silently in old files is corrected here, once.
-        scheduler |= CORRECTIONS[index["_class_name"]]
-        with blaming(unet_folder / "config.json"):
+    if kind is adm.UNet2D:
+        # Models on pixels often have no folder for each part.
+        network_folder, scheduler_folder = adm.places(path)
+    else:
+        network_folder = fetch(place(kind.folder), kind.folder)
+        scheduler_folder = fetch(place("scheduler"), "scheduler")
+    config = read_json(network_folder / "config.json")
+    scheduler = read_json(scheduler_folder / "scheduler_config.json")
+    # What diffusers' pipelines correct silently in old files is corrected here, once.
+    scheduler |= CORRECTIONS.get(name, {})
+    if kind is UNet and name in CORRECTIONS:
+        with blaming(network_folder / "config.json"):
             correct_sample_size(config)
+    on_pixels = kind is not UNet and "vae" not in index
     if dtype is None:
-        # On a GPU bf16 halves the memory and more than halves the time; a miniature needs neither.
-        gpu = torch.device(device).type == "cuda" and config.get("sample_size") != 16
-        dtype = torch.bfloat16 if gpu else torch.float32
+        # On a GPU bf16 halves the memory and more than halves the time; a miniature, whose latents
+        # are 16 x 16, needs neither.
+        small = on_pixels or config.get("sample_size") == 16
+        gpu = torch.device(device).type == "cuda"
+        dtype = torch.bfloat16 if gpu and not small else torch.float32
+
+    parts = dict(tokenizer=None, text_encoder=None)
+    if kind is UNet:
+        # Of the networks that UNet knows, only SDXL's has such an embedding and two encoders.
+        for number in NUMBERS if config.get("addition_embed_type") else NUMBERS[:1]:
+            tokenizer, encoder = f"tokenizer{number}", f"text_encoder{number}"
+            parts[tokenizer] = Tokenizer.from_pretrained(place(tokenizer), tokenizer)
+            parts[encoder] = CLIPText.from_pretrained(place(encoder), encoder, dtype)
+    if not on_pixels:
+        parts["vae"] = VAE.from_pretrained(place("vae"), dtype=dtype)
     # The largest part comes last: where another one is missing, that shows before 10 GB are read.
-    model = Model(
-        tokenizer=Tokenizer.from_pretrained(place("tokenizer")),
-        text_encoder=CLIPText.from_pretrained(place("text_encoder"), dtype=dtype),
-        vae=VAE.from_pretrained(place("vae"), dtype=dtype),
-        unet=load_unet(UNet, unet_folder, config, scheduler, dtype),
-        scheduler=scheduler, index=index, path=path)
-    if model.unet.config["addition_embed_type"]:
-        # This is SDXL, the only kind of model with such an embedding that UNet knows.
-        second = CLIPText.from_pretrained(place("text_encoder_2"), "text_encoder_2", dtype)
-        model.text_encoder_2 = second
-        model.tokenizer_2 = Tokenizer.from_pretrained(place("tokenizer_2"), "tokenizer_2")
+    network = load_network(kind, network_folder, config, scheduler, dtype)
+    if on_pixels:
+        parts["vae"] = adm.Pixels(network.config["sample_size"])
+    model = Model(unet=network, scheduler=scheduler, index=index, path=path, **parts)
     check_parts(model)
-    for module in model.modules:
-        module.eval()
     return model.to(torch.device(device))
 
 
@@ -312,16 +386,14 @@ def place_of(path, index, part):
         # failed, the base's U-Net would draw the wrong pictures.
         fetch(path, part)
         return path
-    except UserError as error:
-        if "has no folder" not in str(error):
-            raise
+    except MissingFolder:
         return base
 
 
-def load_unet(kind, folder, config, scheduler, dtype, rename=lambda key: key):
-    """Build a U-Net with the methods that its config.json records, and fill it with its weights.
+def load_network(kind, folder, config, scheduler, dtype):
+    """Build a network with the methods that its config.json records, and fill it with its weights.
 
-    kind: UNet or adm.UNet2D.
+    kind: UNet, adm.UNet2D or dit.DiT.
     """
     # The constructor knows the plain network; each method attaches in the order of its making.
     keys = ("moe", "projections", "aggregation", "routing")
@@ -331,37 +403,19 @@ def load_unet(kind, folder, config, scheduler, dtype, rename=lambda key: key):
     diffusion = Diffusion.from_config(scheduler)
     # On the meta device tensors have no memory yet: the weights are read only once, from the file.
     with torch.device("meta"), blaming(folder / "config.json"):
-        unet = kind(config)
+        network = kind(config)
         if "moe" in methods:
-            import moe
-            moe.upcycle(unet, **methods["moe"])
+            moe.upcycle(network, **methods["moe"])
         if "projections" in methods:
-            import merge
-            merge.add_projections(unet, methods["projections"])
+            merge.add_projections(network, methods["projections"])
         if "aggregation" in methods:
-            import aggregation
-            aggregation.add_heads(unet, **methods["aggregation"], diffusion=diffusion)
-    load_weights(unet, folder, rename, dtype)
+            aggregation.add_heads(network, **methods["aggregation"], diffusion=diffusion)
+    load_weights(network, folder, kind.rename, dtype)
     if "routing" in methods:
         # After loading: the table of random masks is no weight.
-        import routing
         with blaming(folder / "config.json"):
-            routing.add_routing(unet, **methods["routing"])
-    return unet.eval()
-
-
-def load_pixels(path, index, dtype):
-    """load_model for a U-Net on pixels, whose parts may lie beside model_index.json."""
-    import adm
-    unet_folder, scheduler_folder = adm.places(path)
-    config = read_json(unet_folder / "config.json")
-    scheduler = read_json(scheduler_folder / "scheduler_config.json")
-    scheduler |= CORRECTIONS.get(index.get("_class_name"), {})
-    unet = load_unet(adm.UNet2D, unet_folder, config, scheduler, dtype, adm.UNet2D.rename)
-    model = Model(unet, adm.Pixels(unet.config["sample_size"]), None, None, scheduler, index,
-                  path=path)
-    check_parts(model)
-    return model
+            routing.add_routing(network, **methods["routing"])
+    return network.eval()
 
 
 def check_parts(model):
@@ -374,17 +428,23 @@ def check_parts(model):
     config = model.unet.config
     # A network that learns the variance has as many channels again for it.
     learned = model.scheduler.get("variance_type") == "learned_range" and not model.texts
-    needed = dict(sample_size=1, in_channels=(C, 2 * C), out_channels=(2 * C if learned else C,))
-    if "aggregation" not in config:
-        # Only the task label names classes.
-        needed["num_class_embeds"] = (None,)
+    out_channels = (2 * C,) if learned else (C,)
+    if not learned and not model.texts:
+        # Samplers such as DDIM do not read a variance that is there.
+        out_channels = (C, 2 * C)
+    needed = dict(sample_size=1, in_channels=(C, 2 * C), out_channels=out_channels)
     if model.texts:
         widths = [encoder.config["hidden_size"] for _, encoder in model.texts]
         needed["cross_attention_dim"] = (sum(widths),)
     if model.text_encoder_2:
         pooled = model.text_encoder_2.width + 6 * config["addition_time_embed_dim"]
         needed["projection_class_embeddings_input_dim"] = (pooled,)
-    compare(model, "U-Net", config, needed)
+    compare(model, "U-Net" if model.unet.folder == "unet" else "transformer", config, needed)
+    with blaming(f"{model.path}: model_index.json, id2label"):
+        largest = max(model.classes.values(), default=None)
+    if largest is not None:
+        # The last row of the table means no class.
+        compare(model, "network", vars(model.unet), dict(num_class_embeds=(largest + 2,)))
     # A mask of channels belongs to each timestep.
     compare(model, "routing", {"num_steps": T} | config.get("routing", {}), dict(num_steps=(T,)))
     for tokenizer, encoder in model.texts:
@@ -418,8 +478,8 @@ def compare(model, part, config, needed):
 # -------------------------------------------------------------------------------------------------
 # Drawing
 
-def rule_of(model, task):
-    """The name of the row of TASKS that a task follows; a task added later follows t2i or edit."""
+def kind_of(model, task):
+    """The name in TASKS of what a task is: itself, or t2i or edit for a task added later."""
     if task not in model.tasks:
         raise UserError(f"{model.path} does not know the task {task!r}; it knows "
                         f"{', '.join(model.tasks)}")
@@ -430,18 +490,21 @@ def rule_of(model, task):
     return "t2i" if channels == model.unet.config["out_channels"] else "edit"
 
 
-def picture_size(model, images, height, width):
-    """The height and width to draw: as given, or the model's size along the longer side."""
-    # One batch has one size, so the first picture speaks for all.
-    ratio_w, ratio_h = images[0].size if images else (1, 1)
+def picture_size(model, picture, height, width):
+    """The height and width to draw: as given, or the model's size along the longer side.
+
+    picture: the one whose shape is kept, or None.
+    """
+    ratio_w, ratio_h = picture.size if picture else (1, 1)
     longer = max(ratio_h, ratio_w)
+    # Networks and autoencoders halve the picture several times, and a DiT cuts it into patches.
+    # diffusers asks for multiples of 8, whatever the autoencoder.
     multiple = math.lcm(8 if model.native_size % 8 == 0 else model.vae.factor,
-                        getattr(model.unet, "multiple", 1))
+                        model.vae.factor * getattr(model.unet, "multiple", 1))
 
     def side(ratio):
         return max(multiple, round(model.native_size * ratio / longer / multiple) * multiple)
 
-    # Networks and autoencoders halve the picture several times, hence the multiples.
     height = side(ratio_h) if height is None else height
     width = side(ratio_w) if width is None else width
     for length in (height, width):
@@ -453,18 +516,18 @@ def picture_size(model, images, height, width):
 
 def scales(model, task, guidance, image_guidance):
     """Text and image scale: as given, or the model's own, or the paper's."""
-    rule = rule_of(model, task)
+    kind = kind_of(model, task)
     # MTU's appendix has scales for SD 1.5 and for SDXL. A model's own index goes before them.
-    paper = (TASKS[rule].guidance, TASKS[rule].image_guidance)
+    paper = (TASKS[kind].guidance, TASKS[kind].image_guidance)
     if model.text_encoder_2:
-        paper = SDXL_GUIDANCE[rule]
+        paper = SDXL_GUIDANCE[kind]
     with blaming(f"{model.path}: model_index.json, guidance"):
         text_default, image_default = map(float, model.guidance.get(task, paper))
     guidance = text_default if guidance is None else guidance
     image_guidance = image_default if image_guidance is None else image_guidance
     if not (math.isfinite(guidance) and math.isfinite(image_guidance)):
         raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be finite")
-    # As everywhere in the field, a scale of at most 1 means no guidance.
+    # As in diffusers, a scale of at most 1 means no guidance.
     return max(guidance, 1.0), max(image_guidance, 1.0)
 
 
@@ -476,25 +539,15 @@ def warn_of_long_prompts(model, prompts):
                   f"{' '.join(dropped)}", file=sys.stderr)
 
 
-def tile_size(model, height, width):
-    """The side of a tile in latents, or None for pictures up to twice the autoencoder's own size.
-
-    Above that the autoencoder's memory is the limit, not the U-Net's.
-    """
-    side = model.vae.config["sample_size"]  # of the pictures it was trained on
-    if max(height, width) <= 2 * side:
-        return None
-    return side // model.vae.factor // 4 * 4
-
-
 @torch.no_grad()
 def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=None,
              image_guidance=None, guidance_rescale=0.0, steps=20, sampler=None, eta=0.0,
              strength=None, height=None, width=None, seed=0, ensemble=(), callback=None):
     """Draw one picture per prompt -> list of PIL images. Picture i has the seed `seed + i`.
 
-    prompts: one string or a list. images: the source pictures of an image-to-image task, one a
-        prompt; or, with strength in (0, 1], the pictures to start from (SDEdit).
+    prompts: one string or a list; for the task class, names of classes or their numbers.
+    images: the source pictures of an image-to-image task, one a prompt; or, with strength in
+        (0, 1], the pictures to start from (SDEdit).
     guidance, image_guidance: text and image scale, at most 1 for none. By default the model's own
         (model_index.json, "guidance"), or else the paper's for the task (data.TASKS).
     height, width: by default the model's size, with the shape of a picture that is given.
@@ -503,58 +556,62 @@ def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=
     ensemble: N U-Nets; number floor(t N / T) makes the step at t (DeMe Eq. 7).
     callback(i, t, x_t, x0): sees each step's latents.
 
-    A request that cannot be met, or a part that computes no signal, raises UserError.
+    A request that cannot be met, or a part whose output is constant or not finite, raises
+    UserError. MT-Diffusion's tasks draw their picture from nothing; see `draw_modalities`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     images = [images] if isinstance(images, Image.Image) else images
-    reads_source = takes_source(model, task, prompts, images, strength)
-    if model.unet.heads is not None:
+    if TASKS[kind_of(model, task)].modality:
+        if any((*prompts, images, negative_prompt, guidance, image_guidance, guidance_rescale,
+                strength, *ensemble)):
+            raise UserError(f"{task} reads no prompt, picture, guidance or ensemble; what is known "
+                            "comes by draw_modalities")
         drawn = draw_modalities(model, len(prompts), steps=steps, seed=seed, sampler=sampler,
-                                eta=eta, height=height, width=width, callback=callback)
+                                eta=eta, height=height, width=width,
+                                callback=callback and (lambda *step: callback(*step[:4])))
         return [to_pil(picture) for picture in drawn["image"]]
+    reads_source = check_images(model, task, prompts, images, strength)
     guidance, image_guidance = scales(model, task, guidance, image_guidance)
     sampler = pick_sampler(model, sampler, eta)
     if not 0 <= guidance_rescale <= 1:
         raise UserError(f"guidance rescale {guidance_rescale}: from 0 to 1")
-    height, width = picture_size(model, images, height, width)
+    # A batch has one size: all pictures are resized to the shape of the first.
+    height, width = picture_size(model, images and images[0], height, width)
     warn_of_long_prompts(model, [*prompts, negative_prompt])
 
     diffusion = model.diffusion.to(model.device)
-    # A large picture passes the autoencoder in tiles.
-    tile = tile_size(model, height, width)
     # Each picture has a generator of its own, so it does not depend on the batch around it.
     generators = seeded(range(seed, seed + len(prompts)))
     x = randn((len(prompts), *latent_shape(model, height, width)), generators, model.device)
     start, source = 0, None
     if images:
-        mean = model.encode(as_tensors(images, height, width), tile)
-        scaled = mean * model.vae.config["scaling_factor"]
+        mean = model.encode(as_tensors(images, height, width))
         if strength is not None:
             # SDEdit: noise is added to the picture, and only the last steps are run.
+            scaled = mean * model.vae.config["scaling_factor"]
             x, start = partway(diffusion, scaled, x, steps, strength, sampler)
         if reads_source:
-            # As InstructPix2Pix was trained: the mean, without the scaling that z_t has.
-            source = scaled if SOURCE.scaled else mean
+            # As InstructPix2Pix was trained (data.SOURCE): without the scaling that z_t has.
+            source = mean
     predict = guided(model, task, prompts, source, negative_prompt=negative_prompt,
-                     scales=(guidance, image_guidance, guidance_rescale), size=(height, width),
-                     ensemble=ensemble)
+                     guidance=guidance, image_guidance=image_guidance, rescale=guidance_rescale,
+                     size=(height, width), ensemble=ensemble)
     # The other samplers either add no noise or add what their equations say.
     options = dict(eta=eta) if sampler == "ddim" else {}
     x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators,
                            callback=callback, **options)
-    return [to_pil(picture) for picture in model.decode(x0, tile)]
+    return [to_pil(picture) for picture in model.decode(x0)]
 
 
-def takes_source(model, task, prompts, images, strength):
+def check_images(model, task, prompts, images, strength):
     """Check that pictures come where the task needs them -> whether the U-Net reads a source."""
     if images and len(images) != len(prompts):
-        raise ValueError("images is a list of as many pictures as there are prompts")
-    reads_source = TASKS[rule_of(model, task)].source is not None
-    if model.unet.heads is None:
-        if not images and (reads_source or strength is not None):
-            raise UserError(f"task {task} needs a picture to start from: --image FILE")
-        if images and not reads_source and strength is None:
-            raise UserError(f"task {task} takes a picture only to start from: give --strength too")
+        raise UserError("images is a list of as many pictures as there are prompts")
+    reads_source = TASKS[kind_of(model, task)].source is not None
+    if not images and (reads_source or strength is not None):
+        raise UserError(f"task {task} needs a picture to start from: --image FILE")
+    if images and not reads_source and strength is None:
+        raise UserError(f"task {task} takes a picture only to start from: give --strength too")
     return reads_source
 
 
@@ -571,22 +628,22 @@ def as_tensors(images, height, width):
     return torch.stack([to_tensor(picture) for picture in pictures])
 
 
-def guided(model, task, prompts, source, *, negative_prompt, scales, size, ensemble):
-    """Make predict(x_t, t) -> the guided prediction (B, C, h, w), for a sampler.
+def guided(model, task, prompts, source, *, negative_prompt, guidance, image_guidance, rescale,
+           size, ensemble):
+    """Make predict(x_t, t) -> the guided prediction (B, C or 2 C, h, w), for a sampler.
 
     Guidance compares predictions of K branches, which run as one batch: without text and picture,
     with the picture alone, with both. diffusion.guide says how they combine.
     """
-    guidance, image_guidance, rescale = scales
     B = len(prompts)
     nothing = [negative_prompt] * B
     # Each branch: its prompts, and whether it sees the source.
+    branches = [(nothing, 0.0), (nothing, 1.0), (prompts, 1.0)]
+    if source is None:
+        # The first two are the same then.
+        del branches[0]
     if guidance == 1 and (source is None or image_guidance == 1):
-        branches = [(prompts, 1.0)]
-    elif source is None:
-        branches = [(nothing, 0.0), (prompts, 0.0)]
-    else:
-        branches = [(nothing, 0.0), (nothing, 1.0), (prompts, 1.0)]
+        branches = branches[-1:]
     K = len(branches)
     # The text is encoded once, before the first step, and for all branches together.
     context, pooled = model.encode_text([prompt for words, _ in branches for prompt in words])
@@ -607,7 +664,11 @@ def guided(model, task, prompts, source, *, negative_prompt, scales, size, ensem
         unet = ensemble[number] if ensemble else model.unet
         out = unet(z, t.repeat(K), context, task=row, added=added).float()
         model.check("unet", out, f"copy {number + 1} of the ensemble" if ensemble else None)
-        return guide(out.unflatten(0, (K, B)), guidance, image_guidance, rescale)
+        out = out.unflatten(0, (K, B))                                          # (K, B, C.., h, w)
+        C = x.shape[1]
+        prediction = guide(out[:, :, :C], guidance, image_guidance, rescale)
+        # A variance is not guided: it is that of the last branch, as in DiT.
+        return torch.cat([prediction, out[-1, :, C:]], dim=1)
     return predict
 
 
@@ -639,12 +700,10 @@ def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None,
     -> {"image": (B, 3, H, W), modality: pictures, probabilities (B, K) or vectors (B, D)}; what is
         known is there as it is. Sample i has the seed `seed + i`.
     """
-    import aggregation
     unet = model.unet
     (modality,) = unet.heads
     known = known or {}
     check_known(model, modality, known)
-    # As in `generate`: a sample depends on its seed, and not on its batch.
     height, width = picture_size(model, None, height, width)
     shape = latent_shape(model, height, width)
     generators = seeded(range(seed, seed + count))
@@ -668,7 +727,7 @@ def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None,
         prediction, outputs = network(z, t)
         return model.check("unet", prediction), outputs
 
-    # The other samplers take several steps into account, and x changes between them.
+    # Only these two are written for an E that changes from step to step.
     default = "ddpm" if model.diffusion.sampler == "ddpm" else "ddim"
     z, x = aggregation.sample(unet.heads, predict, {modality: encode}, noise, known=in_z, z0=z0,
                               steps=steps, sampler=sampler or default, eta=eta,
@@ -691,14 +750,13 @@ def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None,
 
 def check_known(model, modality, known):
     """Raise a UserError where a model was not trained to do without its other modality."""
-    from aggregation import reads_x
     if modality in known:
         return
     if model.unet.config["aggregation"]["modalities"][modality]["weights"] == "interpolating":
-        # Eq. 8's process ends at x instead of at pure noise, so there is nowhere to start from.
+        # Such a process ends at x instead of at pure noise, so there is nowhere to start from.
         raise UserError(f"this model was trained with --schedule interpolating, for a {modality} "
                         f"that is always known: --given {modality}=...")
-    if "image" in known and reads_x(model.unet):
+    if "image" in known and aggregation.reads_x(model.unet):
         # Zeros beside z_t mean pure generation, in which x is not drawn at all.
         raise UserError(f"this model reads {modality} beside z_t (--input x), so it cannot infer "
                         "it from the image")
@@ -708,55 +766,44 @@ def to_latents(model, value):
     """Pictures (B, 3, H, W) -> latents in the space of z_0; anything else stays as it is."""
     if value.dim() != 4:
         return value
-    scale = model.vae.config["scaling_factor"] if OTHER.scaled else 1.0
-    return (model.encode(value) * scale).float()
+    return (model.encode(value) * model.vae.config["scaling_factor"]).float()
 
 
-def read_known(model, words, count, height, width):
-    """Read --given's NAME=VALUE words -> the `known` of draw_modalities, each `count` times."""
-    from aggregation import vectors
+def read_given(model, word, height, width):
+    """Read --given's NAME=VALUE -> {NAME: what it stands for}, and the height and width to draw."""
     (modality,) = model.unet.heads
-    known = {}
-    for word in words:
-        name, _, text = word.partition("=")
-        if name not in ("image", modality) or not text or name in known:
-            raise UserError(f"--given {word}: give NAME=VALUE once, where NAME is image or "
-                            f"{modality}")
-        if name == "label":
-            classes = class_names(model)
-            lower = [one.lower() for one in classes]
-            if text.lower() not in lower:
-                raise UserError(f"--given {word}: the classes are {', '.join(classes)}")
-            value = torch.tensor(lower.index(text.lower()))
-        elif name == "repr":
-            value = vectors(model, [text])[0].cpu()
-        else:
-            value = read_picture(name, text, height, width)
-        known[name] = value.expand(count, *value.shape)
-    if len(known) == 2:
-        raise UserError(f"--given image and {modality}: nothing is left to generate")
-    return known
+    name, _, text = word.partition("=")
+    if name not in ("image", modality) or not text:
+        raise UserError(f"--given {word}: give NAME=VALUE, where NAME is image or {modality}")
+    # A picture that is known gives its shape to what is drawn.
+    picture = open_image(text) if name not in ("label", "repr") else None
+    height, width = picture_size(model, picture, height, width)
+    if picture:
+        value = read_picture(name, picture, height, width)
+    elif name == "repr":
+        value = aggregation.vectors(model, [text])[0].cpu()
+    else:
+        classes = aggregation.class_names(model.unet)
+        lower = [one.lower() for one in classes]
+        if text.lower() not in lower:
+            raise UserError(f"--given {word}: the classes are {', '.join(classes)}")
+        value = torch.tensor(lower.index(text.lower()))
+    return {name: value}, height, width
 
 
-def class_names(model):
-    return model.unet.config["aggregation"]["modalities"]["label"]["classes"]
-
-
-def read_picture(name, path, height, width):
+def read_picture(name, picture, height, width):
     """A picture of --given -> (3, H, W), resampled to the size that is drawn.
 
     A picture to be restored is zero where it is transparent, and elsewhere exactly as it is, so it
     must have that size already.
     """
-    picture = open_image(path)
     if name != "masked":
-        # Whatever its shape: --height and --width follow the first picture unless they are given.
-        return to_tensor(on_white(picture).resize((width, height), Image.BICUBIC))
+        return as_tensors([picture], height, width)[0]
     hidden = np.asarray(picture.getchannel("A")) < 255
     if not hidden.any():
-        raise UserError(f"--given masked={path}: what is transparent is restored, and nothing is")
+        raise UserError("--given masked: what is transparent is restored, and nothing is")
     if picture.size != (width, height):
-        raise UserError(f"--given masked={path}: the picture is {picture.width} x {picture.height} "
+        raise UserError(f"--given masked: the picture is {picture.width} x {picture.height} "
                         f"and what is drawn {width} x {height}; resize one, or give --height and "
                         "--width")
     # No 8-bit value becomes exactly zero, so zero means masked and nothing else.
@@ -768,17 +815,15 @@ def read_picture(name, path, height, width):
 def describe(model, name, values):
     """Put a drawn modality that is no picture into words, a line a sample: classes, or a text."""
     if name == "label":
-        classes = class_names(model)
+        classes = aggregation.class_names(model.unet)
         for row in values:
             best = row.topk(min(3, len(row)))
             yield ", ".join(f"{classes[i]} {p:.3f}"
                             for p, i in zip(best.values.tolist(), best.indices.tolist()))
     if name == "repr":
-        from aggregation import vectors
-        from emoji import plain
         # A vector has no picture of its own, but it has neighbours among texts.
-        captions, _ = plain("heldout")
-        reference = vectors(model, captions).cpu()
+        captions, _ = emoji.plain("heldout")
+        reference = aggregation.vectors(model, captions).cpu()
         for row in values:
             cosine = torch.nn.functional.cosine_similarity(row[None], reference)
             yield (f"nearest held-out caption: {captions[cosine.argmax()]!r}, "
@@ -786,7 +831,7 @@ def describe(model, name, values):
 
 
 # -------------------------------------------------------------------------------------------------
-# Pictures of pictures
+# Grids and strips
 
 def grid(pictures, columns):
     """PIL pictures of one size -> one picture, row by row."""
@@ -835,13 +880,11 @@ def sample_grid(model, datasets, columns, seed, path):
 
 
 def modality_rows(model, modality, x, seed):
-    """Draw all modalities of nothing, and then of x -> the pictures among them, row by row."""
+    """Draw unconditionally, and then given x -> the pictures among the modalities, row by row."""
     if modality == "repr":
-        from aggregation import vectors
-        x = vectors(model, x).cpu()
+        x = aggregation.vectors(model, x).cpu()
     else:
         x = torch.stack([torch.as_tensor(value) for value in x])
-    # First what it makes up by itself, and then what it makes of x.
     requests = [{}, {modality: x}]
     if model.unet.config["aggregation"]["modalities"][modality]["weights"] == "interpolating":
         requests = [{modality: x}]  # such a process begins at x
@@ -877,9 +920,9 @@ def get_args():
     group = parser.add_argument_group("what to draw")
     group.add_argument("--task", default="t2i", help="a task that the model knows")
     group.add_argument("--model", help="model folder or hub id (default: assets/tiny-mtu, or "
-                       "runs/TASK for MT-Diffusion's tasks)")
-    group.add_argument("--prompt", action="append",
-                       help="text; repeat it for more pictures (default: the task's example)")
+                       "runs/TASK for a task that it does not know)")
+    group.add_argument("--prompt", action="append", help="text, or the name of a class; repeat it "
+                       "for more pictures (default: the task's example, or the first class)")
     group.add_argument("--negative-prompt", default="", help="text to steer away from")
     group.add_argument("--image", help="source picture (default: the task's example)")
     group.add_argument("--given", action="append", default=[], metavar="NAME=VALUE",
@@ -899,10 +942,8 @@ def get_args():
     group.add_argument("--guidance", type=float, help="text guidance scale, 1 for none (default: "
                        "the model's own, or the paper's)")
     group.add_argument("--image-guidance", type=float, help="image guidance scale, 1 for none")
-    group.add_argument("--guidance-rescale", type=float, default=0.0,
-                       help="from 0 to 1, reduces over-saturation (arXiv 2305.08891: 0.7)")
-    group.add_argument("--eta", type=float, default=0.0,
-                       help="noise of the sampler ddim: 0 is deterministic, 1 as noisy as DDPM")
+    group.add_argument("--guidance-rescale", type=float, default=0.0, help="bring over-saturated "
+                       "guided pictures back, 0 to 1 (0.7 for models that predict v to pure noise)")
     group.add_argument("--strength", type=float, help="start from --image instead of from noise, "
                        "and run this share of the steps (SDEdit)")
     group.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="DeMe before "
@@ -922,22 +963,28 @@ def get_args():
 
 
 def check_args(args):
-    """Check what can be checked before a model is loaded -> the picture's path."""
-    joint = args.task in TASKS and TASKS[args.task].modality is not None
+    """Check what can be checked before a model is loaded -> the picture's path.
+
+    Where no model is named, args.model becomes the default one.
+    """
+    rule = TASKS.get(args.task)
+    joint = rule and rule.modality
     if not 1 <= args.num_images <= 10_000:
         raise UserError(f"--num-images {args.num_images}: from 1 to 10000")
     if not 0 <= args.seed < 2 ** 62:
         raise UserError(f"--seed {args.seed}: from 0 to 2^62 - 1")
     if args.given and not joint:
         raise UserError("--given belongs to MT-Diffusion's tasks: "
-                        f"{', '.join(t for t, rule in TASKS.items() if rule.modality)}")
+                        f"{', '.join(name for name in TASKS if TASKS[name].modality)}")
+    if len(args.given) > 1:
+        raise UserError("--given: give NAME=VALUE once; with both modalities nothing is left to "
+                        "generate")
     # An option that would be ignored without a word is refused.
-    others = ("prompt", "negative_prompt", "image", "guidance", "image_guidance", "ensemble",
-              "guidance_rescale", "strength", "compile", "side_by_side", "trajectory")
+    others = ("prompt", "negative_prompt", "image", "guidance", "image_guidance",
+              "guidance_rescale", "strength", "ensemble", "compile", "side_by_side", "trajectory")
     if joint and (ignored := [name for name in others if getattr(args, name)]):
         raise UserError(f"--{ignored[0].replace('_', '-')} does not go with --task {args.task}, "
                         "where a modality that is known comes by --given")
-    rule = TASKS.get(args.task)
     if args.image and not args.prompt and rule and rule.prompt:
         # The shipped example's instruction must not be applied to somebody's own picture.
         raise UserError(f"--image needs a --prompt: what shall {args.task} do with it?")
@@ -945,9 +992,10 @@ def check_args(args):
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: pictures are written as .png files")
     if args.model is None:
-        # Nothing that ships has MT-Diffusion's heads.
-        args.model = f"runs/{args.task}" if joint else str(ASSETS / "tiny-mtu")
-        if joint and not Path(args.model).is_dir():
+        # The model that ships knows MTU's tasks, and perhaps some that were added to it.
+        trained = rule and args.task not in ALL
+        args.model = f"runs/{args.task}" if trained else str(ASSETS / "tiny-mtu")
+        if trained and not Path(args.model).is_dir():
             raise UserError(f"no model at {args.model}: python train.py --task {args.task} trains "
                             "one, or name another with --model")
     return out
@@ -965,9 +1013,8 @@ def load_ensemble(args, model):
     """DeMe's copies before merging, in the order of their timestep ranges -> their U-Nets."""
     if not args.ensemble:
         return []
-    from merge import check_order
     # In another order each copy would draw the timesteps that another one was tuned for.
-    check_order(args.ensemble, model.diffusion.T)
+    merge.check_order(args.ensemble, model.diffusion.T)
     copies = [load_model(path, DTYPES[args.precision], model.device) for path in args.ensemble]
     for path, copy in zip(args.ensemble, copies):
         if copy.unet.config != model.unet.config or copy.scheduler != model.scheduler:
@@ -977,12 +1024,13 @@ def load_ensemble(args, model):
 
 def draw_pictures(args, model, out):
     """Run the command for tasks that draw one picture of a prompt."""
-    image, example = EXAMPLES.get(args.task, (None, ""))
+    # Without an example of the task: the first class, or the empty prompt.
+    image, example = EXAMPLES.get(args.task, (None, next(iter(model.classes), "")))
     image = args.image or (image and str(ASSETS / "examples" / image))
     prompts = [prompt for prompt in args.prompt or [example] for _ in range(args.num_images)]
     source = open_image(image) if image else None
     # Before the copies of an ensemble are loaded and minutes go into drawing.
-    height, width = picture_size(model, source and [source], args.height, args.width)
+    height, width = picture_size(model, source, args.height, args.width)
     check_sheet(len(prompts), height, width)
     ensemble = load_ensemble(args, model)
     if args.compile:
@@ -1026,21 +1074,22 @@ def draw_pictures(args, model, out):
 
 def draw_joint(args, model, out):
     """Run the command for MT-Diffusion's tasks: all modalities side by side, one row a sample."""
-    # A picture that is known gives its shape to what is drawn.
-    shapes = [open_image(word.partition("=")[2]) for word in args.given
-              if word.partition("=")[0] in ("image", "source", "masked")]
-    height, width = picture_size(model, shapes, args.height, args.width)
+    known = {}
+    height, width = picture_size(model, None, args.height, args.width)
+    # There is at most one such word.
+    for word in args.given:
+        known, height, width = read_given(model, word, args.height, args.width)
     check_sheet(2 * args.num_images, height, width)
-    known = read_known(model, args.given, args.num_images, height, width)
     pictures = []
     lines = []
     with tqdm(total=args.steps, desc=args.task, leave=False, delay=1) as bar:
         for first in range(0, args.num_images, BATCH):
             bar.reset()
-            chunk = {name: value[first:first + BATCH] for name, value in known.items()}
-            drawn = draw_modalities(model, min(BATCH, args.num_images - first), chunk,
+            count = min(BATCH, args.num_images - first)
+            chunk = {name: value.expand(count, *value.shape) for name, value in known.items()}
+            drawn = draw_modalities(model, count, chunk,
                                     steps=args.steps, seed=args.seed + first, sampler=args.sampler,
-                                    eta=args.eta, height=height, width=width,
+                                    height=height, width=width,
                                     callback=lambda *_: bar.update())
             shown = [value for value in drawn.values() if value.dim() == 4]
             pictures += [to_pil(picture) for row in zip(*shown) for picture in row]
@@ -1056,9 +1105,8 @@ def main():
     args = get_args()
     out = check_args(args)
     model = load_model(args.model, DTYPES[args.precision], pick_device(args.device))
-    # A task that the model does not know is named before anything is drawn.
-    rule = TASKS[rule_of(model, args.task)]
-    draw = draw_joint if rule.modality else draw_pictures
+    joint = TASKS[kind_of(model, args.task)].modality
+    draw = draw_joint if joint else draw_pictures
     draw(args, model, out)
 
 

@@ -8,8 +8,8 @@
         --model stable-diffusion-v1-5/stable-diffusion-v1-5
 
 Every batch holds every task: MTU Eq. 2 is a sum over tasks of each task's mean loss. The samples of
-a batch take the tasks that --task names in turn; a task that stands there twice has twice the
-samples and twice the weight.
+a batch take the tasks that --task lists in turn; list a task twice to double its share of the
+batch and its weight.
 Data, noise and timesteps follow from (seed, step, k) alone, so the same command again resumes a
 run exactly, on any number of processes.
 
@@ -48,8 +48,8 @@ from sample import Model, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
 # From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv
-# 2305.08891). The pictures are mostly white, which noise of mean zero is not. Zero signal needs
-# v-prediction.
+# 2305.08891). Our pictures are mostly white, and any signal that remained there would give their
+# brightness away. At zero signal the noise says nothing about the picture, hence v-prediction.
 SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012,
                  beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False,
                  set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing",
@@ -59,6 +59,7 @@ GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.5], "inpaint": [3.0, 1.5]}
 EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
 JOINT = [task for task, rule in TASKS.items() if rule.modality]  # MT-Diffusion's tasks
+WORDLESS = ("uncond", "class")  # these networks read no text
 
 
 # -------------------------------------------------------------------------------------------------
@@ -68,17 +69,21 @@ def get_args():
     parser = Parser("Train on one task or on several at once.")
     run = parser.add_argument_group("run")
     run.add_argument("--task", help=f"tasks with commas between them; all means {', '.join(ALL)}; "
-                     f"uncond, {', '.join(JOINT)} train alone (default: all; with --t-range the "
-                     "tasks of the model)")
-    run.add_argument("--model", default=str(ASSETS / "tiny"),
-                     help="model folder or hub id to start from, or scratch")
-    run.add_argument("--data", help="folder of pictures (see data.Folder), or one that data.py "
-                     "encode made (default: the built-in emoji)")
+                     f"{', '.join([*WORDLESS, *JOINT])} train alone (default: all; with "
+                     "--t-range the tasks of the model)")
+    run.add_argument("--model", help="model folder or hub id to start from, or scratch (default: "
+                     f"assets/tiny; scratch for {' and '.join(WORDLESS)})")
+    run.add_argument("--data", help="folder of pictures, whose layouts readers.py lists, or one "
+                     "that data.py encode made (default: the built-in emoji)")
+    run.add_argument("--degradation", choices=data.DEGRADATIONS, default="simple", help="of the "
+                     "pictures of sr in a folder: simple is MTU's, real-esrgan has two full stages")
+    run.add_argument("--reverse", action="store_true",
+                     help="swap source and target of paired folders (pix2pix: BtoA)")
     run.add_argument("--out", help="run folder; the same command resumes (default: runs/TASK)")
     run.add_argument("--steps", type=int, help="optimiser steps (default: 200, or 5000 from "
-                     "scratch; MTU: 100 epochs)")
+                     "scratch; paper: 100 epochs)")
     run.add_argument("--batch-size", type=int, default=32, help="global batch size, a multiple of "
-                     "the numbers of tasks and of processes (MTU: 128)")
+                     "the numbers of tasks and of processes (paper: 128)")
     run.add_argument("--device-batch-size", type=int, help="samples per micro-batch on one device; "
                      "gradients are accumulated (default: all at once)")
     run.add_argument("--seed", type=int, default=0,
@@ -92,27 +97,31 @@ def get_args():
     run.add_argument("--workers", type=int, default=0, help="processes that read pictures")
 
     scratch = parser.add_argument_group("--model scratch")
-    scratch.add_argument("--unet", help="size of the new network, a name in unet.CONFIGS or "
-                         "adm.CONFIGS (default: tiny for t2i, adm-tiny on pixels)")
+    scratch.add_argument("--unet", help="size of the new network, a name in unet.CONFIGS, "
+                         "adm.CONFIGS or dit.CONFIGS (default: tiny for t2i, dit-tiny for class, "
+                         "else adm-tiny)")
+    scratch.add_argument("--beta-schedule", choices=("linear", "squaredcos_cap_v2"),
+                         default="linear", help="noise schedule of a network that reads no text: "
+                         "DDPM's, or the cosine of improved DDPM")
     scratch.add_argument("--encoders", default=str(ASSETS / "tiny"), help="model folder or hub id "
                          "whose autoencoder, tokenizer and text encoder a t2i network uses")
 
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--lr", type=float, help="peak learning rate; without it 1.6e-2 to "
-                              "upcycle the miniature, 1e-3 to train it otherwise, 1e-4 for larger "
-                              "models (MTU: 1e-4, SDXL 5e-5)")
+    optimisation.add_argument("--lr", type=float, help="peak learning rate (default: 1.6e-2 for "
+                              "new experts of the miniature, 1e-3 for other training of it, 1e-4 "
+                              "for larger models; paper: 1e-4, SDXL 5e-5)")
     optimisation.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine",
                               help="after the warm-up; cosine ends at zero")
     optimisation.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up")
     optimisation.add_argument("--weight-decay", type=float, default=0.0,
-                              help="AdamW's weight decay, applied to weight matrices only (MTU: "
-                              "0.01 for SDXL)")
+                              help="AdamW's weight decay, applied to weight matrices only "
+                              "(paper: 0.01 for SDXL)")
     optimisation.add_argument("--loss-weight", choices=("none", "v", "min-snr", "p2", "uw"),
                               default="none", help="loss weighting over timesteps; uw learns it")
 
     mtu = parser.add_argument_group("MTU, where a text-to-image model learns other tasks")
     mtu.add_argument("--num-experts", type=int, default=4,
-                     help="N, experts per feed-forward layer (SD 1.5: 4, SDXL: 1)")
+                     help="N, experts per feed-forward layer (paper: 4, for SDXL 1)")
     mtu.add_argument("--expert-width", type=float,
                      help="G, an expert's share of the layer's width (default: 1/N)")
     mtu.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve",
@@ -188,7 +197,9 @@ def check_args(args):
 
 
 def parse_tasks(args):
-    """Read --task -> the tasks of samples 0, 1, .. in turn, and name the run's folder."""
+    """Read --task -> the tasks of samples 0, 1, .. in turn. Name the base and the run's folder."""
+    if args.model is None:
+        args.model = "scratch" if args.task in WORDLESS else str(ASSETS / "tiny")
     if args.task is None:
         # DeMe tunes a model that knows its tasks, so all of them are meant.
         tuned = args.t_range and args.model != "scratch"
@@ -197,7 +208,7 @@ def parse_tasks(args):
     if unknown := [task for task in shares if task not in TASKS]:
         raise UserError(f"--task: {', '.join(unknown)} is unknown; the tasks are "
                         f"{', '.join(TASKS)}, and all means {', '.join(ALL)}")
-    if len(shares) > 1 and (alone := {"uncond", *JOINT} & set(shares)):
+    if len(shares) > 1 and (alone := {*WORDLESS, *JOINT} & set(shares)):
         raise UserError(f"--task {args.task}: {min(alone)} trains alone")
     if args.out is None:
         # A new base is not runs/t2i, which is where tuning an old one leads.
@@ -352,38 +363,64 @@ def name_own_classes(model):
     """
     name = model.unet.config.get("_class_name", "UNet")
     if "moe" not in model.unet.config and name.startswith(("Routed", "Joint", "Projected")):
-        model.index["_class_name"] = name.replace("UNet", "Pipeline")
-        model.index["unet"] = ["diffusers", name]
+        model.index["_class_name"] = name.replace("UNet", "Pipeline").replace("DiT", "DiTPipeline")
+        model.index[model.unet.folder] = ["diffusers", name]
 
 
 def new_model(args, tasks):
-    """Make a model with new weights: text-to-image on latents, or anything else on pixels."""
+    """Make a model with new weights: one that reads text, or one that does not."""
     if args.t_range:
         raise UserError("--t-range fine-tunes a trained model: name it with --model")
     if tasks == ["t2i"]:
-        # Autoencoder and text encoder come ready, as Stable Diffusion's did. SDXL is no choice,
-        # since it reads two text encoders.
-        configs = {name: c for name, c in CONFIGS.items() if not c.get("addition_embed_type")}
-        config = named_config(args.unet or "tiny", configs)
-        base = load_model(args.encoders)
-        # Cross-attention is as wide as the text states that it reads.
-        width = base.text_encoder.config["hidden_size"]
-        network = UNet(config | dict(cross_attention_dim=width))
-        model = Model(network, base.vae, base.text_encoder, base.tokenizer, SCHEDULER, {},
-                      path="scratch")
-        guidance = {"_guidance": {"t2i": GUIDANCE["t2i"]}}
-        model.index = pipeline_index(model) | guidance
-        return model
-    if tasks[0] != "uncond" and tasks[0] not in JOINT:
-        raise UserError("--model scratch trains a base: use --task t2i, and then --task all with "
-                        f"--model on its folder; or one of uncond, {', '.join(JOINT)}")
+        return new_text_model(args)
+    if tasks[0] in (*WORDLESS, *JOINT):
+        return new_wordless_model(args, tasks[0])
+    raise UserError("--model scratch trains a base: use --task t2i, and then --task all with "
+                    f"--model on its folder; or one of {', '.join((*WORDLESS, *JOINT))}")
+
+
+def new_text_model(args):
+    """Make a small Stable Diffusion. Its autoencoder and text encoder come ready, from --encoders.
+    """
+    # SDXL is no choice, since it reads two text encoders.
+    configs = {name: c for name, c in CONFIGS.items() if not c.get("addition_embed_type")}
+    config = named_config(args.unet or "tiny", configs)
+    base = load_model(args.encoders)
+    # Cross-attention is as wide as the text states that it reads.
+    width = base.text_encoder.config["hidden_size"]
+    network = UNet(config | dict(cross_attention_dim=width))
+    model = Model(network, base.vae, base.text_encoder, base.tokenizer, SCHEDULER, {},
+                  path="scratch")
+    model.index = pipeline_index(model) | {"_guidance": {"t2i": GUIDANCE["t2i"]}}
+    return model
+
+
+def new_wordless_model(args, task):
+    """Make an ADM or a DDPM on pixels, or a DiT on pixels or latents, with the data's classes."""
     import adm
-    config = named_config(args.unet or "adm-tiny", adm.CONFIGS)
-    # One row more than there are classes: the last means "no class".
-    classes = len(data.class_names(args.data)) + 1 if tasks == ["label"] else None
-    network = adm.UNet2D(config | dict(num_class_embeds=classes))
-    model = Model(network, adm.Pixels(network.config["sample_size"]), None, None,
-                  adm.scheduler_for(network.config), {}, path="scratch")
+    import dit
+    by_class = task == "class"
+    name = args.unet or ("dit-tiny" if by_class else "adm-tiny")
+    config = named_config(name, adm.CONFIGS | (dit.CONFIGS if by_class else {}))
+    classes = []
+    if task in ("class", "label"):
+        classes = data.class_names(args.data, task)
+    if name in dit.CONFIGS:
+        network = dit.DiT(config | dict(num_embeds_ada_norm=len(classes)))
+    else:
+        # One row more than there are classes: the last means "no class".
+        network = adm.UNet2D(config | dict(num_class_embeds=len(classes) + 1 if classes else None))
+        adm.zero_outputs(network)
+    scheduler = adm.scheduler_for(network.config, args.beta_schedule)
+    if network.config["in_channels"] == 3:
+        vae = adm.Pixels(network.config["sample_size"])
+    else:
+        vae = load_model(args.encoders).vae
+        # A scheduler that DiTPipeline can draw with. A latent is not bound to -1 .. 1.
+        scheduler |= dict(_class_name="DDIMScheduler", clip_sample=False)
+    model = Model(network, vae, None, None, scheduler, {}, path="scratch")
+    if by_class:
+        model.index["id2label"] = {str(number): name for number, name in enumerate(classes)}
     model.index = pipeline_index(model)
     return model
 
@@ -396,10 +433,10 @@ def named_config(name, configs):
 
 
 def prepare_loaded(args, tasks, model):
-    """Upcycle a text-to-image model that shall learn other tasks, and choose what trains."""
+    """Upcycle a text-to-image model that is to learn other tasks, and choose what trains."""
     network = model.unet
-    plain = tasks in (["t2i"], ["uncond"]) or tasks[0] in JOINT
-    # A text-to-image model is upcycled as soon as it shall do anything else.
+    plain = tasks == ["t2i"] or tasks[0] in (*WORDLESS, *JOINT)
+    # A text-to-image model is upcycled as soon as it is to do anything else.
     upcycles = "moe" not in network.config and not plain
     if args.t_range and (upcycles or args.routing):
         raise UserError("--t-range fine-tunes a model that knows its tasks and has its masks "
@@ -409,11 +446,13 @@ def prepare_loaded(args, tasks, model):
                     expert_width=args.expert_width, top_k=args.top_k)
         index = {"_class_name": "UpcycledPipeline"}
         if "force_zeros_for_empty_prompt" in model.index:
-            # How SDXL encodes the empty prompt must survive, or guidance would compare with
-            # another nothing than training did.
+            # SDXL's empty prompt must be encoded as in training, or guidance goes wrong.
             index["force_zeros_for_empty_prompt"] = model.index["force_zeros_for_empty_prompt"]
         if is_miniature(model):
             index["guidance"] = GUIDANCE
+            if args.lr is None and args.train != "all":
+                # New experts bear larger steps than weights that have learned already.
+                args.lr = 1.6e-2
         model.index = index
     elif "_class_name" not in network.config:
         # An ordinary U-Net. Parts of the pipeline that are not written are not named either.
@@ -498,7 +537,8 @@ def lr_factor(step, args):
 def averaged(params, ema):
     """Put the weight average in place of the weights, inside the block.
 
-    Measured, drawn and saved is always the average: it is less noisy than the weights themselves.
+    The average is an exponential moving one (EMA), less noisy than the weights themselves. It is
+    what is measured, drawn with, and saved.
     """
     def swap():
         # The tensors change places, so nothing is copied.
@@ -538,7 +578,7 @@ def count_flops(network, task=None, backward=False):
         numbers = 6 * config["addition_time_embed_dim"]
         pooled = config["projection_class_embeddings_input_dim"] - numbers
         added = dict(text_embeds=empty(1, pooled), time_ids=empty(1, 6))
-    if config.get("num_class_embeds"):
+    if getattr(network, "num_class_embeds", None):
         added = dict(class_labels=empty(1, dtype=torch.long))
     side = config["sample_size"]
     inputs = (empty(1, channels, side, side), empty(1, dtype=torch.long), context, row, added)
@@ -694,6 +734,7 @@ def held_out_terms(model, net, examples, device, batch_size, encode_text=None):
     for first in range(0, len(examples), batch_size):
         batch = collate(examples[first:first + batch_size])
         t, noise = batch["t"].to(device), batch["noise"].to(device)
+        # From here on as in the training step, but without a gradient.
         x0, source = encoder(batch, device)
         context, added = encode_text(tuple(batch["prompt"]))
         known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:], device)
@@ -775,7 +816,7 @@ def resume(out, args, params, ema, optimizer):
         return dict(step=0, before=None, skipped=0, in_a_row=0)
     scalars = read_scalars(path)
     settings = fixed_settings(args)
-    # An option that is younger than the run was not in use then: it was None, or off.
+    # Options that were added after the checkpoint was written count as off.
     recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
     changed = [f"--{key.replace('_', '-')} was {recorded[key]!r} and is now {value!r}"
                for key, value in settings.items() if recorded[key] != value]
@@ -790,7 +831,7 @@ def save(out, args, model, params, ema, optimizer, scalars, unet_only):
     """Write the averaged model, and then the state, which says that the model is there.
 
     The state comes last: a run that is killed in between resumes from the older state, and writes
-    the same model again. unet_only: the other parts lie there already.
+    the same model again. unet_only: the autoencoder and the text encoders have been written before.
     """
     if not all(average.isfinite().all() for average in ema.values()):
         raise UserError(f"weights are not finite at step {scalars['step']}; the last checkpoint in "
@@ -829,62 +870,62 @@ def train(args, shares, device, rank, world):
     for module in model.modules:
         if module is not model.unet:
             module.eval().requires_grad_(False)
-    network = model.unet.train()
-    network.gradient_checkpointing = args.gradient_checkpointing
+    unet = model.unet.train()
+    unet.gradient_checkpointing = args.gradient_checkpointing
     if device.type == "cuda":
-        channels_last(network)
+        channels_last(unet)
     teacher = None
     if args.t_range and args.consistency > 0:
         # DeMe Eq. 5: the pretrained network, copied before anything is attached to it.
-        teacher = copy.deepcopy(network).requires_grad_(False)
-    row = model.tasks.index(tasks[0]) if "moe" in network.config else None
-    flops = count_flops(network, row, backward=True)  # every task costs the same
+        teacher = copy.deepcopy(unet).requires_grad_(False)
+    task_row = model.tasks.index(tasks[0]) if "moe" in unet.config else None
+    flops = count_flops(unet, task_row, backward=True)  # every task costs the same
     if args.projection:
-        merge.add_projections(network, args.projection)
+        merge.add_projections(unet, args.projection)
     name_own_classes(model)
     uncertainty = UncertaintyWeight(diffusion.T).to(device) if args.loss_weight == "uw" else None
 
-    # What trains, its moving average, and the optimiser. `network` is the U-Net; `net` holds it and
+    # What trains, its moving average, and the optimiser. `unet` is the U-Net; `net` holds it and
     # whatever else trains, and is what will be compiled and wrapped.
-    net = Net(network, uncertainty)
+    net = Net(unet, uncertainty)
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
     # The fused AdamW passes over memory once, several times as fast on the CPU too.
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay, args.lr),
                                   fused=device.type in ("cuda", "cpu"))
     trained = sum(p.numel() for p in params.values())
-    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
+    frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
     print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, "
            f"on {world} x {device}")
 
     # The data: fixed examples for the held-out loss, and a stream of micro-batches.
-    examples, held_out, fixed, encoded = open_data(args, model, tasks, shares, print0)
+    examples, eval_sets, eval_examples, encoded = open_data(args, model, tasks, shares, print0)
     encoder = encoder_of(model.vae)
     encode_text = text_encoding(model, device, encoded)
-    names = [*tasks, *(f"{modality} head" for modality in network.heads or ())]
+    loss_names = [*tasks, *(f"{modality} head" for modality in unet.heads or ())]
 
     def held_out_means():
         """Measure the averaged weights -> {name: mean}, {name: [mean in each range of t]}."""
         with averaged(params, ema):
-            terms = held_out_terms(model, network, fixed, device, args.batch_size, encode_text)
-        return mean_losses(names, sum_losses(names, [example["task"] for example in fixed],
-                                             [example["t"] for example in fixed], terms,
-                                             diffusion.T))
+            terms = held_out_terms(model, unet, eval_examples, device, args.batch_size, encode_text)
+        batch = collate(eval_examples)
+        return mean_losses(loss_names, sum_losses(loss_names, batch["task"], batch["t"], terms,
+                                                  diffusion.T))
 
-    # All mistakes of the user have shown by now; before, nothing is written.
+    # Arguments and data have been checked. From here on, files are written.
     check_folder(folder)
     with lock(folder), Stop() as stop:
-        run = resume(folder, args, params, ema, optimizer)
-        start = run["step"]
+        progress = resume(folder, args, params, ema, optimizer)
+        start = progress["step"]
         check_same_start(start, device)
         if start > 0:
             print0(f"resuming {folder} at step {start}")
         if start >= args.steps:
             print0(f"{folder} is finished ({start} steps); to train on from it: --model {folder} "
                    "with another --out")
-        if run["before"] is None:
-            print0(f"measuring the held-out loss on {len(fixed)} examples")
-            run["before"], _ = held_out_means()
+        if progress["before"] is None:
+            print0(f"measuring the held-out loss on {len(eval_examples)} examples")
+            progress["before"], _ = held_out_means()
         if rank == 0:
             forget_after(folder / "log.jsonl", start)
         numbers = micro_batches(start, args.steps, args.batch_size, rank * per_rank, per_rank,
@@ -901,8 +942,8 @@ def train(args, shares, device, rank, world):
         # A new context for each forward pass: its cache of cast weights must not outlive a step.
         autocast = functools.partial(torch.autocast, device.type, torch.bfloat16,
                                      enabled=args.precision == "bf16")
-        meter = Meter(names, diffusion.T)
-        saved = False
+        meter = Meter(loss_names, diffusion.T)
+        frozen_parts_written = False
 
         for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
                          desc=args.task, disable=rank > 0):
@@ -918,6 +959,7 @@ def train(args, shares, device, rank, world):
                 t, noise = batch["t"].to(device), batch["noise"].to(device)
                 task = task_rows(model, batch, device)
                 # The encoders are frozen. source: what the network reads beside z_t, or None.
+                # known: the other modality of MT-Diffusion, and empty for every other method.
                 with torch.no_grad(), autocast():
                     x0, source = encoder(batch, device)              # (B, C, h, w)
                     context, added = encode_text(batch["prompt"])    # (B, S, D)
@@ -925,30 +967,31 @@ def train(args, shares, device, rank, world):
                 # Gradients are averaged over the processes with the last micro-batch only.
                 net.require_backward_grad_sync = micro == accumulation - 1
                 with autocast():
-                    if known:                                        # MT-Diffusion Eq. 6
-                        predict = aggregation.predictor(net, network, known, context, added)
-                        loss, terms = aggregation.loss(
-                            network.heads, predict, x0, known, noise, t,
-                            head_weight=args.modality_weight, weighting=args.loss_weight,
-                            uncertainty=uncertainty)
-                    else:
+                    if not known:
                         z_t = diffusion.add_noise(x0, noise, t)      # DDPM Eq. 4
                         z = z_t if source is None else torch.cat([z_t, source], dim=1)
                         out = net(z, t, context, task, added)        # MTU Eq. 2: [z_t, E(c_I)]
                         # One number a sample, (B,), so that each task has its own mean.
                         loss = diffusion.loss(out, x0, noise, t, args.loss_weight, uncertainty)
                         terms = {"denoising": diffusion.error(out.detach(), x0, noise, t)}
-                    if teacher is not None:
-                        # DeMe Eq. 5, second term. It does not go with MT-Diffusion, so z is there.
-                        with torch.no_grad():
-                            pretrained = teacher(z, t, context, task, added)
-                        channels = x0.shape[1]   # ADM has C more, for a variance; leave them out
-                        distance = merge.consistency_loss(out[:, :channels],
-                                                          pretrained[:, :channels])
-                        loss = loss + args.consistency * distance
-                # MTU Eq. 2: with as many samples of each task, this is the sum over tasks of each
-                # task's mean. DDP averages over processes, hence `world`.
-                (loss.sum() * len(tasks) / args.batch_size * world).backward()
+                        if teacher is not None:                      # DeMe Eq. 5, second term
+                            with torch.no_grad():
+                                pretrained = teacher(z, t, context, task, added)
+                            channels = x0.shape[1]   # ADM has C more, for a variance: left out
+                            distance = merge.consistency_loss(out[:, :channels],
+                                                              pretrained[:, :channels])
+                            loss = loss + args.consistency * distance
+                    else:                                            # MT-Diffusion Eq. 6
+                        predict = aggregation.predictor(net, unet, known, context, added)
+                        loss, terms = aggregation.loss(
+                            unet.heads, predict, x0, known, noise, t,
+                            head_weight=args.modality_weight, weighting=args.loss_weight,
+                            uncertainty=uncertainty)
+                # MTU Eq. 2: the sum over tasks of each task's mean, where all tasks have equally
+                # many samples. This micro-batch, on this process, has its share of that sum.
+                share = loss.sum() * len(tasks) / args.batch_size
+                # DDP averages the gradients of the processes, and a sum is wanted.
+                (share * world).backward()
                 meter.add(batch, terms)
 
             # Clip the gradient, take the step, and let the average follow the weights.
@@ -959,36 +1002,37 @@ def train(args, shares, device, rank, world):
                 decay = min(EMA_DECAY, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()],
                                      1 - decay)
-                run["in_a_row"] = 0
+                progress["in_a_row"] = 0
             else:
                 # A step whose gradient is not finite changes nothing.
-                run["skipped"] += 1
-                run["in_a_row"] += 1
-                if run["in_a_row"] == 3:
+                progress["skipped"] += 1
+                progress["in_a_row"] += 1
+                if progress["in_a_row"] == 3:
                     bad = first_bad(meter.records[-accumulation:])
                     raise UserError(f"the loss or its gradient is not finite at step {step}, nor "
                                     f"at the two before{bad}; the last checkpoint in {folder} is "
                                     "kept. Try a lower --lr")
             optimizer.zero_grad(set_to_none=True)
-            leaving = stop.on_any_rank(device)
+            stopping = stop.on_any_rank(device)
             meter.busy += time.time() - began
-            run["step"] = done = step + 1
+            progress["step"] = done = step + 1
             last = done == args.steps
 
             # Logging, held-out losses, checkpoints, pictures: none of it changes the step.
             if done % args.log_every == 0 or last:
-                log_line(args, meter, run, norm, lr=args.lr * factor, flops=flops / world,
+                log_line(args, meter, progress, norm, lr=args.lr * factor, flops=flops / world,
                          device=device, write=rank == 0, print0=print0)
             if rank == 0 and args.eval_every and (done % args.eval_every == 0 or last):
                 mean, by_range = held_out_means()
                 append_line(folder / "log.jsonl",
                             dict(step=done, held_out=mean, held_out_by_t=by_range))
-            if args.save_every and (done % args.save_every == 0 or last or leaving):
+            if args.save_every and (done % args.save_every == 0 or last or stopping):
                 check_same_weights(params)
                 if rank == 0:
-                    save(folder, args, model, params, ema, optimizer, run, unet_only=saved)
-                    saved = True
-            if leaving:
+                    save(folder, args, model, params, ema, optimizer, progress,
+                         unet_only=frozen_parts_written)
+                    frozen_parts_written = True
+            if stopping:
                 if world > 1:
                     dist.barrier()
                 goes_on = f"; the same command goes on from the checkpoint in {folder}"
@@ -997,15 +1041,16 @@ def train(args, shares, device, rank, world):
             if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
                 with averaged(params, ema):
                     path = folder / "samples" / f"{done:06d}.png"
-                    sample_grid(model, held_out, 6, args.seed, path)
+                    sample_grid(model, eval_sets, 6, args.seed, path)
 
     # The same fixed examples and noise as before the run, with the averaged weights.
     after, _ = held_out_means()
     print0(f"{'held-out loss':<20}{'before':>9}{'after':>9}")
     for name, value in after.items():
-        print0(f"{name:<20}{run['before'][name]:>9.4f}{value:>9.4f}")
+        print0(f"{name:<20}{progress['before'][name]:>9.4f}{value:>9.4f}")
     if args.save_every:
-        print0(f"saved in {folder} (pictures in {folder / 'samples'}). Next: python sample.py "
+        print0(f"saved in {folder}; {folder / 'samples'} has for each task a row of sources, if it "
+               f"has any, of drawings and of targets. Next: python sample.py "
                f"--task {'edit' if 'edit' in tasks else tasks[0]} --model {folder}")
 
 
@@ -1016,9 +1061,7 @@ def fill_defaults(args, model, device):
                         "predicts v already")
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     if args.lr is None:
-        # A miniature, and above all its new experts, bears larger steps than a large model.
-        upcycled = "moe" in model.unet.config
-        args.lr = (1.6e-2 if upcycled else 1e-3) if is_miniature(model) else 1e-4
+        args.lr = 1e-3 if is_miniature(model) else 1e-4
     args.steps = args.steps or (5000 if args.model == "scratch" else 200)
     if args.sample_every is None:
         args.sample_every = max(1, args.steps // 2)
@@ -1040,8 +1083,10 @@ def open_data(args, model, tasks, shares, print0):
     if not args.data and model.texts and size != 64 and tasks[0] not in JOINT:
         raise UserError(f"{args.model} draws {size} x {size} pictures, and the built-in ones are "
                         "64 x 64: name a folder with --data")
-    training, held_out = ({task: data.open_dataset(task, split, size, args.data) for task in tasks}
-                          for split in ("train", "heldout"))
+    training, held_out = (
+        {task: data.open_dataset(task, split, size, args.data, degradation=args.degradation,
+                                 reverse=args.reverse) for task in tasks}
+        for split in ("train", "heldout"))
     # Missing and broken pictures are left out, and named in the run folder.
     data.record_skipped([*training.values(), *held_out.values()],
                         Path(args.out) / "skipped.jsonl")
@@ -1060,7 +1105,7 @@ def open_data(args, model, tasks, shares, print0):
     if args.t_range:
         sample_timestep = functools.partial(draw_timestep, tuple(args.t_range), model.diffusion.T,
                                             args.p_global)
-        sample_timestep(np.random.default_rng(0))  # a range that is none shows now
+        sample_timestep(np.random.default_rng(0))  # raises here if the range is empty
     examples = Examples(training, shares, batch_size=args.batch_size, seed=args.seed,
                         num_timesteps=model.diffusion.T, latent_shape=latent_shape(model),
                         sample_timestep=sample_timestep, drop=drop)
@@ -1097,22 +1142,25 @@ def first_bad(records):
     return ""
 
 
-def log_line(args, meter, run, norm, *, lr, flops, device, write, print0):
+def log_line(args, meter, progress, norm, *, lr, flops, device, write, print0):
     """Print the losses since the last line, and append them to log.jsonl if `write`.
 
-    flops: of one sample, on one device. MFU is FLOP/s over what the device can do at its best; the
-    frozen encoders, a teacher and the optimiser do not count.
+    flops: of one sample, divided by the number of devices that share the samples. MFU is FLOP/s
+    over what a device can do at its best; the frozen encoders, a teacher and the optimiser do not
+    count.
     """
     mean, by_range, samples = meter.read(device)
     speed = samples / meter.busy
     peak = peak_flops(device, args.precision)
     losses = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
-    skipped = f", {run['skipped']} steps skipped" if run["skipped"] else ""
-    print0(f"step {run['step']}: {losses}; lr {lr:.2e}, {speed:.1f} images/s{skipped}")
+    skipped = f", {progress['skipped']} steps skipped" if progress["skipped"] else ""
+    print0(f"step {progress['step']}: {losses}; lr {lr:.2e}, {speed:.1f} images/s{skipped}")
     if write:
         append_line(Path(args.out) / "log.jsonl", dict(
-            step=run["step"], loss=mean, loss_by_t=by_range, lr=lr, skipped=run["skipped"],
-            grad_norm=None if run["in_a_row"] else norm.item(), images_per_s=round(speed, 2),
+            step=progress["step"], loss=mean, loss_by_t=by_range, lr=lr,
+            skipped=progress["skipped"],
+            grad_norm=None if progress["in_a_row"] else norm.item(),
+            images_per_s=round(speed, 2),
             tflops=round(speed * flops / 1e12, 4),
             mfu=peak and round(speed * flops / peak, 4),
             data_share=round(meter.waiting / meter.busy, 4),

@@ -400,6 +400,7 @@ class UNet(nn.Module):
     config: differences from DEFAULTS, in diffusers' keys.
     """
     diffusers_name = "UNet2DConditionModel"
+    folder = "unet"     # where a model keeps it
     defaults = DEFAULTS
     implemented = IMPLEMENTED
 

@@ -1,12 +1,17 @@
 """DDPM's and ADM's U-Nets beside diffusers' UNet2DModel, and what stands around them."""
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+import aggregation
+import emoji
 import hub
 from adm import CONFIGS, Pixels, SCHEDULER, UNet2D, places, scheduler_for
+from conftest import call
+from data import to_pil
 from hub import UserError
+from sample import Model, generate, load_model, pipeline_index
 
 PLAIN = dict(down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3)
 TINY = {  # the structures of released models at reduced widths
@@ -173,3 +178,44 @@ def test_parts_are_found_in_both_layouts(tmp_path):
         places(tmp_path)
     (tmp_path / "scheduler").mkdir()
     assert places(tmp_path) == (tmp_path / "unet", tmp_path / "scheduler")
+
+
+@torch.no_grad()
+def test_a_class_is_drawn_with_guidance_and_an_unguided_variance(tmp_path):
+    """Beside DDPM's loop by diffusers, on the noise and the variance that DiT's authors combine."""
+    torch.manual_seed(0)
+    classes = emoji.classes()
+    config = CONFIGS["adm-tiny"] | dict(sample_size=16, num_class_embeds=len(classes) + 1)
+    model = Model(randomised(UNet2D(config)), Pixels(16), None, None, scheduler_for(config),
+                  {"id2label": {str(i): name for i, name in enumerate(classes)}})
+    model.index = pipeline_index(model)
+    model.save(tmp_path)
+    model = load_model(tmp_path)
+    assert model.tasks == ["class"] and list(model.classes)[:len(classes)] == classes
+    (drawn,) = generate(model, "class", [classes[2]], guidance=3.0, steps=3, sampler="ddpm", seed=5)
+
+    scheduler = DDPMScheduler.from_config(model.scheduler)
+    scheduler.set_timesteps(3)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 3, 16, 16, generator=generator)
+    for t in scheduler.timesteps:
+        with_class, without = (
+            model.unet(x, t, None, added={"class_labels": torch.tensor([number])})
+            for number in (2, len(classes)))
+        noise = without + 3.0 * (with_class - without)
+        out = torch.cat([noise[:, :3], with_class[:, 3:]], dim=1)
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
+    expected = to_pil(x[0])
+    pixels = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int()
+              for p in (drawn, expected)]
+    assert (pixels[0] - pixels[1]).abs().max() <= 1 and pixels[0].float().std() > 10
+
+    # Its names of classes mean nothing once it has heads, and do not matter then.
+    aggregation.prepare(model, "translate", "source")
+    model.save(tmp_path / "joint")
+    assert load_model(tmp_path / "joint").tasks == ["translate"]
+
+    # What --task class prints of a model at its own size, which is not 64 x 64.
+    done = call("evaluate.py", "--task", "class", "--model", tmp_path, "--count", 3, "--steps", 1,
+                "--grid", tmp_path / "a.png")
+    assert done.returncode == 0 and "right class" in done.stdout, done.stderr

@@ -5,14 +5,18 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel
+import numpy as np
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+import aggregation
 import hub
 from conftest import call
+from data import ASSETS
 from dit import CONFIGS, DiT
 from hub import UserError
 from routing import MODES, add_routing, random_masks, task_masks
+from sample import generate, load_model, pipeline_index
 
 SMALL = dict(sample_size=8, in_channels=3, out_channels=6, num_layers=2, num_attention_heads=2,
              attention_head_dim=12, num_embeds_ada_norm=5)
@@ -380,6 +384,98 @@ def test_impossible_numbers_are_the_fault_of_the_file(key, value, tmp_path):
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "config.json"))) as caught:
         DiT.from_pretrained(tmp_path, "")
     assert "\n" not in str(caught.value)
+
+
+# ---- a whole model, as facebook/DiT-XL-2-256 lies on disk ----
+
+CLASSES = {"0": "tench, Tinca tinca", "1": "goldfish", "207": "golden retriever"}
+
+
+def model_folder(path, out_channels=8):
+    """A DiTPipeline with random weights, on the miniature's latents; saved with its class names."""
+    torch.manual_seed(0)
+    # diffusers' pipeline knows no other number of classes than ImageNet's.
+    config = dict(SMALL, sample_size=16, in_channels=4, out_channels=out_channels,
+                  num_embeds_ada_norm=1000)
+    randomised(DiT(config)).save_pretrained(path / "transformer")
+    parts = dict(transformer=DiTTransformer2DModel.from_pretrained(path / "transformer"),
+                 vae=AutoencoderKL.from_pretrained(ASSETS / "tiny", subfolder="vae"),
+                 scheduler=DDIMScheduler(clip_sample=False))
+    for name in ("vae", "scheduler"):
+        parts[name].save_pretrained(path / name)
+    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    hub.write_json(path / "model_index.json",
+                   index | {"_class_name": "DiTPipeline", "id2label": CLASSES})
+    pipe = DiTPipeline(**parts, id2label=CLASSES)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def difference(ours, theirs):
+    return max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()
+               for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("guidance, out_channels", [(4.0, 8), (1.0, 8), (4.0, 4)])
+def test_a_class_is_drawn_as_diffusers_draws_it(tmp_path, guidance, out_channels):
+    pipe = model_folder(tmp_path / "a", out_channels)
+    model = load_model(tmp_path / "a")
+    assert model.tasks == ["class"] and model.native_size == 64
+    names = ["golden retriever", "Tinca tinca"]
+
+    def draw(pipe):
+        return pipe(pipe.get_label_ids(names), guidance_scale=guidance, num_inference_steps=4,
+                    generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)]).images
+
+    expected = draw(pipe)
+    drawn = generate(model, "class", names, guidance=guidance, steps=4, seed=7)
+    assert difference(drawn, expected) <= 1 and np.std(expected[0]) > 10
+    assert difference(drawn[:1], drawn[1:]) > 10
+    # Numbers are names too, and what we write diffusers opens.
+    numbers = generate(model, "class", ["207", "0"], guidance=guidance, steps=4, seed=7)
+    assert difference(numbers, drawn) == 0
+    model.index = pipeline_index(model)
+    model.save(tmp_path / "b")
+    again = DiTPipeline.from_pretrained(tmp_path / "b")
+    again.set_progress_bar_config(disable=True)
+    assert difference(draw(again), expected) <= 1
+
+
+def test_the_command_draws_the_first_class_and_refuses_an_unknown_one(tmp_path):
+    model_folder(tmp_path / "a")
+    options = ["--task", "class", "--model", tmp_path / "a", "--steps", 1, "--out"]
+    done = call("sample.py", *options, tmp_path / "out.png")
+    assert done.returncode == 0 and "class: 'tench, Tinca tinca'" in done.stdout, done.stderr
+    done = call("sample.py", *options, tmp_path / "no.png", "--prompt", "dragon")
+    assert done.returncode == 2 and not (tmp_path / "no.png").exists()
+    (line,) = done.stderr.strip().splitlines()
+    assert "'dragon'" in line and "below 1000" in line and "tench" in line
+    # Without a class it draws what guidance steers away from.
+    model = load_model(tmp_path / "a")
+    nothing = generate(model, "class", [""], steps=2)
+    assert difference(nothing, generate(model, "class", ["1"], steps=2, guidance=1.0)) > 10
+    assert difference(nothing, generate(model, "class", ["1"], steps=2, guidance=1.0,
+                                        negative_prompt="goldfish")) > 10
+    steered = generate(model, "class", ["1"], steps=2, guidance=3.0, negative_prompt="1")
+    assert difference(steered, generate(model, "class", ["1"], steps=2, guidance=1.0)) <= 1
+
+
+@pytest.mark.parametrize("entries, words", [
+    ({"id2label": {"1000": "too many"}}, "num_class_embeds of the network is 1001"),
+    ({"id2label": ["tench"]}, "id2label"), ({"id2label": {"one": "tench"}}, "id2label")])
+def test_class_names_that_do_not_fit_are_named(tmp_path, entries, words):
+    model_folder(tmp_path)
+    index = hub.read_json(tmp_path / "model_index.json")
+    hub.write_json(tmp_path / "model_index.json", index | entries)
+    with pytest.raises(UserError, match=words) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dit_has_no_heads_of_mt_diffusion(tmp_path):
+    model_folder(tmp_path)
+    with pytest.raises(UserError, match="starts from a U-Net"):
+        aggregation.prepare(load_model(tmp_path), "translate", "source")
 
 
 def test_the_demonstration_prints_the_published_sizes():

@@ -55,7 +55,8 @@ def test_the_table_and_its_captions_never_change():
     ("t2i", 113863855, 0.53182), ("uncond", 2328611490, 0.47932), ("edit", 3484996580, 0.50950),
     ("sr", 2328611490, 0.45740), ("inpaint", 119814851, 0.83281),
     ("translate", 2328611490, 0.49181), ("masked", 2328611490, 0.44043),
-    ("label", 3336236271, 0.47932), ("repr", 4062418990, 0.47932)])
+    ("label", 3336236271, 0.47932), ("repr", 4062418990, 0.47932),
+    ("class", 2827253252, 0.47932)])
 def test_examples_never_change(task, words, mean):
     dataset = Builtin(task, "train")
     text = []
@@ -63,7 +64,7 @@ def test_examples_never_change(task, words, mean):
     for i in range(0, len(dataset), len(dataset) // 40):
         example = dataset[i]
         assert ("source" in example, "x" in example) == (task in SOURCES, task in OTHERS)
-        assert (example["prompt"] == "") == (task not in ("t2i", "edit", "inpaint"))
+        assert (example["prompt"] == "") == (task not in ("t2i", "edit", "inpaint", "class"))
         assert task not in SOURCES or not torch.equal(example["source"], example["target"])
         for key, value in sorted(example.items()):
             (pictures if torch.is_tensor(value) else text).append(value)
@@ -174,6 +175,95 @@ def test_degrading_halves_the_resolution_and_is_reproducible():
     assert spectrum[24:40].mean() < 0.1 * spectrum[:8].mean()
 
 
+@pytest.mark.parametrize("shape", [0, 1, 2])
+def test_real_esrgans_kernels(monkeypatch, shape):
+    """Gaussians, generalised ones and plateaus, by their formulas; none moves or dims a picture."""
+    monkeypatch.setattr(emoji, "KERNELS", np.eye(6)[2 * shape])
+    seen = []
+    for seed in range(300):
+        kernel = emoji.blur_kernel(rng(seed), (2.0, 2.0))
+        side = len(kernel)
+        assert kernel.sum() == pytest.approx(1)
+        assert np.allclose(kernel, kernel[::-1]) and np.allclose(kernel, kernel.T)
+        seen.append((side, kernel[side // 2, side // 2 + 2] / kernel.max()))
+    assert {side for side, _ in seen} == set(range(7, 22, 2))
+    # At a distance of one standard deviation, r^2 = 1, the exponent does not matter. The remaining
+    # kernels are sinc filters.
+    value = 0.5 if shape == 2 else np.exp(-0.5)
+    share = np.mean([abs(ratio - value) < 1e-6 for _, ratio in seen])
+    assert 0.84 < share < 0.96
+
+
+def test_an_anisotropic_kernel_has_the_covariance_of_its_ellipse(monkeypatch):
+    monkeypatch.setattr(emoji, "KERNELS", np.eye(6)[1])
+    x, y = np.meshgrid(range(-10, 11), range(-10, 11))
+    for seed in range(60):
+        kernel = emoji.blur_kernel(rng(seed), (0.8, 2.0))
+        if len(kernel) == 21 and (kernel >= 0).all():
+            variances = np.linalg.eigvalsh([[(kernel * x * x).sum(), (kernel * x * y).sum()],
+                                            [(kernel * x * y).sum(), (kernel * y * y).sum()]])
+            assert 0.6 < np.sqrt(variances[0]) <= np.sqrt(variances[1]) < 2.05
+            assert variances[1] > 1.01 * variances[0]
+
+
+def test_a_sinc_kernel_passes_what_is_below_its_cutoff():
+    """Known values: J1(x) / x at zero, and the response on either side of the cutoff."""
+    for seed in range(40):
+        kernel = emoji.sinc_kernel(rng(seed), final=True)
+        assert kernel.sum() == pytest.approx(1) and np.allclose(kernel, kernel.T)
+        if len(kernel) == 21:
+            radius = rng(seed)
+            radius.integers(3, 11)
+            cutoff = radius.uniform(np.pi / 3, np.pi)
+            spectrum = np.abs(np.fft.fft2(kernel, (256, 256)))[0]
+            inside = int(256 * (cutoff - 0.5) / (2 * np.pi))
+            assert np.allclose(spectrum[:inside], 1, atol=0.2)
+            if cutoff < 2.4:
+                outside = int(256 * (cutoff + 0.5) / (2 * np.pi))
+                assert spectrum[outside:128].max() < 0.2
+
+
+def test_convolving_is_a_correlation_with_mirrored_borders():
+    x = torch.from_numpy(rng(0).random((3, 12, 10))).float()
+    kernel = rng(1).random((5, 5))
+    padded = np.pad(x.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+    expected = sum(kernel[i, j] * padded[:, i:i + 12, j:j + 10] for i in range(5) for j in range(5))
+    assert np.allclose(emoji.convolve(x, kernel), expected, atol=1e-5)
+    one = np.zeros((21, 21))
+    one[10, 10] = 1
+    assert torch.allclose(emoji.convolve(x, one), x)  # larger than the picture
+
+
+def test_noise_has_the_published_strength():
+    stage = emoji.STAGES[0]
+    grey = torch.full((3, 64, 64), 0.5)
+    grey[:, 0] = torch.linspace(0, 1, 64)  # so that shot noise has 64 levels to count
+    gaussian, poisson, same = [], [], 0
+    for seed in range(200):
+        noise = emoji.add_noise(grey, rng(seed), stage)[:, 1:] - 0.5
+        same += torch.equal(noise[0], noise[1])
+        (gaussian if rng(seed).random() < 0.5 else poisson).append(noise.std().item())
+    assert 1 / 255 < min(gaussian) < 4 / 255 and 24 / 255 < max(gaussian) < 31 / 255
+    # 65 levels count as 128 photons, whose share at a half has a deviation of sqrt(0.5 / 128).
+    assert 0 < min(poisson) < 0.03 and 0.17 < max(poisson) < 3 * (0.5 / 128) ** 0.5
+    assert 55 < same < 105
+
+
+def test_degrading_twice_is_reproducible_and_stronger_than_once():
+    picture = emoji.plain("train")[1][5].resize((96, 80))
+    a, b, c = (emoji.degrade_twice(picture, rng(seed)) for seed in (0, 0, 1))
+    assert a.size == picture.size
+    assert a == b != c
+
+    def error(degraded):
+        return np.square(np.asarray(degraded, float) - np.asarray(picture, float)).mean() ** 0.5
+    once, twice = (np.median([error(degrade(picture, rng(seed))) for seed in range(30)])
+                   for degrade in (emoji.DEGRADATIONS["simple"], emoji.DEGRADATIONS["real-esrgan"]))
+    assert once < twice < 100
+    tiny = picture.resize((16, 16))
+    assert all(emoji.degrade_twice(tiny, rng(seed)).size == (16, 16) for seed in range(20))
+
+
 def test_pictures_survive_the_tensor():
     picture = Image.fromarray(rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     assert emoji.to_pil(to_tensor(picture)) == picture
@@ -201,6 +291,13 @@ def test_translate_pairs_the_styles_of_one_emoji_in_one_tone():
         cell = e.cells[emoji.draw_tone(e, rng(seed))]
         assert torch.equal(example["x"], shown("google", cell))
         assert torch.equal(example["target"], shown("twitter", cell))
+
+
+def test_the_name_of_the_category_is_the_prompt_of_its_class():
+    dataset = Builtin("class", "heldout")
+    for i in range(0, len(dataset), 37):
+        assert dataset[i]["prompt"] == dataset.items[i][0].category.lower()
+        assert dataset[i]["prompt"] in emoji.classes()
 
 
 def test_labels_are_the_categories():

@@ -1,4 +1,6 @@
 """evaluate.py: what its figures count."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,27 @@ def test_a_model_that_draws_the_right_picture_is_recognised(monkeypatch):
     assert all(np.array_equal(drawn, own) for drawn, own in shown)
     monkeypatch.setattr(evaluate, "generate", drawing(7))
     assert evaluate.measure_captions(None, 30, 0)[0]["nearest_1"] < 0.1
+
+
+def test_a_model_that_draws_the_right_class_is_recognised(monkeypatch):
+    """A stand-in that draws some picture of each class, and one that draws another class."""
+    dataset = data.builtin("class", "heldout", 16)
+    of_class = {}
+    for example in dataset:
+        of_class.setdefault(example["prompt"], data.to_pil(example["target"]))
+    names = list(of_class)
+
+    def drawing(shift):
+        def generate(model, task, prompts, **options):
+            return [of_class[names[names.index(prompt) - shift]] for prompt in prompts]
+        return generate
+    model = SimpleNamespace(native_size=16)
+    monkeypatch.setattr(evaluate, "generate", drawing(0))
+    figures, shown = evaluate.measure_classes(model, 30, 0)
+    assert figures == dict(count=30, of=len(dataset), same_class=1.0)
+    assert all(np.array_equal(drawn, nearest) for drawn, nearest in shown)
+    monkeypatch.setattr(evaluate, "generate", drawing(1))
+    assert evaluate.measure_classes(model, 30, 0)[0]["same_class"] == 0
 
 
 def test_the_untouched_source_is_never_closer_than_itself(monkeypatch):

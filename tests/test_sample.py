@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import aggregation
 import moe
 import sample
 from clip import CONFIGS as TEXT, CLIPText
@@ -542,6 +543,21 @@ def test_bad_requests_are_refused(mtu, options, words):
     arguments = dict(task="t2i", images=image, strength=0.5, steps=10) | options
     with pytest.raises(UserError, match=words):
         generate(mtu, prompts=["x"], **arguments)
+
+
+def test_generate_on_a_model_with_heads_refuses_what_it_would_ignore(tiny):
+    """And its callback has four arguments, as for every other model."""
+    model = load_model(ASSETS / "tiny")
+    aggregation.prepare(model, "translate", "source")
+    seen = []
+    (drawn,) = generate(model, "translate", "", steps=2,
+                        callback=lambda i, t, x, x0: seen.append((i, t)))
+    assert drawn.size == (64, 64) and [i for i, _ in seen] == [0, 1]
+    for options in (dict(prompts="a cat"), dict(images=[Image.new("RGB", (64, 64))]),
+                    dict(guidance=9.0), dict(image_guidance=2.0), dict(guidance_rescale=0.7),
+                    dict(strength=0.3), dict(negative_prompt="a dog"), dict(ensemble=[tiny.unet])):
+        with pytest.raises(UserError, match="translate reads no"):
+            generate(model, "translate", **{"prompts": "", "steps": 1} | options)
 
 
 def test_the_base_knows_only_text_to_image(tiny):

@@ -598,7 +598,7 @@ def test_flops_are_those_of_a_step(kind):
     assert all(p.grad is None and p.device.type == "cpu" for p in network.parameters())
     network.gradient_checkpointing = False
     channels, side = 8 if task else network.config["in_channels"], network.config["sample_size"]
-    inputs = (torch.zeros(1, channels, side, side), torch.zeros(1),
+    inputs = (torch.zeros(1, channels, side, side), torch.zeros(1, dtype=torch.long),
               None if kind == "pixels" else torch.zeros(1, 77, 128), task and torch.tensor([1]),
               dict(text_embeds=torch.zeros(1, 1280), time_ids=torch.zeros(1, 6)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
