@@ -4,14 +4,16 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+import adm
 import aggregation
 import emoji
 import hub
-from adm import CONFIGS, Pixels, SCHEDULER, UNet2D, places, scheduler_for
+from adm import CONFIGS, Pixels, SCHEDULER, UNet2D, places, scheduler_for, zero_outputs
 from conftest import call
 from data import to_pil
 from hub import UserError
 from sample import Model, generate, load_model, pipeline_index
+from unet import Cond
 
 PLAIN = dict(down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3)
 TINY = {  # the structures of released models at reduced widths
@@ -165,6 +167,8 @@ def test_the_variance_is_learned_where_the_network_has_outputs_for_it():
                            ("ddpm", "fixed_large"), ("ddpm-tiny", "fixed_large")]:
         scheduler = scheduler_for(CONFIGS[name])
         assert scheduler == {**SCHEDULER, "variance_type": expected}
+        cosine = scheduler_for(CONFIGS[name], "squaredcos_cap_v2")
+        assert cosine == scheduler | dict(beta_schedule="squaredcos_cap_v2")
         assert scheduler == scheduler_for(UNet2D(TINY[name]).config)
 
 
@@ -219,3 +223,22 @@ def test_a_class_is_drawn_with_guidance_and_an_unguided_variance(tmp_path):
     done = call("evaluate.py", "--task", "class", "--model", tmp_path, "--count", 3, "--steps", 1,
                 "--grid", tmp_path / "a.png")
     assert done.returncode == 0 and "right class" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_zeroed_outputs_make_every_block_its_skip_path_and_the_network_zero(name):
+    network = UNet2D(TINY[name])
+    zero_outputs(network)
+    cond = Cond(torch.randn(2, network.time_embedding.linear_2.out_features), None,
+                torch.zeros(2), None, None, None)
+    for module in network.modules():
+        if isinstance(module, adm.Attention):
+            x = torch.randn(2, module.routable_channels, 8, 8)
+            assert torch.equal(module(x, cond), x)
+        elif isinstance(module, adm.ResnetBlock2D):
+            x = torch.randn(2, module.conv1.in_channels, 8, 8)
+            assert torch.equal(module(x, cond), module.skip(x))
+    size = network.config["sample_size"]
+    labels = dict(class_labels=torch.zeros(2, dtype=torch.long))
+    out = network(torch.randn(2, 3, size, size), torch.tensor([3, 900]), None, added=labels)
+    assert not out.any()

@@ -138,6 +138,19 @@ def test_a_network_on_pixels_trains_from_scratch_and_opens_in_diffusers(name, tm
 
 
 @pytest.mark.parametrize("name, options", [
+    ("dit-tiny", ["--routing", "dtr"]), ("adm-tiny", ["--beta-schedule", "squaredcos_cap_v2"])])
+def test_a_network_of_classes_trains_from_scratch_and_draws_the_class_it_is_asked_for(
+        name, options, tmp_path):
+    run(tmp_path, "--task", "class", "--unet", name, "--steps", 9, "--lr", 5e-3, *options)
+    model = load_model(tmp_path)
+    assert model.tasks == ["class"] and model.classes["flags"] == data.class_names().index("flags")
+    assert (model.scheduler["beta_schedule"] == "linear") == (name == "dit-tiny")
+    a, b, again = (generate(model, "class", [words], steps=2, guidance=4.0)[0].tobytes()
+                   for words in ("flags", "objects", str(model.classes["flags"])))
+    assert a == again and a != b
+
+
+@pytest.mark.parametrize("name, options", [
     ("RoutedUNet2D", ["uncond", "--model", "scratch", "--routing", "dtr", "--alpha", 2]),
     ("ProjectedUNet", ["t2i", "--t-range", 0, 500, "--projection", "blocks"])])
 def test_what_is_no_plain_network_does_not_open_in_diffusers(name, options, tmp_path):
