@@ -16,7 +16,8 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 # Options that make a command short; they replace the README's own.
 FEWER = {"train.py": "--steps 1 --eval-size 4 --batch-size 4 --sample-every 0 --warmup 1",
          "sample.py": "--steps 2", "evaluate.py": "--count 1 --steps 1",
-         "merge.py": "--eval-size 4", "moe.py": "", "data.py": "", "routing.py": "", "aggregation.py": ""}
+         "merge.py": "--eval-size 4", "moe.py": "", "data.py": "", "routing.py": "",
+         "aggregation.py": ""}
 
 
 def commands_of(block):
