@@ -162,6 +162,8 @@ def read_vocabulary(folder):
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     else:
         raise UserError(f"no merges.txt and no tokenizer.json in {folder}")
+    if any(type(id) is not int or id < 0 for id in vocab.values()):
+        raise UserError(f"the vocabulary in {folder} has ids that are no row numbers")
     # A merge is a line "a b" or, in the latest files, a list ["a", "b"].
     merges = [line.split() if isinstance(line, str) else line for line in lines]
     return vocab, [pair for pair in merges if pair and pair[0] != "#version:"]
@@ -405,8 +407,10 @@ class Tower(nn.Module):
         self.config = {key: config.get(key, default) for key, default in self.defaults.items()}
         # What else may be wrong in a config shows while the layers are built.
         sizes = [key for key, default in self.defaults.items()
-                 if isinstance(default, int) and not key.endswith("_token_id")]
-        if wrong := [key for key in sizes if not is_number(self.config[key], key, 1)]:
+                 if isinstance(default, (int, float)) and not key.endswith("_token_id")]
+        wrong = [key for key in sizes if self.config[key] == 0
+                 or not is_number(self.config[key], key, self.defaults[key])]
+        if wrong:
             raise UserError(f"{self.subfolder} config: {wrong[0]} = {self.config[wrong[0]]!r} is "
                             "not implemented")
         implemented = dict(hidden_act=[*ACTIVATIONS], architectures=[[m] for m in self.models])

@@ -462,6 +462,11 @@ class Encoded(ItemDataset):
 
     def get(self, i, rng):
         """Example i; sr's degradation is drawn from rng."""
+        with blaming(self.root / "encoded.json"):
+            return self.read(i, rng)
+
+    def read(self, i, rng):
+        """Read what `get` returns, from files that may be damaged."""
         target, source, text = self.items[i]
         # As in Folder.get and open_example: both then draw the same words and the same noise.
         visit = np.random.default_rng(rng.integers(2 ** 62))
@@ -484,7 +489,8 @@ class Encoded(ItemDataset):
 
     def encode_text(self, prompts):
         """Text states that Model.encode_text would compute -> context (B, S, D), pooled or None."""
-        rows = [read_shard(self.root, "texts", self.text_numbers[prompt]) for prompt in prompts]
+        with blaming(self.root / "encoded.json"):
+            rows = [read_shard(self.root, "texts", self.text_numbers[prompt]) for prompt in prompts]
         context, pooled = (torch.stack([row[name] for row in rows]) if name in rows[0] else None
                            for name in ("context", "pooled"))
         return context, pooled
@@ -714,6 +720,8 @@ class Encoder:
             # The last chunk is filled up with copies of its last picture.
             filling = [chunk[-1]] * (self.TOGETHER - len(chunk))
             mean, logvar = self.vae.encode(torch.stack(chunk + filling).to(device))
+            if not mean.isfinite().all():
+                raise UserError("the autoencoder's latents are not finite: its weights are damaged")
             moments = torch.stack([mean, logvar], dim=1).float().cpu()
             rows.extend(moments[:len(chunk)])
         return rows

@@ -134,7 +134,7 @@ def noise_schedule(config):
         # "squaredcos_cap_v2", improved DDPM Eq. 17. The cap keeps the last alpha_bar above zero.
         cosine = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
         betas = torch.tensor([min(1 - b / a, 0.999) for a, b in zip(cosine, cosine[1:])])
-    if not (1 < T == len(betas) and ((0 < betas) & (betas < 1)).all()):
+    if not (1 < T and betas.shape == (T,) and ((0 < betas) & (betas < 1)).all()):
         raise ValueError("trained_betas, or beta_start to beta_end, must give as many numbers "
                          f"between 0 and 1 as num_train_timesteps, {T}")
 
@@ -201,8 +201,10 @@ class Diffusion:
 
         with blaming("the scheduler config"):
             alpha_bar = noise_schedule(config)
-            if not 0 <= config["steps_offset"] < len(alpha_bar):
+            if config["steps_offset"] not in range(len(alpha_bar)):
                 raise ValueError("steps_offset is not a timestep")
+            if not 0 < config["clip_sample_range"] < math.inf:
+                raise ValueError("clip_sample_range is not above 0")
         return cls(alpha_bar, config, None if missing else sampler, missing)
 
     def to(self, device):

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -204,6 +205,8 @@ def download(hub_id, subfolder):
     without their index.
     """
     from huggingface_hub import list_repo_files, snapshot_download
+    # Its remarks about attempts that failed would stand beside our one line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     repository, _, revision = hub_id.partition("@")
     revision = revision or None
     get = functools.partial(snapshot_download, repository, revision=revision)
@@ -299,6 +302,8 @@ def weight_files(folder):
     if chosen.endswith(".json"):
         with blaming(folder / chosen):
             shards = read_json(folder / chosen)["weight_map"].values()
+            if any(Path(shard).name != shard for shard in shards):
+                raise ValueError("a shard lies in another folder")
             return sorted({folder / shard for shard in shards})
     return [folder / chosen]
 
@@ -358,6 +363,9 @@ def is_number(value, key, default):
         return default is None or key == "attention_head_dim"
     kinds = (int, float) if isinstance(default, float) else int
     largest = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
+    # Python counts true and false as numbers; here they are values of switches only.
+    if isinstance(value, bool) != isinstance(default, bool):
+        return False
     return isinstance(value, kinds) and 0 <= value <= largest
 
 
@@ -491,6 +499,9 @@ def replacing(path):
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         with writing(path):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                # A device such as /dev/null would be gone for everybody.
+                raise OSError(errno.EINVAL, "it is no regular file")
             path.parent.mkdir(parents=True, exist_ok=True)
             # A process that was killed could not remove its own folder.
             for old in path.parent.glob(f"{path.name}.part-*"):
@@ -606,15 +617,28 @@ def read_scalars(path):
         return json.loads(file.metadata()["scalars"])
 
 
+def fits(tensor, parameter):
+    """Say whether a tensor has a parameter's shape and type, and finite values."""
+    same = tensor.shape == parameter.shape and tensor.dtype == parameter.dtype
+    return same and bool(tensor.isfinite().all())
+
+
 def load_state(path, params, ema, optimizer):
     """Read what save_state wrote into params, ema and optimizer, in place."""
     with open_weights(path, ADVICE) as file, blaming(f"{path} ({ADVICE})"):
         keys = set(file.keys())
         for name, p in params.items():
+            weight, average = file.get_tensor(f"param/{name}"), file.get_tensor(f"ema/{name}")
+            if not fits(weight, p) or not fits(average, p):
+                raise ValueError(f"{name} does not fit")
             # The copies are made in place, since DDP and the optimizer hold these very tensors.
-            p.data.copy_(file.get_tensor(f"param/{name}"))
-            ema[name].copy_(file.get_tensor(f"ema/{name}"))
+            p.data.copy_(weight)
+            ema[name].copy_(average)
             if f"adam/step/{name}" in keys:
                 # A fused Adam wants its count of steps on the device of the parameter too.
-                optimizer.state[p] = {key: file.get_tensor(f"adam/{key}/{name}").to(p.device)
-                                      for key in ("step", "exp_avg", "exp_avg_sq")}
+                state = {key: file.get_tensor(f"adam/{key}/{name}").to(p.device)
+                         for key in ("step", "exp_avg", "exp_avg_sq")}
+                if not fits(state["exp_avg"], p) or not fits(state["exp_avg_sq"], p):
+                    # A fused Adam would read beyond the end of a shorter tensor.
+                    raise ValueError(f"the moments of {name} do not fit")
+                optimizer.state[p] = state

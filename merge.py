@@ -366,9 +366,10 @@ def config_name(part):
 
 def check_meaning(base, tuned, names):
     """Raise a UserError at a key that two configs share with different values, by their names."""
-    for key in sorted(base.keys() & tuned.keys() - IMMATERIAL):
-        ours = base[key]
-        theirs = tuned[key]
+    for key in sorted((base.keys() | tuned.keys()) - IMMATERIAL):
+        # False, zero and an empty list switch off what another file does not mention.
+        ours = base.get(key) or None
+        theirs = tuned.get(key) or None
         if key in METHODS and ours and theirs:
             # A later version of a method may record more about it.
             check_meaning(ours, theirs, names)
@@ -519,8 +520,11 @@ def search(args):
     check_order(args.tuned, T)
     losses = merged_losses(model, args.tuned, device)
     # A multiple of 2 N, so that each range has as many examples in one half as in the other.
-    count = math.ceil(max(args.eval_size, 1) / (2 * n)) * 2 * n
+    count = math.ceil(args.eval_size / (2 * n)) * 2 * n
     tasks = args.task.split(",") if args.task else model.tasks
+    if unknown := set(tasks) - set(model.tasks):
+        raise UserError(f"{args.base} does not know {', '.join(unknown)}; it knows "
+                        f"{', '.join(model.tasks)}")
     examples = train.held_out_examples(tasks, args.data, model, count)
     print(f"searching; each try measures {count // 2} held-out examples per task", flush=True)
     weights, t, arms = compare_arms(losses, examples, n, T, args.seed)
@@ -565,6 +569,8 @@ def main():
     args = parser.parse_args()
     if Path(args.out).exists():
         raise UserError(f"{args.out} exists; choose another --out")
+    if not 1 <= args.eval_size <= 100_000 or args.seed < 0:
+        raise UserError("--eval-size is from 1 to 100,000, and --seed at least 0")
     if args.search:
         search(args)
     else:

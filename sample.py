@@ -310,7 +310,13 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     A folder may hold only what differs from another model: model_index.json's "base", a path
     relative to the folder or a hub id, then says where the other parts are.
     """
-    path = str(path_or_hub_id)
+    # Whatever goes wrong inside is the fault of this folder, and the message names it.
+    with blaming(path_or_hub_id):
+        return load_parts(str(path_or_hub_id), dtype, device)
+
+
+def load_parts(path, dtype, device):
+    """Load the parts of a model -> Model."""
     index = read_json(fetch(path, "") / "model_index.json")
     name = str(index.get("_class_name"))
     kind = UNet
@@ -525,8 +531,9 @@ def scales(model, task, guidance, image_guidance):
         text_default, image_default = map(float, model.guidance.get(task, paper))
     guidance = text_default if guidance is None else guidance
     image_guidance = image_default if image_guidance is None else image_guidance
-    if not (math.isfinite(guidance) and math.isfinite(image_guidance)):
-        raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be finite")
+    if not (abs(guidance) <= 1e4 and abs(image_guidance) <= 1e4):
+        raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be "
+                        "finite, at most 10,000")
     # As in diffusers, a scale of at most 1 means no guidance.
     return max(guidance, 1.0), max(image_guidance, 1.0)
 
@@ -1046,9 +1053,9 @@ def draw_pictures(args, model, out):
             frames.append(torch.cat([x[:1], x0[:1]]))
 
     # As a context, the bar leaves the terminal also where an error's one line follows.
-    with tqdm(total=args.steps, desc=args.task, leave=False, delay=1) as bar:
+    total = args.steps * math.ceil(len(prompts) / BATCH)
+    with tqdm(total=total, desc=args.task, leave=False, delay=1) as bar:
         for first in range(0, len(prompts), BATCH):
-            bar.reset()
             chunk = prompts[first:first + BATCH]
             pictures += generate(
                 model, args.task, chunk, source and [source] * len(chunk), height=height,

@@ -42,8 +42,8 @@ import moe
 import routing
 from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
-from hub import Parser, UserError, append_line, command, compiled, load_state, lock, pick_device
-from hub import read_scalars, save_state, write_json, write_text
+from hub import Parser, UserError, append_line, blaming, command, compiled, load_state, lock
+from hub import pick_device, read_scalars, replacing, save_state, write_json
 from sample import Model, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
@@ -187,7 +187,9 @@ def check_args(args):
               "sample_every": (0, 1e9), "eval_every": (0, 1e9), "warmup": (0, 1e9),
               "workers": (0, 256), "seed": (0, 2 ** 62), "lr": (1e-12, 1e3),
               "weight_decay": (0, 1e3), "consistency": (0, 1e6), "drop": (0, 0.999),
-              "modality_weight": (0, 1e6), "k": (-1e6, 1e6), "p_global": (0, 1)}
+              "modality_weight": (0, 1e6), "k": (-1e6, 1e6), "p_global": (0, 1),
+              "num_experts": (1, 1000), "expert_width": (1e-3, 100), "top_k": (1, 1000),
+              "alpha": (1e-6, 1e6), "beta": (1e-6, 1)}
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -684,15 +686,16 @@ def forget_after(path, step):
     if not path.exists():
         return
     lines = []
-    for line in path.read_text().splitlines(keepends=True):
+    # A line that somebody else wrote stays, whatever its bytes are, but not half a line.
+    for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             again = json.loads(line)["step"] > step
-        except (ValueError, TypeError, KeyError):
-            # A line that somebody else wrote stays, but not half a line.
-            again = not line.endswith("\n")
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            again = False
         if not again:
-            lines.append(line)
-    write_text(path, "".join(lines))
+            lines.append(line + b"\n")
+    with replacing(path) as beside:
+        beside.write_bytes(b"".join(lines))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -816,8 +819,12 @@ def resume(out, args, params, ema, optimizer):
         return dict(step=0, before=None, skipped=0, in_a_row=0)
     scalars = read_scalars(path)
     settings = fixed_settings(args)
-    # Options that were added after the checkpoint was written count as off.
-    recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
+    with blaming(path):
+        # The numbers are read once, so that a damaged one shows here and not in the middle.
+        range(scalars["step"], scalars["skipped"], scalars["in_a_row"] + 1)
+        sum((scalars["before"] or {}).values())
+        # Options that were added after the checkpoint was written count as off.
+        recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
     changed = [f"--{key.replace('_', '-')} was {recorded[key]!r} and is now {value!r}"
                for key, value in settings.items() if recorded[key] != value]
     if changed:
@@ -926,6 +933,9 @@ def train(args, shares, device, rank, world):
         if progress["before"] is None:
             print0(f"measuring the held-out loss on {len(eval_examples)} examples")
             progress["before"], _ = held_out_means()
+            if not all(np.isfinite(value) for value in progress["before"].values()):
+                raise UserError(f"{args.model} gives losses that are not finite: its weights are "
+                                "damaged, or too large for --precision")
         if rank == 0:
             forget_after(folder / "log.jsonl", start)
         numbers = micro_batches(start, args.steps, args.batch_size, rank * per_rank, per_rank,

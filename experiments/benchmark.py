@@ -13,8 +13,8 @@ Beside diffusers, with the same weights:
     vae       the autoencoder's encoding and decoding
     picture   one picture by assets/tiny in 20 guided steps
     step      the whole training step of diffusers' scripts; at SD 1.5's size it needs 19 GB
-Beside itself: routed, upcycled and joint (benchmark_methods.py), memory, encoded and merge
-(benchmark_models.py); memory and merge want a process of their own, as in the third command.
+Beside itself: routed, upcycled and joint (benchmark_methods.py), memory, encoded, pictures and
+merge (benchmark_models.py); memory and merge want a process of their own, as in the third command.
 --gpu fills the table of a GPU instead, in benchmark_gpu.py, in less than ten minutes.
 """
 import torch

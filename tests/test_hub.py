@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from conftest import full_disk
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import hub
 from hub import UserError, append_line, load_state, read_scalars, replacing, save_state, write_json
@@ -439,3 +439,20 @@ def test_a_device_or_a_compiler_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"--compile on CPU needs a C\+\+ compiler"):
         hub.compiled(len, torch.device("cpu"))
+
+
+def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(tmp_path):
+    """A fused Adam would read beyond the end of a moment that is too short."""
+    params = {"w": torch.nn.Parameter(torch.ones(3))}
+    optimizer = torch.optim.AdamW(params.values())
+    params["w"].sum().backward()
+    optimizer.step()
+    path = tmp_path / "state.safetensors"
+    hub.save_state(path, params, {"w": torch.ones(3)}, optimizer, {})
+    whole = load_file(path)
+    hub.load_state(path, params, {"w": torch.ones(3)}, optimizer)
+    for key, value in [("adam/exp_avg/w", torch.ones(2)), ("param/w", torch.ones(1)),
+                       ("ema/w", torch.full((3,), torch.nan)), ("param/w", torch.ones(3).long())]:
+        save_file(whole | {key: value}, path, metadata={"scalars": "{}"})
+        with pytest.raises(hub.UserError, match="w do"):
+            hub.load_state(path, params, {"w": torch.ones(3)}, optimizer)

@@ -83,7 +83,7 @@ def shortened(command, pictures):
 
 def test_the_readme_names_the_main_commands():
     assert "python train.py --task all" in COMMANDS
-    assert "python sample.py --task edit --model runs/all" in COMMANDS
+    assert any("sample.py --task edit" in c and "--model runs/all" in c for c in COMMANDS)
     assert "pip install -r requirements.txt" in COMMANDS
     assert "python -m pytest -q tests" in COMMANDS
     assert sum(map(runnable, COMMANDS)) > 15
