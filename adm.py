@@ -122,7 +122,8 @@ CONFIGS = {
     ),
 }
 
-# DDPM's noise schedule. ADM has it too, but has a cosine (squaredcos_cap_v2) at 64 x 64 pixels.
+# DDPM's noise schedule, which is also ADM's, except at 64 x 64 pixels. There it is a cosine,
+# squaredcos_cap_v2.
 SCHEDULER = dict(
     _class_name="DDPMScheduler",
     num_train_timesteps=1000,

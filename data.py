@@ -36,7 +36,7 @@ from tqdm import tqdm
 import emoji
 from emoji import ASSETS, DEGRADATIONS, ItemDataset, on_white, patched, to_pil, to_tensor
 from hub import Parser, UserError, blaming, command, open_weights, pick_device, read_json
-from hub import replacing, write_json
+from hub import replacing, write_json, writing
 from readers import MAX_PIXELS, PICTURES, Frame, Rows, as_list, choose, decode, draw_text
 from readers import file_names, find_broken, find_layout, open_image, open_square, read_rows
 from readers import split_part, usable_rows
@@ -300,7 +300,7 @@ def append_new(record, broken):
     the file, so none damages another.
     """
     new = []
-    try:
+    with writing(record):
         record.parent.mkdir(parents=True, exist_ok=True)
         with open(record, "a+", encoding="utf-8", errors="replace", buffering=1) as file:
             with contextlib.suppress(ImportError, OSError):
@@ -314,8 +314,6 @@ def append_new(record, broken):
                 if line not in known:
                     file.write(line)
                     new.append(reason)
-    except OSError as error:
-        raise UserError(f"{record} cannot be written ({error.strerror})") from None
     return new
 
 
@@ -720,18 +718,19 @@ class Encoder:
             # The last chunk is filled up with copies of its last picture.
             filling = [chunk[-1]] * (self.TOGETHER - len(chunk))
             mean, logvar = self.vae.encode(torch.stack(chunk + filling).to(device))
-            if not mean.isfinite().all():
-                raise UserError("the autoencoder's latents are not finite: its weights are damaged")
             moments = torch.stack([mean, logvar], dim=1).float().cpu()
+            if not moments[:, 0].isfinite().all():
+                raise UserError("the autoencoder's latents are not finite: its weights are damaged")
             rows.extend(moments[:len(chunk)])
         return rows
 
     def moments(self, pictures, device):
         """Pictures (3, H, W), or encoded ones (2, C, h, w) -> mean, logvar, (B, C, h, w) each."""
         # The same picture may come again under another number or in another task.
-        keys = [hash(picture.numpy().tobytes()) for picture in pictures]
+        keys = [hash(picture.numpy().tobytes()) if picture.dim() == 3 else None
+                for picture in pictures]
         new = {key: picture for key, picture in zip(keys, pictures)
-               if picture.dim() == 3 and key not in self.memory}
+               if key is not None and key not in self.memory}
         known = self.memory | dict(zip(new, self.encode(list(new.values()), device)))
         # What comes from an encoded folder is not in memory and stands for itself.
         moments = torch.stack([known.get(key, picture) for key, picture in zip(keys, pictures)])

@@ -51,9 +51,9 @@ DEFAULTS = dict(
     variance_type="fixed_small",
 )
 
-# What is implemented of the process itself. Another value makes another model, so it is refused.
-# A key that stands in no table has no effect here, or belongs to another class than the file's:
-# files keep what the classes that once read them left.
+# The keys that describe the process itself, with the values that are implemented. With any other
+# value the file describes another model, so it is refused. Keys in none of these tables are passed
+# over: a file may also hold keys of other schedulers that it was once saved by.
 PROCESS = dict(
     beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"),
     prediction_type=("epsilon", "v_prediction"),
@@ -70,8 +70,9 @@ PROCESS = dict(
 # How our samplers step. A scheduler that steps in another way describes the same process, but none
 # of ours draws the picture that it would draw.
 STEPPING = dict(
-    algorithm_type=("dpmsolver++", "deis"),             # DPM++ reads deis, and the last three
-    solver_type=("midpoint", "logrho", "bh1", "bh2"),   # here, as the first: they are another's
+    # DPM++ treats the values after the first, which other solvers have written, as the first.
+    algorithm_type=("dpmsolver++", "deis"),
+    solver_type=("midpoint", "logrho", "bh1", "bh2"),
     solver_order=(2,),
     final_sigmas_type=("zero",),
     interpolation_type=("linear",),

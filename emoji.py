@@ -157,7 +157,7 @@ def add_noise(x, rng, stage):
         levels = x.clamp(0, 1).mul(255).round().numpy() / 255
         if grey:
             levels = np.tensordot([[0.299, 0.587, 0.114]], levels, 1)
-        # So many photons as the picture has levels, to the next power of two.
+        # As many photons as the picture has levels, to the next power of two.
         photons = 2 ** np.ceil(np.log2(len(np.unique(levels))))
         noise = (rng.poisson(levels * photons) / photons - levels) * rng.uniform(*stage.poisson)
     return (x + torch.from_numpy(noise).float()).clamp(0, 1)
@@ -428,7 +428,7 @@ class Builtin(ItemDataset):
     """Make the examples of one task: dicts with a prompt (str) and a target (3, H, W).
 
     Image-to-image tasks add a source (3, H, W); MT-Diffusion's tasks add x, the other modality: a
-    picture, the number of a class, or a caption. Random are words, tones, places and noise.
+    picture, the number of a class, or a caption. Words, tones, places and noise are random.
 
     split: "train" or "heldout". size: of the pictures of uncond, class and MT-Diffusion's tasks.
     """

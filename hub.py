@@ -194,7 +194,8 @@ def fetch(path_or_hub_id, subfolder):
     # Every model has a U-Net, so this is asked once for each model that is loaded.
     loras = [other for other in names if "lora" in other.lower() and other.endswith(".safetensors")]
     if subfolder == "unet" and loras:
-        warn(f"{name}: the LoRA {min(loras)} is ignored, only the model itself is loaded")
+        print_once(f"warning: {name}: the LoRA {min(loras)} is ignored, only the model itself is "
+                   "loaded")
     return root / subfolder
 
 
@@ -253,10 +254,10 @@ def describe(names):
 
 
 @functools.cache
-def warn(message):
-    """Print a warning to stderr, each one once."""
+def print_once(line):
+    """Print a line to stderr, each one once, and under torchrun by the first process alone."""
     if is_first():
-        print(f"warning: {message}", file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def read_json(path):
@@ -628,7 +629,8 @@ def load_state(path, params, ema, optimizer):
     with open_weights(path, ADVICE) as file, blaming(f"{path} ({ADVICE})"):
         keys = set(file.keys())
         for name, p in params.items():
-            weight, average = file.get_tensor(f"param/{name}"), file.get_tensor(f"ema/{name}")
+            weight = file.get_tensor(f"param/{name}")
+            average = file.get_tensor(f"ema/{name}")
             if not fits(weight, p) or not fits(average, p):
                 raise ValueError(f"{name} does not fit")
             # The copies are made in place, since DDP and the optimizer hold these very tensors.

@@ -51,7 +51,6 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -63,7 +62,7 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from emoji import held_out, on_white
-from hub import UserError, blaming
+from hub import UserError, blaming, print_once
 
 # -------------------------------------------------------------------------------------------------
 # Pictures
@@ -72,7 +71,8 @@ from hub import UserError, blaming
 Image.init()
 FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
            if name in Image.OPEN]
-# A picture of this size takes 400 MB as RGBA. This limit speaks in one line, so Pillow's goes.
+# A picture of this size takes 400 MB as RGBA. Pillow's own limit is switched off, because ours
+# ends in one line.
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None
 
@@ -308,7 +308,7 @@ def read_instructpix2pix(root):
     if (root / "seeds.json").is_file():
         seeds = json.loads(read_text(root / "seeds.json"))
     else:
-        # Who unpacks the zip files by hand has none. The order of the names stands in for it.
+        # Whoever unpacks the zip files by hand has no such file. Names in order take its place.
         seeds = [(path.parent.name, sorted(picture.name.removesuffix("_0.jpg")
                                            for picture in path.parent.glob("*_0.jpg")))
                  for path in sorted(root.glob("*/prompt.json"))]
@@ -759,7 +759,8 @@ def check_file(path):
     file, part = split_part(path)
     # Captions are small. What holds many pictures may be large, and only has to be there.
     if path.suffix in TEXTS or part and file.is_file():
-        file.is_file() or read_text(path)
+        if not file.is_file():
+            read_text(path)  # which says that it is missing
         return
     with open_header(path):
         pass
@@ -789,7 +790,7 @@ def read_rows(root):
                 check_row(absolute, row)
             rows.append(row)
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
-        # Files from elsewhere may be wrong in any way; so many lines were right.
+        # Files from elsewhere may be wrong in any way. The rows read so far tell which line is.
         unit = "line" if layout.name.startswith("metadata") else "example"
         raise UserError(f"{root}: {layout.name} {unit} {len(rows) + 1}: {error}") from None
     rows = [row for row in rows if row is not None]
@@ -807,18 +808,13 @@ def usable_rows(root):
     # archive. A published list, however, may well name more than somebody has downloaded.
     skipped = len(rows) - len(usable)
     own = layout.name.startswith("metadata")
-    if skipped > (MAX_SKIPPED if own else 0.99) * len(rows):
+    most = MAX_SKIPPED if own else 0.99
+    if skipped > most * len(rows):
         raise UserError(f"{root}: {skipped} of {len(rows)} lines of {layout.name} cannot be used, "
-                        f"more than {MAX_SKIPPED if own else 0.99:.0%}; python data.py check "
-                        f"--data {root} names them all. The first: {next(iter(broken.values()))}")
+                        f"more than {most:.0%}; python data.py check --data {root} names them all. "
+                        f"The first: {next(iter(broken.values()))}")
     full = max(len(rows), layout.count or 0)
     if not own and len(usable) < full:
         first = f"; for one, {next(iter(broken.values()))}" if broken else ""
-        report_copy(f"{root}: {layout.name}, {len(usable):,} of {full:,} examples are there{first}")
+        print_once(f"{root}: {layout.name}, {len(usable):,} of {full:,} examples are there{first}")
     return usable
-
-
-@functools.cache
-def report_copy(line):
-    """Print a line once."""
-    print(line, file=sys.stderr)

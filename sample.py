@@ -312,11 +312,13 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
     """
     # Whatever goes wrong inside is the fault of this folder, and the message names it.
     with blaming(path_or_hub_id):
-        return load_parts(str(path_or_hub_id), dtype, device)
+        model = load_parts(str(path_or_hub_id), dtype, device)
+    # But a GPU that is too small is not.
+    return model.to(torch.device(device))
 
 
 def load_parts(path, dtype, device):
-    """Load the parts of a model -> Model."""
+    """Load the parts of a model into the CPU's memory -> Model. device: where it will compute."""
     index = read_json(fetch(path, "") / "model_index.json")
     name = str(index.get("_class_name"))
     kind = UNet
@@ -364,7 +366,7 @@ def load_parts(path, dtype, device):
         parts["vae"] = adm.Pixels(network.config["sample_size"])
     model = Model(unet=network, scheduler=scheduler, index=index, path=path, **parts)
     check_parts(model)
-    return model.to(torch.device(device))
+    return model
 
 
 def correct_sample_size(config):
@@ -1089,9 +1091,9 @@ def draw_joint(args, model, out):
     check_sheet(2 * args.num_images, height, width)
     pictures = []
     lines = []
-    with tqdm(total=args.steps, desc=args.task, leave=False, delay=1) as bar:
+    total = args.steps * math.ceil(args.num_images / BATCH)
+    with tqdm(total=total, desc=args.task, leave=False, delay=1) as bar:
         for first in range(0, args.num_images, BATCH):
-            bar.reset()
             count = min(BATCH, args.num_images - first)
             chunk = {name: value.expand(count, *value.shape) for name, value in known.items()}
             drawn = draw_modalities(model, count, chunk,

@@ -20,6 +20,7 @@ import copy
 import datetime
 import functools
 import json
+import operator
 import os
 import re
 import signal
@@ -35,8 +36,10 @@ import torch.nn as nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import adm
 import aggregation
 import data
+import dit
 import merge
 import moe
 import routing
@@ -44,7 +47,7 @@ from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
 from hub import Parser, UserError, append_line, blaming, command, compiled, load_state, lock
 from hub import pick_device, read_scalars, replacing, save_state, write_json
-from sample import Model, load_model, pipeline_index, sample_grid
+from sample import Model, latent_shape, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
 # From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv
@@ -280,7 +283,7 @@ class Stop:
     def receive(self, number, frame):
         if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
-        # No more than a note: in the middle of a step the weights are no checkpoint.
+        # It is only noted, because weights in the middle of a step make no checkpoint.
         self.received.append(number)
 
     def __exit__(self, *error):
@@ -288,8 +291,8 @@ class Stop:
             signal.signal(number, handler)
 
     def on_any_rank(self, device):
-        """Say whether any process was told to stop: torchrun kills the others once one has ended.
-        """
+        """Say whether any process was told to stop; then all of them leave together."""
+        # torchrun kills the other processes as soon as one has ended.
         if not dist.is_initialized():
             return bool(self.received)
         flag = torch.tensor(float(bool(self.received)), device=device)
@@ -382,8 +385,7 @@ def new_model(args, tasks):
 
 
 def new_text_model(args):
-    """Make a small Stable Diffusion. Its autoencoder and text encoder come ready, from --encoders.
-    """
+    """Make a small Stable Diffusion, whose autoencoder and text encoder are those of --encoders."""
     # SDXL is no choice, since it reads two text encoders.
     configs = {name: c for name, c in CONFIGS.items() if not c.get("addition_embed_type")}
     config = named_config(args.unet or "tiny", configs)
@@ -399,8 +401,6 @@ def new_text_model(args):
 
 def new_wordless_model(args, task):
     """Make an ADM or a DDPM on pixels, or a DiT on pixels or latents, with the data's classes."""
-    import adm
-    import dit
     by_class = task == "class"
     name = args.unet or ("dit-tiny" if by_class else "adm-tiny")
     config = named_config(name, adm.CONFIGS | (dit.CONFIGS if by_class else {}))
@@ -418,7 +418,7 @@ def new_wordless_model(args, task):
         vae = adm.Pixels(network.config["sample_size"])
     else:
         vae = load_model(args.encoders).vae
-        # A scheduler that DiTPipeline can draw with. A latent is not bound to -1 .. 1.
+        # A scheduler that DiTPipeline can draw with. Latents may lie outside of [-1, 1].
         scheduler |= dict(_class_name="DDIMScheduler", clip_sample=False)
     model = Model(network, vae, None, None, scheduler, {}, path="scratch")
     if by_class:
@@ -704,15 +704,11 @@ def forget_after(path, step):
 def held_out_examples(tasks, root, model, count):
     """Make `count` fixed held-out examples of each task, with their timesteps and noise."""
     datasets = {task: data.open_dataset(task, "heldout", model.native_size, root) for task in tasks}
+    size = model.native_size
     examples = Examples(datasets, list(tasks), batch_size=len(tasks), seed=0,
-                        num_timesteps=model.diffusion.T, latent_shape=latent_shape(model))
+                        num_timesteps=model.diffusion.T,
+                        latent_shape=latent_shape(model, size, size))
     return examples.held_out(datasets, count)
-
-
-def latent_shape(model):
-    """Return (C, h, w) of a training picture's latent."""
-    side = model.unet.config["sample_size"]
-    return model.vae.config["latent_channels"], side, side
 
 
 @functools.lru_cache(maxsize=1)
@@ -820,9 +816,11 @@ def resume(out, args, params, ema, optimizer):
     scalars = read_scalars(path)
     settings = fixed_settings(args)
     with blaming(path):
-        # The numbers are read once, so that a damaged one shows here and not in the middle.
-        range(scalars["step"], scalars["skipped"], scalars["in_a_row"] + 1)
-        sum((scalars["before"] or {}).values())
+        # A damaged number is named here, before any training.
+        for key in ("step", "skipped", "in_a_row"):
+            operator.index(scalars[key])  # raises TypeError unless it is a whole number
+        if scalars["before"] is not None:
+            sum(scalars["before"].values())  # and here unless these are numbers
         # Options that were added after the checkpoint was written count as off.
         recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
     changed = [f"--{key.replace('_', '-')} was {recorded[key]!r} and is now {value!r}"
@@ -915,9 +913,10 @@ def train(args, shares, device, rank, world):
         """Measure the averaged weights -> {name: mean}, {name: [mean in each range of t]}."""
         with averaged(params, ema):
             terms = held_out_terms(model, unet, eval_examples, device, args.batch_size, encode_text)
-        batch = collate(eval_examples)
-        return mean_losses(loss_names, sum_losses(loss_names, batch["task"], batch["t"], terms,
-                                                  diffusion.T))
+        sample_tasks = [example["task"] for example in eval_examples]
+        timesteps = [example["t"] for example in eval_examples]
+        sums = sum_losses(loss_names, sample_tasks, timesteps, terms, diffusion.T)
+        return mean_losses(loss_names, sums)
 
     # Arguments and data have been checked. From here on, files are written.
     check_folder(folder)
@@ -1117,7 +1116,8 @@ def open_data(args, model, tasks, shares, print0):
                                             args.p_global)
         sample_timestep(np.random.default_rng(0))  # raises here if the range is empty
     examples = Examples(training, shares, batch_size=args.batch_size, seed=args.seed,
-                        num_timesteps=model.diffusion.T, latent_shape=latent_shape(model),
+                        num_timesteps=model.diffusion.T,
+                        latent_shape=latent_shape(model, size, size),
                         sample_timestep=sample_timestep, drop=drop)
     return examples, held_out, examples.held_out(held_out, args.eval_size), encoded
 

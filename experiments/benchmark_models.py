@@ -3,7 +3,7 @@
     memory   the peak while one guided picture of the model's own size is drawn in bf16
     encoded  the training step of edit, upcycled, with the frozen encoders' work (two pictures and a
              text, which `data.py encode` does once) against without
-    pictures 16 JPEG files opened, cropped and resized to 512 x 512 on one core, beside Pillow alone,
+    pictures 16 JPEG files opened, cropped and resized to 512 x 512 on one core, beside Pillow,
              which opens and resizes them without a crop
     merge    four copies of the U-Net's file merged into a fifth: seconds and peak memory, beside
              reading the five files and writing one; needs six files' room in the folder

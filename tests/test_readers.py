@@ -63,7 +63,7 @@ def visits(root, task, i=0, count=200, split="train", size=48, key="prompt", **o
 @pytest.fixture(autouse=True)
 def fresh():
     read_rows.cache_clear()
-    readers.report_copy.cache_clear()
+    readers.print_once.cache_clear()
     data.report_broken.cache_clear()
 
 
