@@ -225,6 +225,7 @@ class Folder(ItemDataset):
         function of i and the seed: the same on every rank, in every run, and after resuming.
         """
         columns = needed_columns(self.task)
+        broken = []
         for number in range(i, i + self.TRIES):
             # Each try starts from the same seed, and pairs share a frame: the picture before an
             # edit and the one after it stay aligned.
@@ -234,13 +235,17 @@ class Folder(ItemDataset):
                 if "text" in columns:
                     row["text"] = draw_text(self.root, row["text"], rng)
                 frame = self.draw_frame(rng)
-                return row, {column: open_square(self.root / row[column], self.size, frame)
-                             for column in columns if column in PICTURES}
+                pictures = {column: open_square(self.root / row[column], self.size, frame)
+                            for column in columns if column in PICTURES}
             except UserError as error:
-                reason = str(error)
-                report_broken(self.record, ((self.root / row["file_name"], reason),))
+                broken.append((self.root / row["file_name"], str(error)))
+                continue
+            if broken:
+                report_broken(self.record, tuple(broken))
+            return row, pictures
         # So many in a row are no accident: the disk is gone, say.
-        raise UserError(f"{self.TRIES} examples in a row cannot be read; the last one: {reason}")
+        raise UserError(f"{self.TRIES} examples in a row cannot be read; the last one: "
+                        f"{broken[-1][1]}")
 
     def get(self, i, rng):
         """Example i; what is random about it (words, crop, patches) is drawn from rng."""
@@ -480,10 +485,23 @@ class Encoded(ItemDataset):
         return example
 
     def check(self, model):
-        """Raise a UserError where the folder was encoded with another model."""
-        if self.index["fingerprint"] != fingerprint(model):
-            raise UserError(f"{self.root} was encoded with another autoencoder or text encoder "
-                            f"({self.index['model']}); encode it again for this model")
+        """Raise a UserError where the folder was encoded with another model, or is damaged."""
+        with blaming(self.root / "encoded.json"):
+            if self.index["fingerprint"] != fingerprint(model):
+                raise UserError(f"{self.root} was encoded with another autoencoder or text encoder "
+                                f"({self.index['model']}); encode it again for this model")
+        # The shapes stand in the heads of the files, so no tensor is read.
+        config = model.unet.config
+        side = config["sample_size"]
+        ends = {"latents": [2, model.vae.config["latent_channels"], side, side],
+                "context": [config["cross_attention_dim"]]}
+        for kind, name in (("latents", "latents"), ("texts", "context")):
+            for path in sorted(self.root.glob(f"{kind}-*.safetensors")):
+                with blaming(path):
+                    shape = open_shard(path).get_slice(name).get_shape()
+                    if shape[-len(ends[name]):] != ends[name]:
+                        raise UserError(f"{path} holds {name} of shape {shape}, which do not fit "
+                                        "this model; delete the file and encode again")
 
     def encode_text(self, prompts):
         """Text states that Model.encode_text would compute -> context (B, S, D), pooled or None."""
@@ -499,6 +517,8 @@ def encode_folder(model, root, out, device):
 
     Shards that exist are not written again, so encoding that was interrupted goes on.
     """
+    if out.resolve() == root.resolve():
+        raise UserError("--out is the folder --data itself; choose another folder")
     folders = served_folders(root, ALL)
     paths, texts, tasks = number_rows(folders)
     size = model.native_size

@@ -480,12 +480,20 @@ def is_running(pid):
 
 @contextlib.contextmanager
 def writing(path):
-    """Turn a failure to write in the block, such as a full disk, into a UserError naming `path`."""
+    """Turn a failure to write in the block, such as a full disk, into a UserError naming `path`.
+
+    A path that leads to no regular file is refused: a FIFO would wait for ever for a reader, and a
+    device such as /dev/null, once replaced by a file, would be gone for everybody.
+    """
     try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            raise OSError(errno.EINVAL, "it is no regular file")
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path} cannot be written ({reason})") from None
+        # Inside a folder that `replacing` fills, the final place is named and not the passing one.
+        place = re.sub(r"\.part-\d+/[^/]+", "", str(path))
+        raise UserError(f"{place} cannot be written ({reason})") from None
 
 
 @contextlib.contextmanager
@@ -500,9 +508,6 @@ def replacing(path):
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         with writing(path):
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                # A device such as /dev/null would be gone for everybody.
-                raise OSError(errno.EINVAL, "it is no regular file")
             path.parent.mkdir(parents=True, exist_ok=True)
             # A process that was killed could not remove its own folder.
             for old in path.parent.glob(f"{path.name}.part-*"):
@@ -523,7 +528,8 @@ def replacing(path):
 
 def write_text(path, text):
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        # A file name may hold bytes that are no text in UTF-8; they become question marks.
+        beside.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path, value):
@@ -581,11 +587,15 @@ def save_weights(module, folder, config, name="diffusion_pytorch_model.safetenso
     """Write a module's weights and its config.json into a folder.
 
     dtype: of the floating-point tensors in the file; None keeps the parameters' own.
+    Raises UserError, and writes nothing, where a weight is not finite.
     """
     state = {}
     for key, value in module.state_dict().items():
         kind = dtype if value.is_floating_point() else None
         state[key] = value.detach().to("cpu", kind).contiguous()
+        if not state[key].isfinite().all():
+            raise UserError(f"{key} would not be finite in {Path(folder).name}/: the weights that "
+                            "it comes from are damaged")
     with replacing(Path(folder) / name) as beside:
         save_file(state, beside, metadata={"format": "pt"})
     write_json(Path(folder) / "config.json", config)

@@ -47,7 +47,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import Parser, UserError, command, read_json, replacing, write_text
+from hub import Parser, UserError, blaming, command, read_json, replacing, write_text
 from unet import CONFIGS, BasicTransformerBlock, Conv2d, FeedForward, LayerNorm, UNet
 
 TASKS = ("t2i", "edit", "sr", "inpaint")  # the names in data.TASKS
@@ -401,7 +401,10 @@ def base_of(model):
     arguments = Path(model.path) / "arguments.json"
     if arguments.is_file():
         # train.py wrote this folder. What it began with is what --model was.
-        return str(read_json(arguments).get("model", model.path))
+        with blaming(arguments):
+            base = str(read_json(arguments).get("model", model.path))
+            Path(base).resolve()  # raises ValueError where the text can be no path
+            return base
     return str(place_of(model.path, model.index, "vae"))
 
 

@@ -46,7 +46,7 @@ import routing
 from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
 from hub import Parser, UserError, append_line, blaming, command, compiled, load_state, lock
-from hub import pick_device, read_scalars, replacing, save_state, write_json
+from hub import pick_device, read_scalars, replacing, save_state, write_json, writing
 from sample import Model, latent_shape, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
@@ -685,9 +685,11 @@ def forget_after(path, step):
     """Drop the lines of log.jsonl that steps after the checkpoint wrote: they come again."""
     if not path.exists():
         return
+    with writing(path):
+        text = path.read_bytes()
     lines = []
     # A line that somebody else wrote stays, whatever its bytes are, but not half a line.
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in text.split(b"\n")[:-1]:
         try:
             again = json.loads(line)["step"] > step
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import clip
 import data
@@ -328,10 +328,12 @@ def test_a_picture_that_turns_out_broken_is_replaced_by_the_next_good_one(broken
             assert equal(a, b)
     reports = capsys.readouterr().err.strip().splitlines()
     assert len(reports) == 3 and all("left out: " in report for report in reports)
+    assert sum("more, see" in report for report in reports) == 1  # edit 3 has two in a row
     for i in range(12):
         break_picture(broken_folder / f"{i}.png", "text")
     with pytest.raises(UserError, match="in a row"):
         dataset[0]
+    assert not capsys.readouterr().err
 
 
 def test_worker_processes_record_what_they_replace(broken_folder):
@@ -591,6 +593,23 @@ def test_another_model_or_size_is_refused(encoded):
         data.Encoded(encoded, "edit", "train", 32)
     with pytest.raises(UserError, match="not for inpaint2|was encoded for"):
         data.Encoded(encoded, "inpaint2", "train", 64)
+
+
+@pytest.mark.parametrize("kind, name, shape", [("latents", "latents", (12, 2, 2, 16, 16)),
+                                               ("texts", "context", (7, 77, 7))])
+def test_files_of_other_shapes_are_named(encoded, tmp_path, kind, name, shape):
+    shutil.copytree(encoded, tmp_path / "copy")
+    save_file({name: torch.zeros(shape)}, tmp_path / f"copy/{kind}-00000.safetensors")
+    dataset = data.Encoded(tmp_path / "copy", "edit", "train", 64)
+    with pytest.raises(UserError, match=f"{kind}-00000.safetensors holds {name} of shape"):
+        dataset.check(load_model(ASSETS / "tiny"))
+
+
+def test_a_folder_is_not_encoded_into_itself(pictures):
+    before = sorted(path.name for path in pictures.iterdir())
+    done = call("data.py", "encode", "--data", pictures, "--out", pictures)
+    assert done.returncode == 2 and "choose another folder" in done.stderr
+    assert sorted(path.name for path in pictures.iterdir()) == before
 
 
 def test_a_folder_that_was_made_from_other_data_is_not_overwritten(pictures, encoded, tmp_path):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import hub
+import train
 from hub import UserError, append_line, load_state, read_scalars, replacing, save_state, write_json
 
 
@@ -75,6 +76,21 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "state.safetensors" / "a.json", 1)
+    # In a folder that is written as a whole, the place that the user knows is named.
+    with full_disk(100), pytest.raises(UserError) as error:
+        with replacing(tmp_path / "model") as folder:
+            write_json(folder / "unet" / "config.json", "1" * 200)
+    assert str(error.value).startswith(f"{tmp_path / 'model/unet/config.json'} cannot be written")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        module.weight[0, 0] = 1e6
+    hub.save_weights(module, tmp_path / "single", {})
+    with pytest.raises(UserError, match="weight would not be finite in half"):
+        hub.save_weights(module, tmp_path / "half", {}, dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
 
 
 def test_a_full_disk_leaves_no_empty_picture_and_no_half_line(tmp_path):
@@ -289,6 +305,15 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path):
     (file,) = hub.weight_files(tmp_path)
     with pytest.raises(UserError, match="no file .*fifo"), hub.open_weights(file):
         pass
+    os.mkfifo(tmp_path / "log.jsonl")
+    os.mkfifo(tmp_path / ".lock")
+    for write in (lambda: append_line(tmp_path / "log.jsonl", {}),
+                  lambda: train.forget_after(tmp_path / "log.jsonl", 0),
+                  lambda: write_json(tmp_path / "log.jsonl", {}),
+                  lambda: hub.lock(tmp_path).__enter__()):
+        with pytest.raises(UserError, match="written .it is no regular file"):
+            write()
+    assert (tmp_path / "log.jsonl").is_fifo()
 
 
 # ---- the hub ----

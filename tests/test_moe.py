@@ -346,6 +346,7 @@ def test_a_folded_tasks_card_draws_our_picture_in_diffusers(tmp_path, monkeypatc
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     words = ("moe.py", "--fold", task, "--model", TINY_MTU, "--out", "folded")
+    assert call(*words[:-1], "no text \udcff").returncode == 0  # a name that is not UTF-8
     assert call(*words).returncode == 0
     source = data.open_image(data.ASSETS / "examples/edit.png")
     data.on_white(source).resize((64, 64), Image.BICUBIC).save("source.png")
@@ -376,6 +377,11 @@ def test_a_folded_tasks_card_names_its_base_and_its_licence(tmp_path, monkeypatc
     assert "guidance_scale=1.0, image_guidance_scale=1.0" in card
     # Only a hub id is a link for the hub.
     assert ("base_model: owner/base" in card) == (origin == "owner/base")
+
+    for name in ("a\0b", "\ud800"):
+        (tmp_path / "all/arguments.json").write_text(json.dumps(dict(model=name)))
+        damaged = call("moe.py", "--fold", "sr", "--model", "all", "--out", "damaged")
+        assert damaged.returncode == 2 and "arguments.json does not hold" in damaged.stderr
 
     add_routing(model.unet)
     model.save("routed")
