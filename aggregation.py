@@ -398,7 +398,7 @@ def add_heads(unet, modalities, channels, diffusion):
     return unet
 
 
-def widen(unet, channels):
+def widen_input(unet, channels):
     """MT-Diffusion-X, eps_theta(z_t, t, x): add input channels for x beside z_t, in place.
 
     Their weights start at zero, so the network is what it was. In pure generation x is all zeros.
@@ -455,7 +455,7 @@ def prepare(model, task, modality, *, head=None, input="z", weights="vanishing",
                         "lacks or has for other classes: use --model scratch")
     channels = model.vae.config["latent_channels"]
     if input == "x":
-        widen(unet, channels)
+        widen_input(unet, channels)
     add_heads(unet, {modality: config}, channels, model.diffusion)
 
 
@@ -528,7 +528,7 @@ def encode_classes(model, classes, shape):
     return unet_encoding(model.unet, shape, context, added)
 
 
-def encoder_of(model, modality, shape):
+def modality_encoder(model, modality, shape):
     """Make the function x -> E(x) that sampling uses, for the modality of a model.
 
     x: pictures in the space of z, vectors (B, D), classes (B,), or probabilities (B, K), which give

@@ -63,7 +63,9 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action):
         if action.default in (None, False, "", [], argparse.SUPPRESS):
             return action.help
-        return f"{action.help} (default: %(default)s)"
+        # What comes with the code is named as README names it, from the project's folder.
+        default = str(action.default).removeprefix(f"{Path(__file__).parent}{os.sep}")
+        return f"{action.help} (default: {default})"
 
 
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "size calculation overflowed")

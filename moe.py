@@ -158,7 +158,7 @@ class ExpertFeedForward(nn.Module):
         # N d_expert / d_FFN: how often each unit of the dense layer occurs. With the default, once.
         repeats = round(num_experts * G)
         if repeats > 1:
-            widen(ff, repeats)
+            repeat_width(ff, repeats)
         # Every expert has the whole output bias: the weights sum to 1, so it comes out once.
         self.out_bias = repeated(out.bias, num_experts)                         # (N, C): b_i
         out.bias = None
@@ -211,7 +211,7 @@ class ExpertFeedForward(nn.Module):
         return ff
 
 
-def widen(ff, repeats):
+def repeat_width(ff, repeats):
     """Put copies of a feed-forward layer's units beside each other, in place.
 
     The paper's Table 4 has experts whose widths add up to more than the dense layer, N G > 1; how

@@ -721,7 +721,7 @@ def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None,
     z0 = in_z.pop("image", None)
 
     # How x enters: by its encoding in z_t, and for -X also beside z_t.
-    encode = aggregation.encoder_of(model, modality, shape)
+    encode = aggregation.modality_encoder(model, modality, shape)
     x_input = in_z.get(modality, torch.zeros_like(noise))
     x_is_absent = aggregation.reads_x(unet) and modality not in known
     if x_is_absent:

@@ -61,6 +61,8 @@ SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012
 GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.5], "inpaint": [3.0, 1.5]}
 EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
+# What --num-experts and its companions are without a word; they shape new experts only.
+EXPERTS = dict(num_experts=4, expert_width=None, expert_init="preserve", top_k=None)
 JOINT = [task for task, rule in TASKS.items() if rule.modality]  # MT-Diffusion's tasks
 WORDLESS = ("uncond", "class")  # these networks read no text
 
@@ -123,14 +125,15 @@ def get_args():
                               default="none", help="loss weighting over timesteps; uw learns it")
 
     mtu = parser.add_argument_group("MTU, where a text-to-image model learns other tasks")
-    mtu.add_argument("--num-experts", type=int, default=4,
+    mtu.add_argument("--num-experts", type=int,
                      help="N, experts per feed-forward layer (paper: 4, for SDXL 1)")
     mtu.add_argument("--expert-width", type=float,
                      help="G, an expert's share of the layer's width (default: 1/N)")
-    mtu.add_argument("--expert-init", choices=("preserve", "literal"), default="preserve",
+    mtu.add_argument("--expert-init", choices=("preserve", "literal"),
                      help="preserve equals the pretrained network at step 0, literal is the "
                      "paper's plain copy")
     mtu.add_argument("--top-k", type=int, help="keep the k largest router weights (default: all)")
+    mtu.set_defaults(**EXPERTS)
     mtu.add_argument("--train", choices=("list", "all", "self", "cross", "ffn"), help="what "
                      "trains: the paper's list (the default of an upcycled network), everything, or"
                      " only the self-attention, cross-attention or feed-forward layers (Table 1)")
@@ -180,7 +183,19 @@ def get_args():
                          help="held-out examples per task for the loss before and after")
     logging.add_argument("--eval-every", type=int, default=0,
                          help="steps between held-out losses in the log; 0 for none")
-    return parser.parse_args()
+    args = parser.parse_args()
+    refuse_idle(args, dtr, args.routing, "DTR masks channels with --routing")
+    refuse_idle(args, deme, args.t_range, "DeMe fine-tunes for a --t-range")
+    refuse_idle(args, joint, args.task in JOINT,
+                f"MT-Diffusion has the tasks {', '.join(JOINT)}")
+    return args
+
+
+def refuse_idle(args, group, method, reason):
+    """Refuse the options of a method that was not asked for: ignored, they would mislead."""
+    for action in group._group_actions:
+        if not method and getattr(args, action.dest) != action.default:
+            raise UserError(f"{action.option_strings[0]} would do nothing here: {reason}")
 
 
 def check_args(args):
@@ -197,8 +212,6 @@ def check_args(args):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: from {low:g} to {high:g}")
-    if args.t_range is None and args.projection:
-        raise UserError("--projection goes with --t-range")
 
 
 def parse_tasks(args):
@@ -353,8 +366,6 @@ def build_model(args, tasks):
                             args.seed)
     if tasks[0] in JOINT:
         attach_modality(args, tasks[0], model)
-    elif args.head or args.input == "x" or args.drop is not None:
-        raise UserError(f"--head, --input and --drop belong to the tasks {', '.join(JOINT)}")
     if unknown := [task for task in tasks if task not in model.tasks]:
         raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows "
                         f"{', '.join(model.tasks)}")
@@ -456,6 +467,9 @@ def prepare_loaded(args, tasks, model):
                 # New experts bear larger steps than weights that have learned already.
                 args.lr = 1.6e-2
         model.index = index
+    elif given := [name for name, value in EXPERTS.items() if getattr(args, name) != value]:
+        raise UserError(f"--{given[0].replace('_', '-')} shapes new experts, and {args.model} gets "
+                        "none here")
     elif "_class_name" not in network.config:
         # An ordinary U-Net. Parts of the pipeline that are not written are not named either.
         model.index = pipeline_index(model)

@@ -582,7 +582,7 @@ def test_a_widened_network_is_what_it_was_and_learns_x():
     z, x = torch.randn(2, 2, 4, 8, 8)
     conditions = torch.tensor([1, 900]), torch.randn(2, 7, 24)
     before = unet(z, *conditions)
-    aggregation.widen(unet, 4)
+    aggregation.widen_input(unet, 4)
     out = unet(torch.cat([z, x], dim=1), *conditions)
     assert unet.config["in_channels"] == 8 and allclose(out, before, atol=1e-6)
     out.square().sum().backward()

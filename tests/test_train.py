@@ -485,7 +485,10 @@ def test_a_mistake_in_a_worker_process_is_one_line_too(tmp_path):
     ("--save-every -1", "--save-every"), ("--task t2i --t-range 5 5", "5 5"), ("--lr nan", "--lr"),
     ("--batch-size 6", "--batch-size"), ("--unet tiny", "--model scratch"),
     ("--eval-size 0", "--eval-size"), ("--task colorize", "colorize"),
-    ("--model nowhere", "nowhere"), ("--projection", "--t-range")])
+    ("--model nowhere", "nowhere"), ("--projection", "--t-range"),
+    ("--k 2", "--k would do nothing"), ("--alpha 2", "--alpha would do nothing"),
+    ("--task t2i --top-k 2", "--top-k shapes new experts"),
+    (f"--model {ASSETS / 'tiny-mtu'} --num-experts 8", "--num-experts shapes new experts")])
 def test_a_mistake_is_one_line_and_exit_2(tmp_path, options, words):
     refused(words, tmp_path / "run", "--steps", 1, *options.split())
     assert not (tmp_path / "run").exists()
