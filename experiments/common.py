@@ -1,4 +1,4 @@
-"""What the comparisons share: runs of train.py, tables and figures.
+"""What the experiments share: runs of train.py, their logs, and matplotlib.
 
 Import it before any module of the project: it puts the project's folder on Python's path.
 """
@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -64,43 +63,12 @@ def read_log(folder):
     return rows
 
 
-def in_parallel(function, items, jobs):
-    """Apply a function to items, `jobs` at a time -> list of results. Its work is in processes."""
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(function, items))
-
-
 # -------------------------------------------------------------------------------------------------
-# Tables and figures
+# Figures
 
 def range_names(n, T=1000):
     """The names of n equal ranges of T timesteps, and of all of them."""
     return [f"{T * i // n}..{T * (i + 1) // n - 1}" for i in range(n)] + ["all t"]
-
-
-def print_table(title, columns, rows, controls):
-    """Print mean (standard deviation) over seeds.
-
-    rows: name -> array (seeds, columns). controls: name -> the row that differs from it in one
-    thing, or None. The last column shows the mean difference from that row, seed by seed.
-    """
-    print(f"\n{title}: mean (standard deviation) of {len(next(iter(rows.values())))} seeds; "
-          f"difference: of {columns[-1]}, seed by seed")
-    names = [*columns, "difference", "from"]
-    print("| | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-    for name, values in rows.items():
-        cells = [mean_and_deviation(column) for column in values.T]
-        if control := controls.get(name):
-            difference = values[:, -1] - rows[control][:, -1]
-            cells += [mean_and_deviation(difference, sign="+"), control]
-        else:
-            cells += ["", ""]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-
-
-def mean_and_deviation(values, sign=""):
-    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-    return f"{values.mean():{sign}.4f} ({deviation:.4f})"
 
 
 def pyplot():

@@ -17,9 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import common  # noqa: E402
-import compare  # noqa: E402
 import data  # noqa: E402
-import deme  # noqa: E402
 import gradients  # noqa: E402
 import plot  # noqa: E402
 from hub import UserError, command  # noqa: E402
@@ -49,137 +47,14 @@ def in_one_process(monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(common.subprocess, "run", run)
-    monkeypatch.setattr(common, "in_parallel", lambda f, items, jobs: [f(item) for item in items])
 
 
 # -------------------------------------------------------------------------------------------------
-# compare.py
+# common.py
 
-def test_a_comparison_from_runs_to_table_and_curve(in_one_process, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    arms = {"plain": (TINY, None), "routed": (TINY + " --routing dtr", "plain")}
-    monkeypatch.setitem(compare.ARMS, "dtr", arms)
-    call(monkeypatch, compare, "dtr", "--eval-size", 4, "--steps", 3, "--seeds", 2,
-         "--out", tmp_path)
-    table = json.loads((tmp_path / "table.json").read_text())
-    for arm in arms:
-        for seed in range(2):
-            rows = common.read_log(tmp_path / f"{arm}-{seed}")
-            last = [row for row in rows if "held_out" in row][-1]
-            assert last["step"] == 3
-            expected = [*last["held_out_by_t"]["uncond"], last["held_out"]["uncond"]]
-            assert table["losses"][arm][seed] == expected
-            assert table["curves"][arm][seed][-1] == expected[-1]
-            assert len(table["curves"][arm][seed]) == len(table["steps"]) == 3
-    plain, routed = ([row[-1] for row in table["losses"][arm]] for arm in arms)
-    assert plain[0] != plain[1] != routed[1]
-    difference = np.subtract(routed, plain)
-    printed = f"{difference.mean():+.4f} ({difference.std(ddof=1):.4f}) | plain"
-    assert printed in capsys.readouterr().out
-    assert Image.open(tmp_path / "curve.png").format == "PNG"
-
-
-def test_a_run_that_fails_is_named(in_one_process, tmp_path, monkeypatch):
-    monkeypatch.setitem(compare.ARMS, "dtr", {"bad": (TINY + " --lr -1", None)})
+def test_a_run_that_fails_is_named(in_one_process, tmp_path):
     with pytest.raises(UserError, match="bad-0.txt: error: .*--lr -1"):
-        call(monkeypatch, compare, "dtr", "--steps", 6, "--seeds", 1, "--out", tmp_path)
-
-
-@pytest.mark.parametrize("option", ["--seeds", "--steps", "--jobs"])
-def test_bad_numbers_are_refused(option, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=option):
-        call(monkeypatch, compare, "dtr", option, 0, "--out", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("arms", compare.ARMS.values(), ids=compare.ARMS)
-def test_arms_are_compared_within_one_forward_process_only(arms):
-    def process(options):
-        words = dict(re.findall(r"--([\w-]+) (\S+)", options))
-        return [words.get(key) for key in ("task", "unet", "input", "schedule", "k")]
-
-    for options, control in arms.values():
-        if control is not None:
-            assert process(options) == process(arms[control][0])
-            assert options != arms[control][0]
-
-
-def test_the_curve_shows_every_arm_in_the_panel_of_its_control(tmp_path):
-    pytest.importorskip("matplotlib")
-    curves = {name: np.array([[4.0, 3, 2, k], [4.1, 3, 2, k]]) for k, name in enumerate("abc")}
-    compare.draw_curves(curves, [10, 20, 30, 40], dict(a=None, b="a", c="b"), tmp_path / "1.png")
-    compare.draw_curves(curves, [10, 20, 30, 40], dict(a=None, b="a", c=None), tmp_path / "2.png")
-    one, two = (Image.open(tmp_path / f"{n}.png").convert("RGB") for n in (1, 2))
-    assert two.width == 2 * one.width
-    pixels = np.asarray(one).reshape(-1, 3).astype(int)
-    for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # matplotlib's first three
-        assert (np.abs(pixels - colour).sum(axis=1) < 30).sum() > 50
-
-
-# -------------------------------------------------------------------------------------------------
-# deme.py
-
-@pytest.fixture
-def deme_runs(monkeypatch):
-    """Replace training and measuring; -> the options of all runs of train.py."""
-    runs = []
-
-    def train(options, out, jobs):
-        runs.append(dict(re.findall(r"--([\w-]+) ([^-]\S*(?: \d+)?)", shlex.join(options))))
-
-    def measure(args, copies, seed):
-        name = copies[0].name
-        loss = 9.0 if "plain" in name else 7.0 if "consistency" in name else 5.0
-        arms = ["before", "copy 0", "ensemble (Eq. 7)", "merged, 1/N each", "merged, searched"]
-        losses = np.array([loss, loss, loss, loss + 4])
-        return np.array([0, 250, 500, 999]), {arm: losses for arm in arms}
-
-    monkeypatch.setattr(common, "train", train)
-    monkeypatch.setattr(deme, "measure", measure)
-    monkeypatch.setattr(common, "in_parallel", lambda f, items, jobs: [f(item) for item in items])
-    return runs
-
-
-def test_deme_is_compared_at_equal_cost_with_draws_of_its_own(deme_runs, tmp_path, monkeypatch):
-    call(monkeypatch, deme, "--steps", 5, "--seeds", 2, "--eval-size", 8, "--out", tmp_path)
-    assert len(deme_runs) == 2 * 6
-    for first in (0, 6):
-        plain, consistent, *copies = deme_runs[first:first + 6]
-        assert "t-range" not in plain and "consistency" not in plain
-        assert consistent["t-range"] == "0 1000"
-        assert [copy["t-range"] for copy in copies] == ["0 250", "250 500", "500 750", "750 1000"]
-        assert {run["steps"] for run in (plain, consistent)} == {"20"}
-        assert {copy["steps"] for copy in copies} == {"5"}
-        assert len({copy["seed"] for copy in copies}) == 4
-        for run in (plain, consistent, *copies):
-            assert run["lr-schedule"] == "constant"
-            assert run["warmup"] == "0"
-    assert not {run["seed"] for run in deme_runs[:6]} & {run["seed"] for run in deme_runs[6:]}
-
-
-def test_deme_reports_all_arms_beside_plain_fine_tuning(deme_runs, tmp_path, monkeypatch, capsys):
-    call(monkeypatch, deme, "--steps", 5, "--seeds", 2, "--eval-size", 8, "--out", tmp_path)
-    losses = json.loads((tmp_path / "table.json").read_text())["losses"]
-    assert losses["merged, searched"] == [[5.0, 5.0, 5.0, 9.0, 6.0]] * 2
-    assert losses["fine-tuning"][0][-1] == 10.0
-    assert losses["fine-tuning, consistency"][0][-1] == 8.0
-    assert not any(arm.startswith("copy") for arm in losses)
-    assert "| -4.0000 (0.0000) | fine-tuning |" in capsys.readouterr().out
-
-
-def test_one_copy_and_many_report_the_same_unseen_examples(tmp_path):
-    tuned = load_model(data.ASSETS / "tiny")
-    with torch.no_grad():
-        tuned.unet.conv_out.bias += 0.1
-    tuned.save(tmp_path)
-    args = SimpleNamespace(model=str(data.ASSETS / "tiny"), task="t2i", eval_size=4)
-    t, one = deme.measure(args, [tmp_path], seed=3)
-    same_t, two = deme.measure(args, [tmp_path, data.ASSETS / "tiny"], seed=3)
-    assert len(t) == 2
-    assert np.array_equal(t, same_t)
-    assert np.allclose(one["copy 0"], two["copy 0"], rtol=1e-4)
-    assert np.allclose(one["before"], two["copy 1"], rtol=1e-4)
-    assert not np.allclose(one["before"], one["copy 0"], rtol=1e-4)
+        common.train([*shlex.split(TINY), "--steps", "6", "--lr", "-1"], tmp_path / "bad-0")
 
 
 # -------------------------------------------------------------------------------------------------
