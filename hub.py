@@ -156,8 +156,11 @@ def blaming(path):
 # -------------------------------------------------------------------------------------------------
 # Reading
 
-# What lies at the top of a repository that has no folders: google/ddpm-cifar10-32, for example.
-TOP_LEVEL = ["model_index.json", "config.json", "scheduler_config.json"]
+# What lies at the top of a repository that has no folders, such as google/ddpm-cifar10-32 or
+# openai/clip-vit-large-patch14.
+TOP_LEVEL = ["model_index.json", "config.json", "scheduler_config.json", "vocab.json",
+             "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json"]
 
 
 def fetch(path_or_hub_id, subfolder):
