@@ -459,6 +459,9 @@ def write_task(task, path, out):
     model = load_model(path)
     plain = copy.copy(model)
     plain.unet = fold(model.unet, task)
+    for key, value in plain.unet.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{path} folds into a {key} that is not finite: its weights are damaged")
     if name := plain.unet.config.get("_class_name"):
         raise UserError(f"{path} folds into a {name}, which no other program knows")
     plain.index = pipeline_index(plain) | {"_guidance": {task: scales(model, task, None, None)}}

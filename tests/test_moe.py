@@ -383,6 +383,13 @@ def test_a_folded_tasks_card_names_its_base_and_its_licence(tmp_path, monkeypatc
         damaged = call("moe.py", "--fold", "sr", "--model", "all", "--out", "damaged")
         assert damaged.returncode == 2 and "arguments.json does not hold" in damaged.stderr
 
+    broken = load_model(TINY_MTU)
+    torch.nn.init.constant_(broken.unet.conv_out.bias, float("nan"))
+    broken.save("broken")
+    damaged = call("moe.py", "--fold", "sr", "--model", "broken", "--out", "damaged")
+    assert damaged.returncode == 2 and "broken folds into a conv_out.bias" in damaged.stderr
+    assert not (tmp_path / "damaged").exists()
+
     add_routing(model.unet)
     model.save("routed")
     words = ("moe.py", "--fold", "sr", "--model", "routed")
