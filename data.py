@@ -295,7 +295,8 @@ def report_broken(record, broken):
         reasons = append_new(record, broken)
     if reasons:
         more = f" (and {len(reasons) - 1} more, see {record})" if len(reasons) > 1 else ""
-        print(f"left out: {reasons[0]}{more}", file=sys.stderr)
+        # In one write, or the lines of several processes would run into each other.
+        sys.stderr.write(f"left out: {reasons[0]}{more}\n")
 
 
 def append_new(record, broken):
@@ -517,8 +518,8 @@ def encode_folder(model, root, out, device):
 
     Shards that exist are not written again, so encoding that was interrupted goes on.
     """
-    if out.resolve() == root.resolve():
-        raise UserError("--out is the folder --data itself; choose another folder")
+    if out.resolve() == root.resolve() or (out / "metadata.jsonl").exists():
+        raise UserError(f"{out} is a folder of pictures; choose another folder with --out")
     folders = served_folders(root, ALL)
     paths, texts, tasks = number_rows(folders)
     size = model.native_size

@@ -56,6 +56,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        # An unset shell variable makes an empty path, which would mean the current folder.
+        for name, value in vars(args).items():
+            if value == "" and "prompt" not in name:
+                raise UserError(f"--{name.replace('_', '-')} is empty")
+        return args
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Append the default to the help of an option, where it has one worth showing."""
@@ -181,7 +189,8 @@ def fetch(path_or_hub_id, subfolder):
             with open_weights(root) as tensors:
                 names.update(tensors.keys())
         raise UserError(f"no model folder at {name}, which is a file: {describe(names)}")
-    elif root.exists() or name.partition("@")[0].count("/") != 1 or name[0] in "./~":
+    elif (root.exists() or name.partition("@")[0].count("/") != 1 or name[0] in "./~"
+          or root.parent.is_dir()):  # a misspelt runs/NAME is no hub id
         raise UserError(f"no model folder at {name} (a hub id has the form owner/name)")
     else:
         try:
@@ -308,8 +317,9 @@ def weight_files(folder):
     if chosen.endswith(".json"):
         with blaming(folder / chosen):
             shards = read_json(folder / chosen)["weight_map"].values()
-            if any(Path(shard).name != shard for shard in shards):
-                raise ValueError("a shard lies in another folder")
+            # A path would lead out of the folder, and on the hub a star would fetch everything.
+            if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+                raise ValueError("a shard has no plain file name")
             return sorted({folder / shard for shard in shards})
     return [folder / chosen]
 
@@ -651,7 +661,8 @@ def load_state(path, params, ema, optimizer):
                 # A fused Adam wants its count of steps on the device of the parameter too.
                 state = {key: file.get_tensor(f"adam/{key}/{name}").to(p.device)
                          for key in ("step", "exp_avg", "exp_avg_sq")}
-                if not fits(state["exp_avg"], p) or not fits(state["exp_avg_sq"], p):
+                moments = (state["exp_avg"], state["exp_avg_sq"])
+                if not all(fits(moment, p) for moment in moments) or state["step"].shape != ():
                     # A fused Adam would read beyond the end of a shorter tensor.
                     raise ValueError(f"the moments of {name} do not fit")
                 optimizer.state[p] = state

@@ -340,6 +340,8 @@ def load_parts(path, dtype, device):
     scheduler = read_json(scheduler_folder / "scheduler_config.json")
     # What diffusers' pipelines correct silently in old files is corrected here, once.
     scheduler |= CORRECTIONS.get(name, {})
+    with blaming(scheduler_folder / "scheduler_config.json"):
+        Diffusion.from_config(scheduler)
     if kind is UNet and name in CORRECTIONS:
         with blaming(network_folder / "config.json"):
             correct_sample_size(config)

@@ -45,8 +45,8 @@ import moe
 import routing
 from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
-from hub import Parser, UserError, append_line, blaming, command, compiled, load_state, lock
-from hub import pick_device, read_scalars, replacing, save_state, write_json, writing
+from hub import ADVICE, Parser, UserError, append_line, blaming, command, compiled, load_state
+from hub import lock, pick_device, read_scalars, replacing, save_state, write_json, writing
 from sample import Model, latent_shape, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
@@ -831,12 +831,13 @@ def resume(out, args, params, ema, optimizer):
         return dict(step=0, before=None, skipped=0, in_a_row=0)
     scalars = read_scalars(path)
     settings = fixed_settings(args)
-    with blaming(path):
+    with blaming(f"{path} ({ADVICE})"):
         # A damaged number is named here, before any training.
         for key in ("step", "skipped", "in_a_row"):
-            operator.index(scalars[key])  # raises TypeError unless it is a whole number
-        if scalars["before"] is not None:
-            sum(scalars["before"].values())  # and here unless these are numbers
+            if operator.index(scalars[key]) < 0:  # raises TypeError unless it is a whole number
+                raise ValueError(f"{key} is below 0")
+        if scalars["before"] is not None and not np.isfinite(list(scalars["before"].values())).all():
+            raise ValueError("a loss is not finite")
         # Options that were added after the checkpoint was written count as off.
         recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
     changed = [f"--{key.replace('_', '-')} was {recorded[key]!r} and is now {value!r}"
@@ -929,6 +930,9 @@ def train(args, shares, device, rank, world):
         """Measure the averaged weights -> {name: mean}, {name: [mean in each range of t]}."""
         with averaged(params, ema):
             terms = held_out_terms(model, unet, eval_examples, device, args.batch_size, encode_text)
+        if not np.isfinite(terms["denoising"]).all():
+            raise UserError(f"{args.data if encoded else args.model} gives losses that are not "
+                            "finite: it is damaged, or too large for --precision")
         sample_tasks = [example["task"] for example in eval_examples]
         timesteps = [example["t"] for example in eval_examples]
         sums = sum_losses(loss_names, sample_tasks, timesteps, terms, diffusion.T)
@@ -948,9 +952,6 @@ def train(args, shares, device, rank, world):
         if progress["before"] is None:
             print0(f"measuring the held-out loss on {len(eval_examples)} examples")
             progress["before"], _ = held_out_means()
-            if not all(np.isfinite(value) for value in progress["before"].values()):
-                raise UserError(f"{args.model} gives losses that are not finite: its weights are "
-                                "damaged, or too large for --precision")
         if rank == 0:
             forget_after(folder / "log.jsonl", start)
         numbers = micro_batches(start, args.steps, args.batch_size, rank * per_rank, per_rank,

@@ -607,8 +607,9 @@ def test_files_of_other_shapes_are_named(encoded, tmp_path, kind, name, shape):
 
 def test_a_folder_is_not_encoded_into_itself(pictures):
     before = sorted(path.name for path in pictures.iterdir())
-    done = call("data.py", "encode", "--data", pictures, "--out", pictures)
-    assert done.returncode == 2 and "choose another folder" in done.stderr
+    for out, words in ((pictures, "choose another folder"), ("", "--out is empty")):
+        done = call("data.py", "encode", "--data", pictures, "--out", out)
+        assert done.returncode == 2 and words in done.stderr
     assert sorted(path.name for path in pictures.iterdir()) == before
 
 

@@ -290,8 +290,8 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no weights in"):
         hub.weight_files(tmp_path)
-    write_json(tmp_path / "model.safetensors.index.json", dict(weight_map=dict(a="fifo")))
-    os.mkfifo(tmp_path / "fifo")
+    write_json(tmp_path / "model.safetensors.index.json", dict(weight_map=dict(a="fifo.safetensors")))
+    os.mkfifo(tmp_path / "fifo.safetensors")
     (file,) = hub.weight_files(tmp_path)
     with pytest.raises(UserError, match="no file .*fifo"), hub.open_weights(file):
         pass
@@ -471,3 +471,18 @@ def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(tmp_path):
         save_file(whole | {key: value}, path, metadata={"scalars": "{}"})
         with pytest.raises(hub.UserError, match="w do"):
             hub.load_state(path, params, {"w": torch.ones(3)}, optimizer)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "*", "a?.safetensors", "/etc/passwd", ""])
+def test_a_shard_is_a_plain_file_beside_its_index(tmp_path, name):
+    write_json(tmp_path / "model.safetensors.index.json", dict(weight_map=dict(a=name)))
+    with pytest.raises(UserError, match="no plain file name"):
+        hub.weight_files(tmp_path)
+
+
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "download", lambda *args: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="no model folder at runs/al"):
+        hub.fetch("runs/al", "unet")

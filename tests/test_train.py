@@ -667,3 +667,15 @@ def test_means_per_task_and_range_of_timesteps():
         assert mean == {"edit": 4.0, "sr": 40.0, "label head": 3.0} and count == 8
         assert by_range == {"edit": [2.0, 5.0, None, 7.0], "sr": [20.0, 50.0, None, 70.0],
                             "label head": [3.0, None, None, None]}
+
+
+def test_a_damaged_model_is_named_before_the_first_step(tmp_path):
+    model = load_model(ASSETS / "tiny")
+    torch.nn.init.constant_(model.unet.conv_out.bias, float("nan"))
+    model.save(tmp_path / "nan")
+    refused("nan gives losses that are not finite", tmp_path / "run", "--task", "t2i", "--model",
+            tmp_path / "nan", "--steps", 1)
+    model.scheduler["beta_start"] = "x"
+    model.save(tmp_path / "x")
+    refused("scheduler_config.json: the scheduler", tmp_path / "run", "--task", "t2i", "--model",
+            tmp_path / "x", "--steps", 1)
