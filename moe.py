@@ -461,7 +461,7 @@ def write_task(task, path, out):
     plain.unet = fold(model.unet, task)
     for key, value in plain.unet.state_dict().items():
         if not value.isfinite().all():
-            raise UserError(f"{path} folds into a {key} that is not finite: its weights are damaged")
+            raise UserError(f"{path} folds into a {key} that is not finite: it is damaged")
     if name := plain.unet.config.get("_class_name"):
         raise UserError(f"{path} folds into a {name}, which no other program knows")
     plain.index = pipeline_index(plain) | {"_guidance": {task: scales(model, task, None, None)}}

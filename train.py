@@ -836,7 +836,8 @@ def resume(out, args, params, ema, optimizer):
         for key in ("step", "skipped", "in_a_row"):
             if operator.index(scalars[key]) < 0:  # raises TypeError unless it is a whole number
                 raise ValueError(f"{key} is below 0")
-        if scalars["before"] is not None and not np.isfinite(list(scalars["before"].values())).all():
+        losses = list((scalars["before"] or {}).values())
+        if not np.isfinite(losses).all():
             raise ValueError("a loss is not finite")
         # Options that were added after the checkpoint was written count as off.
         recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
