@@ -240,8 +240,7 @@ class Folder(ItemDataset):
             except UserError as error:
                 broken.append((self.root / row["file_name"], str(error)))
                 continue
-            if broken:
-                report_broken(self.record, tuple(broken))
+            report_broken(self.record, tuple(broken))
             return row, pictures
         # So many in a row are no accident: the disk is gone, say.
         raise UserError(f"{self.TRIES} examples in a row cannot be read; the last one: "

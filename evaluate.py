@@ -163,18 +163,23 @@ def model_hash(model):
                    model.scheduler, model.index])
 
 
+@functools.cache
+def code_hash():
+    """A short hash of the project's code: yesterday's drawing must not be taken for today's."""
+    return digest([path.read_text(encoding="utf-8")
+                   for path in sorted(Path(__file__).parent.glob("*.py"))])
+
+
 def settings_of(model, task, args):
     """Whatever a drawing depends on besides its example. It stands in every score's record."""
     source = TASKS[task].source is not None
     guidance, image_guidance = scales(model, task, args.guidance, args.image_guidance)
-    # A drawing of yesterday's code must not be taken for one of today's.
-    code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     return dict(task=task, data=args.data or "built-in", split=args.split, seed=args.seed,
                 steps=args.steps, guidance=guidance,
                 image_guidance=image_guidance if source else None, format="8-bit PNG",
                 count=args.count, batch_size=args.batch_size, device=model.device.type,
                 dtype=str(model.unet.conv_out.weight.dtype), model=args.model_hash,
-                code=digest(code))
+                code=code_hash())
 
 
 def request_of(example):

@@ -80,7 +80,7 @@ class Merging:
         options = {key: SEARCH[key] for key in ("count", "steps", "seed")}
         pictures = frame.draw(self.merged(weights), precision=self.args.precision, **options)
         features = frame.features_of(self.frame.classifier, pictures)
-        return frame.frechet(self.frame.real, features)
+        return frame.frechet_distance(self.frame.real, features)
 
     def measure(self, arm):
         """Measure one way to use the copies -> a row's numbers."""

@@ -26,7 +26,7 @@ arms of one seed share pictures, noise and timesteps too.
 
 The stages. A stage continues one run of train.py to some step and measures the result. When it
 ends, its row stands in experiments/results/NAME.json. The next start leaves out what stands there,
-and train.py resumes what had begun, so a comparison of many hours can be made in short sessions.
+and train.py resumes what had begun, so a comparison of many hours can be made in parts.
 
 Letters: N pictures, d features.
 """
@@ -49,6 +49,7 @@ import data
 from emoji import to_tensor
 from hub import Parser, UserError, blaming, command, open_weights, read_json, replacing
 from hub import write_json
+from measures import frechet_distance
 from sample import Model, generate, load_model, pipeline_index
 
 SIZE = 16                   # pixels of a side; the pictures come with 28
@@ -124,18 +125,6 @@ def features_of(classifier, pictures):
     """Features of pictures (N, 3, 16, 16) -> (N, d), in float64."""
     parts = [classifier.features(part) for part in pictures.split(500)]
     return torch.cat(parts).double()
-
-
-def frechet(a, b):
-    """Frechet distance of two sets of features, (N, d) and (M, d) in float64 -> a number."""
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # The trace of the root of S_a S_b, a matrix that is not symmetric, by one that has the same
-    # eigenvalues and is: R S_b R with R = S_a^(1/2).
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    difference = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
-    return (difference + cov_a.trace() + cov_b.trace() - 2 * overlap).item()
 
 
 def kernel(a, b):
@@ -215,7 +204,7 @@ class Frame:
     def distances(self, pictures):
         """Pictures (N, 3, 16, 16) -> Frechet and kernel distance from the test pictures."""
         features = features_of(self.classifier, pictures)
-        return frechet(self.real, features), kernel(self.real, features)
+        return frechet_distance(self.real, features), kernel(self.real, features)
 
     def measure(self, model, draws=1, **options):
         """Draw from a model, or from the one in a folder -> {measure: a value for each draw}.
@@ -357,7 +346,7 @@ class Runner:
         self.probe(next((stage for stage in remaining if stage.options), None))
         total = sum(self.estimate(stage) for stage in remaining)
         print(f"{len(remaining)} of {len(stages)} stages remain, about {total:.0f} minutes in all; "
-              f"this session ends after {self.args.minutes:g}", flush=True)
+              f"no stage begins that would end after {self.args.minutes:g}", flush=True)
 
     def run(self, stages):
         """Run the stages that are not done, in order -> whether the time was enough for all."""

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 out=${1:-runs/miniature}
 train="torchrun --nproc_per_node 2 train.py --precision bf16 --batch-size 64"
 
-echo "1. Text tower: 7 minutes. It is frozen afterwards, as Stable Diffusion's is."
+echo "1. Text tower: 7 to 10 minutes. It is frozen afterwards, as Stable Diffusion's is."
 echo "   Expected: 87 % of the variance, 77 % of the captions nearest to their own picture."
 [ -d "$out/text" ] || python experiments/train_text_tower.py --out "$out/text"
 

@@ -58,8 +58,8 @@ def test_frechet_distance_of_gaussians_whose_distance_is_known():
     mean = torch.tensor([0.0, 5, -1], dtype=torch.float64)
     a = gaussian(50, mean, deviations[0].square().diag(), 0)
     b = gaussian(70, mean + 2, deviations[1].square().diag(), 1)
-    assert abs(frame.frechet(a, b) - (1 + 0 + 4 + 3 * 4)) < 1e-9
-    assert abs(frame.frechet(a, a)) < 1e-6
+    assert abs(frame.frechet_distance(a, b) - (1 + 0 + 4 + 3 * 4)) < 1e-9
+    assert abs(frame.frechet_distance(a, a)) < 1e-6
 
 
 def test_frechet_distance_where_covariances_do_not_commute():
@@ -70,8 +70,8 @@ def test_frechet_distance_where_covariances_do_not_commute():
     # tr (S_a S_b)^(1/2) is the sum of the roots of the product's eigenvalues, which are positive.
     roots = np.sqrt(np.linalg.eigvals((cov_a @ cov_b).numpy()).real)
     expected = float(cov_a.trace() + cov_b.trace()) - 2 * roots.sum()
-    assert abs(frame.frechet(a, b) - expected) < 1e-9
-    assert abs(frame.frechet(b, a) - expected) < 1e-9
+    assert abs(frame.frechet_distance(a, b) - expected) < 1e-9
+    assert abs(frame.frechet_distance(b, a) - expected) < 1e-9
 
 
 def test_kernel_distance_is_the_mean_over_all_pairs_of_different_pictures():
@@ -91,7 +91,7 @@ def test_kernel_distance_is_right_on_average_and_the_frechet_distance_is_not():
     same = [torch.randn(2, 20, 4, dtype=torch.float64) for _ in range(200)]
     values = np.array([frame.kernel(a, b) for a, b in same])
     assert abs(values.mean()) < 3 * values.std() / 200 ** 0.5
-    assert np.mean([frame.frechet(a, b) for a, b in same[:20]]) > 0.2
+    assert np.mean([frame.frechet_distance(a, b) for a, b in same[:20]]) > 0.2
 
 
 def test_kernel_distance_of_many_features_is_that_of_all_parts():
