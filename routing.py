@@ -40,11 +40,11 @@ Letters: B batch, L positions, C channels, C_b channels that a timestep sees, T 
 import functools
 import math
 
-import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
+from chart import Axis, arrange, plot
 from hub import Parser, UserError, command, replacing
 
 MODES = ("dtr", "random")
@@ -148,19 +148,12 @@ def add_routing(network, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0
 
 
 def draw_mask(name, mask):
-    """Draw a mask (T, C) in a frame, t from left to right and channels from top to bottom."""
+    """Draw a mask (T, C), t from left to right and channels from top to bottom."""
     T, C = mask.shape
+    x = Axis("timestep", (0, T - 1), {"0": 0, f"{T - 1}": T - 1})
+    y = Axis("channel", (C - 1, 0), {"0": 0, f"{C - 1}": C - 1})
     pixels = Image.fromarray((mask.T * 255).byte().numpy())
-    picture = ImageOps.expand(ImageOps.expand(pixels, 1, 128), (89, 23, 9, 23), 255)
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(15)
-    draw.text((90, 19), name, 0, font, "ls")
-    # Both axes have their first and last number at the ends.
-    draw.text((84, 24), "channel 0", 0, font, "rt")
-    draw.text((84, 24 + C), f"{C - 1}", 0, font, "rb")
-    draw.text((90, 28 + C), "timestep 0", 0, font, "lt")
-    draw.text((90 + T, 28 + C), f"{T - 1}", 0, font, "rt")
-    return picture
+    return plot(name, x, y, background=pixels, size=(T, C))
 
 
 def main():
@@ -182,9 +175,9 @@ def main():
         for t in (0, 200, 400, 599):
             shares = mask[[t + 1, t + 10, t + 100, t + 400]] @ mask[t] / mask[t].sum()
             print(f"{name:<14}{t:>5}" + "".join(f"{share:>9.3f}" for share in shares))
-    pictures = [draw_mask(name, mask) for name, mask in masks.items()]
+    sheet = arrange([draw_mask(name, mask) for name, mask in masks.items()])
     with replacing(args.out) as file:
-        Image.fromarray(np.vstack(pictures)).save(file, format="PNG")
+        sheet.save(file, format="PNG")
     print(f"{args.out}: t from left to right, channels from top to bottom, white where seen")
 
 

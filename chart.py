@@ -1,0 +1,90 @@
+"""Draw the charts of the demonstrations: curves, or the picture of a table, between two axes.
+
+Pillow is enough for this. A chart is drawn at twice its size and then halved, so that slanted lines
+are smooth. This file imports nothing of the project; every other file may import it.
+"""
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00")
+FONT = ImageFont.load_default(30)
+LINE = 36       # height of a line of text before a chart is halved
+
+
+class Axis(NamedTuple):
+    label: str
+    ends: tuple     # values at the left and right end, or at the bottom and the top
+    ticks: dict     # text -> value; on a logarithmic axis all values are logarithms
+
+    def place(self, values):
+        """Turn values into shares of the axis: 0 at its first end and 1 at its last."""
+        first, last = self.ends
+        return (np.asarray(values) - first) / (last - first)
+
+
+def text_width(*texts):
+    """Return the width of the longest text, in an even number of pixels, which can be halved."""
+    return max((2 * int(FONT.getlength(text) / 2 + 1) for text in texts), default=0)
+
+
+def plot(title, x, y, curves=(), background=None, size=(400, 240)):
+    """Draw a chart -> a Pillow picture.
+
+    x, y: Axis. curves: (name, xs, ys) each. Those of one name share a colour and a line of the
+    legend; points outside of the axes are left out. background: a picture that fills the frame.
+    size: width and height of what is inside the frame.
+    """
+    width, height = 2 * size[0], 2 * size[1]
+    colours = dict(zip(dict.fromkeys(name for name, _, _ in curves), COLOURS))
+    left = 32 + text_width(y.label, *y.ticks)
+    top = LINE + 28
+    chart = Image.new("RGB", (left + width + 2 * LINE + text_width(*colours),
+                              top + height + 3 * LINE), "white")
+    draw = ImageDraw.Draw(chart)
+    draw_axes(draw, title, x, y, (left, top, left + width, top + height))
+    if background is not None:
+        chart.paste(background.resize((width, height), Image.NEAREST), (left, top))
+    for name, xs, ys in curves:
+        u = x.place(xs)
+        v = y.place(ys)
+        points = np.stack([left + u * width, top + (1 - v) * height], axis=1)
+        inside = (0 <= u) & (u <= 1) & (0 <= v) & (v <= 1)
+        draw.line(points[inside].ravel().tolist(), colours[name], 4, "curve")
+    draw.rectangle([left - 2, top - 2, left + width + 1, top + height + 1], None, "#808080", 2)
+    for i, (name, colour) in enumerate(colours.items()):
+        draw.text((left + width + 16, top + i * LINE), name, colour, FONT, "lt")
+    return chart.reduce(2)
+
+
+def draw_axes(draw, title, x, y, frame):
+    """Write title, labels and ticks around a frame, and draw the grid inside of it."""
+    left, top, right, bottom = frame
+
+    def write(text, column, row, anchor):
+        draw.text((column, row), text, "black", FONT, anchor)
+
+    write(title, (left + right) / 2, top - 24, "ms")
+    write(x.label, (left + right) / 2, bottom + 52, "mt")
+    write(y.label, left - 16, top - 24, "rs")
+    for text, value in x.ticks.items():
+        column = left + x.place(value) * (right - left)
+        draw.line([column, top, column, bottom], "#dddddd", 2)
+        write(text, column, bottom + 12, "mt")
+    for text, value in y.ticks.items():
+        row = bottom - y.place(value) * (bottom - top)
+        draw.line([left, row, right, row], "#dddddd", 2)
+        write(text, left - 16, row, "rm")
+
+
+def arrange(pictures, columns=1):
+    """Put pictures into the cells of a sheet, row by row."""
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return sheet
