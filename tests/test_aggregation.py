@@ -797,7 +797,7 @@ def test_drop_rates(task):
 
 
 @pytest.mark.parametrize("base", [ASSETS / "tiny", "pixels"])
-def test_a_class_is_encoded_once_a_batch_by_its_name_or_its_embedding(base):
+def test_classes_are_encoded_by_name_or_embedding_and_normalised_over_all_of_them(base):
     """On pixels z_t meets the last row of the embedding, a class its own."""
     model = attached("label", base=base)
     seen = []
@@ -806,19 +806,42 @@ def test_a_class_is_encoded_once_a_batch_by_its_name_or_its_embedding(base):
     examples = [dict(example, x=k) for example, k in zip(batch_of(model), (3, 5, 3, 3))]
     E = step(model, examples)[3].E
     (context, encoding), (_, denoising) = seen
-    labels = torch.tensor([3, 5])
     if base == "pixels":
-        assert encoding["added"]["class_labels"].tolist() == [3, 5]
+        assert encoding["added"]["class_labels"].tolist() == list(range(10))
         assert denoising["added"]["class_labels"].tolist() == [10] * 4
-        inputs, added = (torch.zeros(2, 3, 32, 32), 0, None), dict(class_labels=labels)
+        inputs, added = (torch.zeros(10, 3, 32, 32), 0, None), dict(class_labels=torch.arange(10))
     else:
-        names, _ = model.encode_text([emoji.classes()[k] for k in labels])
+        names, _ = model.encode_text(emoji.classes())
         assert equal(context[0], names)
-        inputs, added = (torch.zeros(2, 4, 16, 16), 0, names), None
+        inputs, added = (torch.zeros(10, 4, 16, 16), 0, names), None
     with torch.no_grad():
-        expected = model.unet(*inputs, added=added)[0][:, :E.shape[1]]  # without variances
+        raw = model.unet(*inputs, added=added)[0][:, :E.shape[1]].double()  # without variances
+    # The variance over classes, averaged over channels and positions, is 1.
+    expected = (raw - raw.mean(0)) / raw.var(0, unbiased=False).mean().sqrt()
     assert not E.requires_grad and equal(E[0], E[2]) and equal(E[0], E[3])
-    assert allclose(E[:2], expected, atol=1e-5) and not allclose(E[0], E[1], atol=1e-2)
+    assert allclose(E[:2].double(), expected[[3, 5]], atol=1e-3)
+
+    table = aggregation.encode_classes(model, E.shape[1:])
+    assert table.mean(0).abs().max() < 1e-5 and abs(table.square().mean() - 1) < 1e-5
+    # A class has the same encoding in every batch and in drawing, to the last bit.
+    assert equal(E[:2], table[[3, 5]]) and equal(E[1], step(model, examples[1:2])[3].E[0])
+    encode = aggregation.modality_encoder(model, "label", E.shape[1:])
+    assert allclose(encode(torch.tensor([3, 5])), E[:2])
+    assert encode(torch.full((1, 10), 0.1)).abs().max() < 1e-5  # an unknown label: E = 0
+    with torch.no_grad():
+        model.unet.conv_out.weight.mul_(3)
+        model.unet.conv_out.bias.mul_(3).add_(1)
+        assert allclose(aggregation.encode_classes(model, E.shape[1:]), table, atol=1e-3)
+        # A new network, whose output says nothing: rounding is not blown up to a label.
+        model.unet.conv_out.weight.zero_()
+        assert aggregation.encode_classes(model, E.shape[1:]).abs().max() < 1e-3
+
+
+def test_a_single_class_is_aggregated_as_nothing():
+    model = load_model(ASSETS / "tiny")
+    aggregation.prepare(model, "label", "label", classes=["fruit"])
+    model.index = sample.pipeline_index(model)
+    assert (aggregation.encode_classes(model, (4, 16, 16)) == 0).all()
 
 
 def test_a_model_on_pixels_needs_an_embedding_of_these_classes(tmp_path):
