@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import UserError, blaming, fetch, is_number, load_weights, read_json, save_weights
+from hub import UserError, blaming, complete, fetch, load_module, read_json, save_weights
 from hub import write_json, write_text
 
 # -------------------------------------------------------------------------------------------------
@@ -307,12 +307,12 @@ class Tokenizer:
 TEXT_DEFAULTS = dict(
     vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
     num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
-    layer_norm_eps=1e-5, projection_dim=512, bos_token_id=49406, eos_token_id=49407,
-    pad_token_id=1, architectures=["CLIPTextModel"])
+    layer_norm_eps=1e-5, projection_dim=512, eos_token_id=49407, architectures="CLIPTextModel",
+    bos_token_id=None, pad_token_id=None)       # these two are only passed on to transformers
 VISION_DEFAULTS = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
     num_channels=3, image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-    projection_dim=512, architectures=["CLIPVisionModelWithProjection"])
+    projection_dim=512, architectures="CLIPVisionModelWithProjection")
 CONFIGS = {
     "tiny": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2,
                  num_attention_heads=4, projection_dim=128),
@@ -404,30 +404,22 @@ class Tower(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = {key: config.get(key, default) for key, default in self.defaults.items()}
-        # What else may be wrong in a config shows while the layers are built.
-        sizes = [key for key, default in self.defaults.items()
-                 if isinstance(default, (int, float)) and not key.endswith("_token_id")]
-        wrong = [key for key in sizes if self.config[key] == 0
-                 or not is_number(self.config[key], key, self.defaults[key])]
-        if wrong:
-            raise UserError(f"{self.subfolder} config: {wrong[0]} = {self.config[wrong[0]]!r} is "
-                            "not implemented")
-        implemented = dict(hidden_act=[*ACTIVATIONS], architectures=[[m] for m in self.models])
-        for key, values in implemented.items():
-            if self.config[key] not in values:
-                raise UserError(f"{self.subfolder} config: {key} = {self.config[key]!r} is not "
-                                f"implemented, only {values}")
+        known = {key: value for key, value in config.items() if key in self.defaults}
+        implemented = dict(hidden_act=ACTIVATIONS, architectures=self.models)
+        self.config = complete(known, self.defaults, implemented, f"{self.subfolder} config")
+
+    @property
+    def projects(self):
+        return self.config["architectures"].endswith("WithProjection")
 
     @property
     def width(self):
         """The width of the pooled state."""
-        projects = self.config["architectures"][0].endswith("WithProjection")
-        return self.config["projection_dim" if projects else "hidden_size"]
+        return self.config["projection_dim" if self.projects else "hidden_size"]
 
     def projection(self):
         """Make the layer that takes the pooled state to the space that both towers share."""
-        if self.config["architectures"][0].endswith("WithProjection"):
+        if self.projects:
             return nn.Linear(self.config["hidden_size"], self.width, bias=False)
         return nn.Identity()
 
@@ -439,16 +431,15 @@ class Tower(nn.Module):
         the top, by itself or in a whole CLIPModel such as openai/clip-vit-large-patch14.
         dtype: of the parameters in memory.
         """
-        folder = fetch(path_or_hub_id, cls.subfolder if subfolder is None else subfolder)
-        config = read_json(folder / "config.json")
-        with torch.device("meta"), blaming(folder / "config.json"):
+        def build(config):
             if f"{cls.kind}_config" in config:
                 # In a whole CLIPModel both towers project, to a width that is said at the top.
-                config = dict(config[f"{cls.kind}_config"], architectures=[cls.models[1]],
+                config = dict(config[f"{cls.kind}_config"], architectures=cls.models[1],
                               projection_dim=config.get("projection_dim", 512))
-            tower = cls(config)
-        load_weights(tower, folder, cls.rename, dtype)
-        return tower
+            return cls(config)
+
+        folder = fetch(path_or_hub_id, cls.subfolder if subfolder is None else subfolder)
+        return load_module(build, folder, cls.models, cls.rename, dtype)
 
     @classmethod
     def rename(cls, key):
@@ -464,7 +455,8 @@ class Tower(nn.Module):
         return key if ours else prefix + key
 
     def save_pretrained(self, folder, dtype=None):
-        config = dict(self.config, model_type=f"clip_{self.kind}_model")
+        config = dict(self.config, architectures=[self.config["architectures"]],
+                      model_type=f"clip_{self.kind}_model")
         save_weights(self, folder, config, "model.safetensors", dtype)
 
 

@@ -350,12 +350,11 @@ def complete(config, defaults, implemented, name="U-Net config"):
         if key.startswith("_"):
             # A note of diffusers, such as the version that wrote the file.
             continue
-        if key not in PER_LEVEL and isinstance(value, (list, tuple)):
-            if all(item == value[0] for item in value):
-                value = value[0]
-        items = [value]
-        if key in PER_LEVEL and isinstance(value, (list, tuple)):
-            items = value
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if key not in PER_LEVEL:
+            if items and all(item == items[0] for item in items):
+                value = items[0]
+            items = [value]
         if key in implemented:
             known = all(item in implemented[key] for item in items)
         elif key in defaults:
@@ -416,42 +415,30 @@ def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
     dtype: of floating-point parameters in memory. Memory never holds a second copy.
     """
     expected = module.state_dict()
-    places = {}
-    shapes = {}
-    floats = {}
-    for file in weight_files(folder):
-        with open_weights(file) as tensors:
-            for key in tensors.keys():
-                if (name := rename(key)) is not None:
-                    tensor = tensors.get_slice(key)
-                    places[name] = (file, key)
-                    shapes[name] = tuple(tensor.get_shape())
-                    # Types are called F32, BF16, I64, BOOL and so on.
-                    floats[name] = "F" in tensor.get_dtype()
 
-    # Names, shapes and types are compared before any tensor is read.
-    common = expected.keys() & places.keys()
-    problems = {
-        "lacks": expected.keys() - common,
-        "has an unknown": places.keys() - common,
-        "has another shape of": {n for n in common if tuple(expected[n].shape) != shapes[n]},
-        "has another type of": {n for n in common
-                                if expected[n].is_floating_point() != floats[n]},
-    }
-    for problem, names in problems.items():
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{folder} {problem} {min(names)}{more}: these are not the weights of "
-                            f"a {type(module).__name__} with this config")
+    def refuse(problem, name):
+        raise UserError(f"{folder} {problem} {name}: these are not the weights of a "
+                        f"{type(module).__name__} with this config")
 
     state = {}
     for file in weight_files(folder):
-        # Each file is opened once, and closed before the next: mapped pages count as memory.
+        # Each file is closed before the next is opened: mapped pages count as memory.
         with open_weights(file) as tensors:
-            for name, (place, key) in places.items():
-                if place == file:
-                    tensor = tensors.get_tensor(key)
-                    state[name] = tensor.to(dtype) if floats[name] else tensor
+            for key in tensors.keys():
+                name = rename(key)
+                if name is None:
+                    continue
+                # Name and shape are compared first, so what does not belong here is never read.
+                if name not in expected:
+                    refuse("has an unknown", name)
+                if list(expected[name].shape) != tensors.get_slice(key).get_shape():
+                    refuse("has another shape of", name)
+                tensor = tensors.get_tensor(key)
+                if tensor.is_floating_point() != expected[name].is_floating_point():
+                    refuse("has another type of", name)
+                state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if missing := expected.keys() - state.keys():
+        refuse("lacks", min(missing))
     module.load_state_dict(state, assign=True)
 
 
@@ -553,18 +540,15 @@ def write_json(path, value):
 
 def append_line(path, row):
     """Append a dict to a file that has one JSON object a line; no half of a line stays there."""
-    path = Path(path)
-    with writing(path):
-        size = path.stat().st_size if path.exists() else None
+    line = (json.dumps(row) + "\n").encode()
+    with writing(path), open(path, "ab", buffering=0) as file:
+        size = file.tell()
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            while line:
+                line = line[file.write(line):]
         except OSError:
             # The disk may have taken the beginning of the line before it was full.
-            if size is None:
-                path.unlink(missing_ok=True)
-            else:
-                os.truncate(path, size)
+            file.truncate(size)
             raise
 
 

@@ -62,8 +62,6 @@ def completed(config):
     for key in ("down_block_types", "up_block_types"):
         # All levels are of one type, but diffusers wants to read it for each of them.
         c[key] = per_level(c, key, "vae config")
-    if c["scaling_factor"] == 0:
-        raise UserError("vae config: scaling_factor = 0, by which latents are divided")
     return c
 
 
@@ -262,9 +260,10 @@ class VAE(nn.Module):
     """diffusers' AutoencoderKL. config: its keys, as far as they differ from the defaults.
 
     Weights and inputs may differ in floating dtype; the output has the input's, or autocast's.
-    `tile` is the side of a tile in latents, a multiple of 4, and bounds the memory that a large
-    picture takes. Each tile is normalised by itself, so colours may differ a little from the
-    whole's. config["sample_size"] // factor, the size of training pictures, is diffusers' choice.
+    `tile` is the side of a tile in latents, a multiple of 4 since a quarter of it overlaps the next
+    one, and bounds the memory that a large picture takes. Each tile is normalised by itself, so
+    colours may differ a little from the whole's. config["sample_size"] // factor, the size of
+    training pictures, is diffusers' choice.
     """
 
     def __init__(self, config):
@@ -287,9 +286,6 @@ class VAE(nn.Module):
 
         scale, out_scale: pixels of input and output for one of the latent, f and 1 or 1 and f.
         """
-        if tile is not None and (tile < 4 or tile % 4):
-            # A tile's last quarter is faded into the next one.
-            raise UserError(f"tile = {tile} is not a positive multiple of 4 (a quarter overlaps)")
         if not x.is_floating_point():
             raise UserError(f"the autoencoder takes floats, pictures in [-1, 1], not {x.dtype}")
         device = x.device.type

@@ -442,7 +442,7 @@ def test_what_is_not_implemented_is_named(kind, key, value):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("image_size", [32, 64]), ("patch_size", [8, 8]), ("hidden_size", "wide"), ("patch_size", 0),
+    ("image_size", [32, 64]), ("patch_size", [8, 9]), ("hidden_size", "wide"), ("patch_size", 0),
     ("num_attention_heads", 5), ("num_hidden_layers", None), ("hidden_act", {})])
 def test_an_impossible_config_is_the_files_fault(tmp_path, key, value):
     small(CLIPVision).save_pretrained(tmp_path)
