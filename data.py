@@ -219,7 +219,7 @@ class Folder(ItemDataset):
         return Frame(low + (high - low) * enlarge, left, top, self.layout.mirror and mirror < 0.5)
 
     def open_example(self, i, seed):
-        """Visit example i -> its row with its text, and its pictures by column.
+        """Visit example i -> its row with its text and number, and its pictures by column.
 
         In place of an example whose pictures turn out broken comes the next good one. That is a
         function of i and the seed: the same on every rank, in every run, and after resuming.
@@ -230,7 +230,8 @@ class Folder(ItemDataset):
             # Each try starts from the same seed, and pairs share a frame: the picture before an
             # edit and the one after it stay aligned.
             rng = np.random.default_rng(seed)
-            row = choose(self.items[number % len(self.items)], rng)
+            number %= len(self.items)
+            row = choose(self.items[number], rng) | dict(number=number)
             try:
                 if "text" in columns:
                     row["text"] = draw_text(self.root, row["text"], rng)
@@ -256,7 +257,7 @@ class Folder(ItemDataset):
         picture = pictures[names[0]]
         words = "label" if self.task == "class" else "text"
         example = dict(prompt=row[words] if TASKS[self.task].prompt else "",
-                       target=to_tensor(picture))
+                       target=to_tensor(picture), number=row["number"])
         if self.task == "sr":
             example["source"] = to_tensor(self.degrade(picture, rng))
         elif len(pictures) == 2:

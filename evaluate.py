@@ -110,9 +110,10 @@ def spread(count, length):
 def example_of(dataset, i):
     """Example i, with the answers and the captions that measures.py asks for, where it has any."""
     example = dataset[i]
-    item = dataset.items[i]
     if not isinstance(dataset, emoji.Builtin):
-        return dict(example, captions=captions_of(dataset, item))
+        # In place of one that is broken comes another: its number is not i.
+        return dict(example, captions=captions_of(dataset, dataset.items[example["number"]]))
+    item = dataset.items[i]
     if isinstance(item, emoji.Change):
         names = captions_by_cell()
         captions = [names[item.style, *cell] for cell in (item.source, item.target)]
@@ -611,6 +612,9 @@ def measure_task(model, task, args, judges, pairs, rank=0, world=1):
     if "FID" in scores and len(numbers) < 2048:
         print_once(f"warning: FID of {len(numbers)} pictures is far too large, and compares only "
                    "with itself. Papers take 5,000 to 50,000; below 2,048 read KID")
+    if task == "edit" and "CLIP image similarity" in scores and TABLE_2[task] not in scores:
+        print_once("warning: no CLIP image-text direction, because the examples have no captions; "
+                   "a metadata.jsonl has them as caption, of the source, and output")
     return figures, {name: r | dict(settings=settings) for name, r in scores.items()}, pictures
 
 

@@ -323,8 +323,10 @@ class CLIP:
                   # MTU: the true change of the picture, beside the one that was drawn.
                   "CLIP image-image direction": F.cosine_similarity(moved, right - before)}
         captions = [example.get("captions") for example in examples]
-        if all(captions):
-            # InstructPix2Pix: of the captions of both pictures, and not of the instruction.
-            old, new = (self.embed_texts(list(texts)) for texts in zip(*captions))
-            scores["CLIP image-text direction"] = F.cosine_similarity(moved, new - old)
-        return {name: values.tolist() for name, values in scores.items()}
+        # InstructPix2Pix: of the captions of both pictures, and not of the instruction.
+        old, new = (self.embed_texts(list(texts))
+                    for texts in zip(*(pair or ("", "") for pair in captions)))
+        directions = F.cosine_similarity(moved, new - old)
+        scores = {name: values.tolist() for name, values in scores.items()}
+        return scores | {"CLIP image-text direction": [
+            value if pair else None for value, pair in zip(directions.tolist(), captions)]}

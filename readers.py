@@ -5,10 +5,11 @@
     LAYOUTS                  one row a layout: the marker that it is recognised by, and its reader
 
 A row is a dict with file_name, the target, and where the layout has them source_file_name, text,
-label, split ("train", "heldout" or "test") and group (rows of a group are held out together). Its
-picture columns may hold lists of one length, of which each visit draws a pair; `draw_text` says
-what a text may be. A picture inside another file is named as if that file were a folder:
-data_batch_1.bin/17, train/1.jpg/left.
+label, split ("train", "heldout" or "test") and group (rows of a group are held out together). An
+edit may have caption and output, what the source and the target show: evaluate.py measures with
+them. The picture columns may hold lists of one length, of which each visit draws a pair;
+`draw_text` says what a text may be. A picture inside another file is named as if that file were a
+folder: data_batch_1.bin/17, train/1.jpg/left.
 
 layout              marker                        task         full copy  source, licence
 own folder          metadata.jsonl, metadata.csv  any                     yours
@@ -342,12 +343,15 @@ def read_parquet(root):
         # Columns are taken by name: the first three of the full set are other ones.
         columns = set(file.schema_arrow.names)
         before = "original_image" if "original_image" in columns else "input_image"
+        name = path.relative_to(root).as_posix()
+        words = sorted(columns & {"edit_prompt", "original_prompt", "edited_prompt"})
         for group in range(file.num_row_groups):
-            texts = file.read_row_group(group, ["edit_prompt"], use_threads=False)
-            for i, text in enumerate(texts.column("edit_prompt").to_pylist()):
-                name = path.relative_to(root).as_posix()
-                yield dict(file_name=f"{name}/edited_image/{group}/{i}", text=text,
-                           source_file_name=f"{name}/{before}/{group}/{i}")
+            texts = file.read_row_group(group, words, use_threads=False).to_pylist()
+            for i, text in enumerate(texts):
+                # The sample has no captions.
+                yield dict(file_name=f"{name}/edited_image/{group}/{i}", text=text["edit_prompt"],
+                           source_file_name=f"{name}/{before}/{group}/{i}",
+                           caption=text.get("original_prompt"), output=text.get("edited_prompt"))
 
 
 # How the authors of GQA-Inpaint speak of a place where a thing is removed, not added.

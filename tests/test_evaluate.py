@@ -300,6 +300,29 @@ def test_several_tasks_make_one_table_and_one_file(tmp_path):
     assert "right on" in printed and first["scores"]["edit"]["tone"]["sha256"] in printed
 
 
+def test_an_edit_without_captions_has_no_direction_and_a_line_says_so(tmp_path, monkeypatch):
+    class WithoutCaptions:
+        record = dict(network="stub", sha256=None, resize="none")
+
+        def __init__(self, device, path):
+            pass
+
+        def judge(self, examples, drawn):
+            return {"CLIP image similarity": [0.5] * len(drawn),
+                    "CLIP image-text direction": [0.1 if example.get("captions") else None
+                                                  for example in examples]}
+    monkeypatch.setattr(measures, "CLIP", WithoutCaptions)
+    for number, captions in enumerate((dict(caption="a hand", output="a dark hand"), {})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        own_folder(folder, **captions)
+        done = call("evaluate.py", "--task", "edit", "--data", folder, "--count", 2, "--steps", 1,
+                    "--clip", "x", "--pictures", tmp_path / "drawn")
+        assert done.returncode == 0, done.stderr
+        assert ("CLIP image-text direction*" in done.stdout) == bool(captions)
+        assert ("no captions" in done.stderr) == (not captions)
+
+
 class Stub:
     """In place of Inception: the numbers of its scores, in its order."""
     record = dict(network="stub", sha256="0" * 16, resize="none")

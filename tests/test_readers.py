@@ -12,6 +12,7 @@ from PIL import Image
 
 import data
 import emoji
+import evaluate
 import readers
 from conftest import call
 from data import Folder, open_dataset
@@ -259,6 +260,9 @@ def test_instructpix2pix_without_a_prompt_or_a_picture_goes_on(tmp_path):
     assert len(names) == 16
     nine = next(i for i, name in enumerate(names) if str(name[0])[:7] == "0000009")
     assert dataset[nine]["prompt"] == dataset.get(nine + 1, rng(3))["prompt"] == "edit 8"
+    # evaluate.py takes the captions of the example that it sees.
+    write(tmp_path / "0000008" / "prompt.json", dict(input="a", edit="edit 8 ", output="b"))
+    assert evaluate.example_of(dataset, nine)["captions"] == ["a", "b"]
     done = call("data.py", "check", "--data", tmp_path)
     assert done.returncode == 2
     for name in ("0000003/prompt.json", "6001_1.jpg", "0000009/prompt.json"):
@@ -292,6 +296,8 @@ def test_instructpix2pix_in_parquet(tmp_path):
             assert example["prompt"] == f"edit_prompt {i}"
             assert torch.equal(example["source"], pixels[2 * i])
             assert torch.equal(example["target"], pixels[2 * i + 1])
+            captions = [f"original_prompt {i}", f"edited_prompt {i}"] if kind == "full" else None
+            assert evaluate.captions_of(dataset, row) == captions
         assert len(rows_of(tmp_path / kind)) == 20
 
 

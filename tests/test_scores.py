@@ -1,6 +1,7 @@
 """measures.py: each measure beside an independent computation, or the library called directly."""
 import pickle
 import re
+import shutil
 import sys
 import types
 
@@ -306,7 +307,7 @@ def test_the_clip_score_is_that_of_transformers_model_and_processor(clip_folder)
 
 
 def test_clip_directions_are_instruct_pix2pixs_and_mtus(clip_folder):
-    """With the captions of both pictures; without captions there is no image-text direction."""
+    """With the captions of both pictures; an example without has no image-text direction."""
     folder, model = clip_folder
     judge = measures.CLIP(CPU, folder)
     examples = pairs(3)
@@ -327,7 +328,7 @@ def test_clip_directions_are_instruct_pix2pixs_and_mtus(clip_folder):
     right = image(measures.stack(examples, "target"))
     after = image(drawn)
     with torch.no_grad():
-        assert len(judge.judge(examples, drawn)) == 2
+        some = judge.judge([dict(examples[0], captions=captions[0]), *examples[1:]], drawn)
         scores = judge.judge([dict(example, captions=pair)
                               for example, pair in zip(examples, captions)], drawn)
         own = judge.judge(examples, measures.stack(examples, "target"))
@@ -337,7 +338,35 @@ def test_clip_directions_are_instruct_pix2pixs_and_mtus(clip_folder):
             "CLIP image-text direction": F.cosine_similarity(after - before, text(1) - text(0)),
             }.items():
         assert scores[name] == pytest.approx(expected.tolist(), abs=2e-3), name
+    first, *others = some["CLIP image-text direction"]
+    assert first == pytest.approx(scores["CLIP image-text direction"][0]) and others == [None] * 2
     assert own["CLIP image-image direction"] == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+def test_clip_comes_from_the_hub_too(clip_folder, tmp_path, monkeypatch):
+    """By an id, and of all that a repository holds only what is needed."""
+    import huggingface_hub
+    folder, _ = clip_folder
+    names = [path.name for path in folder.iterdir()]
+    others = ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "README.md"]
+
+    def snapshot_download(repository, revision, allow_patterns, local_files_only=False):
+        assert repository == "owner/clip" and revision is None
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for name in huggingface_hub.utils.filter_repo_objects(names + others,
+                                                              allow_patterns=allow_patterns):
+            shutil.copy(folder / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *where, **options: names + others)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    local, remote = measures.CLIP(CPU, folder), measures.CLIP(CPU, "owner/clip")
+    examples = pairs(2, captions=["red apple", "green apple"])
+    drawn = pictures(2, 5)
+    assert remote.record == local.record | dict(network="CLIP owner/clip")
+    with torch.no_grad():
+        assert remote.judge(examples, drawn) == local.judge(examples, drawn)
 
 
 # -------------------------------------------------------------------------------------------------
