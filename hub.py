@@ -276,15 +276,11 @@ def print_once(line):
 
 def read_json(path):
     """The JSON object in a file, as a dict."""
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            # Reading a FIFO would wait for ever for somebody to write to it.
-            raise OSError(errno.EINVAL, "it is no regular file")
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it holds no JSON object"
-        raise UserError(f"{path} cannot be read ({reason})") from None
+    with reading(path):
+        try:
+            return {**json.loads(Path(path).read_text(encoding="utf-8"))}
+        except (ValueError, TypeError, RecursionError):
+            raise OSError("it holds no JSON object") from None
 
 
 def choose_weights(names):
@@ -481,7 +477,7 @@ def is_running(pid):
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path, verb="written"):
     """Turn a failure to write in the block, such as a full disk, into a UserError naming `path`.
 
     A path that leads to no regular file is refused: a FIFO would wait for ever for a reader, and a
@@ -495,7 +491,10 @@ def writing(path):
         reason = getattr(error, "strerror", None) or str(error)
         # Inside a folder that `replacing` fills, the final place is named and not the passing one.
         place = re.sub(r"\.part-\d+/[^/]+", "", str(path))
-        raise UserError(f"{place} cannot be written ({reason})") from None
+        raise UserError(f"{place} cannot be {verb} ({reason})") from None
+
+
+reading = functools.partial(writing, verb="read")
 
 
 @contextlib.contextmanager
@@ -614,7 +613,8 @@ def save_state(path, params, ema, optimizer, scalars):
             tensors[f"adam/{key}/{name}"] = value
     tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
     with replacing(path) as beside:
-        save_file(tensors, beside, metadata={"scalars": json.dumps(scalars)})
+        save_file(tensors, beside,
+                  metadata={"scalars": json.dumps(scalars), "tensors": str(len(tensors))})
 
 
 def read_scalars(path):
@@ -633,6 +633,11 @@ def load_state(path, params, ema, optimizer):
     """Read what save_state wrote into params, ema and optimizer, in place."""
     with open_weights(path, ADVICE) as file, blaming(f"{path} ({ADVICE})"):
         keys = set(file.keys())
+        places = ("param", "ema", "adam/step", "adam/exp_avg", "adam/exp_avg_sq")
+        foreign = keys - {f"{place}/{name}" for place in places for name in params}
+        # Files of earlier versions have no count.
+        if foreign or file.metadata().get("tensors", str(len(keys))) != str(len(keys)):
+            raise ValueError("tensors are missing or belong to something else")
         for name, p in params.items():
             weight = file.get_tensor(f"param/{name}")
             average = file.get_tensor(f"ema/{name}")

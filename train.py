@@ -46,7 +46,7 @@ import routing
 from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
 from hub import ADVICE, Parser, UserError, append_line, blaming, command, compiled, load_state
-from hub import lock, pick_device, read_scalars, replacing, save_state, write_json, writing
+from hub import lock, pick_device, read_scalars, reading, replacing, save_state, write_json
 from sample import Model, latent_shape, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
@@ -696,22 +696,29 @@ class Meter:
 
 
 def forget_after(path, step):
-    """Drop the lines of log.jsonl that steps after the checkpoint wrote: they come again."""
+    """Drop the lines of log.jsonl that steps after the checkpoint wrote: they come again.
+
+    A line that somebody else wrote stays, whatever its bytes are, but not half a line of ours.
+    """
     if not path.exists():
         return
-    with writing(path):
-        text = path.read_bytes()
-    lines = []
-    # A line that somebody else wrote stays, whatever its bytes are, but not half a line.
-    for line in text.split(b"\n")[:-1]:
+    with reading(path):
+        lines = path.read_bytes().split(b"\n")
+    start = b'{"step": '
+    kept = []
+    for number, line in enumerate(lines, 1):
         try:
-            again = json.loads(line)["step"] > step
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            row = json.loads(line)
+            again = bool({"loss", "held_out"} & {*row}) and row["step"] > step
+        except (TypeError, KeyError):
             again = False
+        except (ValueError, RecursionError):
+            # A process that was killed may have written a part of its line, or nothing yet.
+            again = number == len(lines) and start.startswith(line[:len(start)])
         if not again:
-            lines.append(line + b"\n")
+            kept.append(line + b"\n")
     with replacing(path) as beside:
-        beside.write_bytes(b"".join(lines))
+        beside.write_bytes(b"".join(kept))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -823,7 +830,7 @@ def check_folder(out):
         raise UserError(f"{out} holds a model that train.py did not write; choose another --out")
 
 
-def resume(out, args, params, ema, optimizer):
+def resume(out, args, params, ema, optimizer, loss_names):
     """Load the checkpoint of a run folder in place, if there is one, and return its scalars."""
     path = out / "state" / "state.safetensors"
     if not path.exists():
@@ -836,9 +843,9 @@ def resume(out, args, params, ema, optimizer):
         for key in ("step", "skipped", "in_a_row"):
             if operator.index(scalars[key]) < 0:  # raises TypeError unless it is a whole number
                 raise ValueError(f"{key} is below 0")
-        losses = list((scalars["before"] or {}).values())
-        if not np.isfinite(losses).all():
-            raise ValueError("a loss is not finite")
+        before = scalars["before"]
+        if before.keys() != set(loss_names) or not np.isfinite(list(before.values())).all():
+            raise ValueError("the losses before the run are others, or not finite")
         # Options that were added after the checkpoint was written count as off.
         recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
     changed = [f"--{key.replace('_', '-')} was {recorded[key]!r} and is now {value!r}"
@@ -942,7 +949,7 @@ def train(args, shares, device, rank, world):
     # Arguments and data have been checked. From here on, files are written.
     check_folder(folder)
     with lock(folder), Stop() as stop:
-        progress = resume(folder, args, params, ema, optimizer)
+        progress = resume(folder, args, params, ema, optimizer, loss_names)
         start = progress["step"]
         check_same_start(start, device)
         if start > 0:

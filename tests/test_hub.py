@@ -192,6 +192,30 @@ def test_a_state_that_does_not_fit_is_named(tmp_path):
         read_scalars(path)
 
 
+@pytest.mark.parametrize("change, counted", [
+    (lambda tensors: tensors | {"param/d": torch.ones(1)}, False),  # of another network
+    (lambda tensors: tensors | {"adam/max_exp_avg_sq/a": torch.ones(4, 3)}, False),
+    (lambda tensors: {key: v for key, v in tensors.items() if not key.endswith("/a")}, False),
+    (lambda tensors: {key: v for key, v in tensors.items() if "adam/exp_avg/a" != key}, False),
+    # Parameters without moments are no mistake by themselves.
+    (lambda tensors: {key: v for key, v in tensors.items() if not key.startswith("adam/")}, True)])
+def test_tensors_that_are_missing_from_a_state_or_foreign_to_it_are_noticed(
+        change, counted, tmp_path):
+    path = tmp_path / "state.safetensors"
+    params, ema, optimizer = small_run()
+    step(params, optimizer)
+    save_state(path, params, ema, optimizer, dict(step=1))
+    with hub.open_weights(path) as file:
+        metadata = file.metadata()
+    for metadata in (metadata, {"scalars": metadata["scalars"]}):  # earlier versions did not count
+        save_file(change(load_file(path)), tmp_path / "other", metadata=metadata)
+        if "tensors" in metadata or not counted:
+            with pytest.raises(UserError, match="other .*delete it to begin again"):
+                load_state(tmp_path / "other", *small_run())
+        else:
+            load_state(tmp_path / "other", *small_run())
+
+
 # ---- mistakes ----
 
 @pytest.mark.parametrize("content", ["[]", "{", "", '"text"', "\xff\xfe", "[" * 100_000])
@@ -298,11 +322,12 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "log.jsonl")
     os.mkfifo(tmp_path / ".lock")
     for write in (lambda: append_line(tmp_path / "log.jsonl", {}),
-                  lambda: train.forget_after(tmp_path / "log.jsonl", 0),
                   lambda: write_json(tmp_path / "log.jsonl", {}),
                   lambda: hub.lock(tmp_path).__enter__()):
         with pytest.raises(UserError, match="written .it is no regular file"):
             write()
+    with pytest.raises(UserError, match="log.jsonl cannot be read .it is no regular file"):
+        train.forget_after(tmp_path / "log.jsonl", 0)
     assert (tmp_path / "log.jsonl").is_fifo()
 
 

@@ -395,11 +395,32 @@ def test_what_train_py_cannot_go_on_from_is_named_and_nothing_is_written(straigh
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.parametrize("before", [dict(t2i=1.0), dict.fromkeys([*ALL, "label head"], 1.0), None, 3,
+                                    dict.fromkeys(ALL, float("inf"))])
+def test_losses_before_the_run_are_of_this_run(straight, tmp_path, before):
+    out = shutil.copytree(straight[0], tmp_path / "a")
+    path = out / "state" / "state.safetensors"
+    scalars = hub.read_scalars(path) | dict(before=before)
+    save_file(load_file(path), tmp_path / "b", metadata=dict(scalars=json.dumps(scalars)))
+    (tmp_path / "b").rename(path)
+    refused("delete it to begin again", out, *FOUR_TASKS)
+
+
 def test_lines_of_steps_after_the_checkpoint_leave_the_log(tmp_path):
-    lines = [json.dumps(dict(step=step)) + "\n" for step in (10, 20, 30)]
-    (tmp_path / "log.jsonl").write_text("".join([*lines, "of somebody else\n", '{"step": 1']))
-    train.forget_after(tmp_path / "log.jsonl", 20)
-    assert (tmp_path / "log.jsonl").read_text() == "".join([*lines[:2], "of somebody else\n"])
+    ours = [json.dumps({"step": step, name: {}}) for step in (10, 20, 30)
+            for name in ("loss", "held_out")]
+    others = ['{"step": 99}', '{"step": "a", "loss": 1}', "[[]]", '{"loss": 1}', "of somebody else",
+              '{"step": 5', "", "\u00e9\r", "[" * 100_000, '"loss"', "{", "5"]
+    log = tmp_path / "log.jsonl"
+    for last in ("", "{", '{"step": 1', '{"step": 10, "loss": {"t2i": 0.', *ours[4:]):
+        log.write_bytes("\n".join([*others, *ours, *others, last]).encode())
+        train.forget_after(log, 20)
+        assert log.read_bytes() == "\n".join([*others, *ours[:4], *others, ""]).encode(), last
+    # Nothing is appended to a line that lacks its end.
+    for last in ("a note", '{"note": "half', '{"step": 99}', *ours[:4], '{"step":x'):
+        log.write_bytes("\n".join([*ours, last]).encode())
+        train.forget_after(log, 20)
+        assert log.read_bytes() == "\n".join([*ours[:4], last, ""]).encode(), last
 
 
 @pytest.fixture
