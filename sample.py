@@ -37,8 +37,8 @@ from clip import CLIPText, Tokenizer
 from data import ALL, ASSETS, EXAMPLES, MAX_PIXELS, SDXL_GUIDANCE, TASKS
 from data import on_white, open_image, to_pil, to_tensor
 from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
-from hub import MissingFolder, Parser, UserError, blaming, command, compiled, fetch, load_weights
-from hub import pick_device, read_json, replacing, write_json
+from hub import LARGEST_NUMBER, MissingFolder, Parser, UserError, blaming, command, compiled, fetch
+from hub import load_weights, pick_device, read_json, replacing, write_json
 from unet import UNet
 from vae import VAE
 
@@ -48,6 +48,7 @@ DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "Pipeline2D")
 # What ends the names of the folders of text encoders: only SDXL has a second one.
 NUMBERS = ("", "_2")
+LARGEST_SIDE = 8192  # of a picture, in pixels
 # The command draws so many pictures at a time, so that --num-images needs no more memory.
 BATCH = 16
 # The command's options that `generate` has under the same name.
@@ -442,7 +443,9 @@ def check_parts(model):
     if not learned and not model.texts:
         # Samplers such as DDIM do not read a variance that is there.
         out_channels = (C, 2 * C)
-    needed = dict(sample_size=1, in_channels=(C, 2 * C), out_channels=out_channels)
+    f = model.vae.factor
+    needed = dict(sample_size=range(1, LARGEST_SIDE // f + 1), in_channels=(C, 2 * C),
+                  out_channels=out_channels)
     if model.texts:
         widths = [encoder.config["hidden_size"] for _, encoder in model.texts]
         needed["cross_attention_dim"] = (sum(widths),)
@@ -450,6 +453,8 @@ def check_parts(model):
         pooled = model.text_encoder_2.width + 6 * config["addition_time_embed_dim"]
         needed["projection_class_embeddings_input_dim"] = (pooled,)
     compare(model, "U-Net" if model.unet.folder == "unet" else "transformer", config, needed)
+    # A tile is as large, and at least four latents wide.
+    compare(model, "vae", model.vae.config, dict(sample_size=range(4 * f, LARGEST_SIDE + 1)))
     with blaming(f"{model.path}: model_index.json, id2label"):
         largest = max(model.classes.values(), default=None)
     if largest is not None:
@@ -460,8 +465,8 @@ def check_parts(model):
     for tokenizer, encoder in model.texts:
         end = tokenizer.vocab[tokenizer.special["eos_token"]]
         compare(model, "text encoder", encoder.config, dict(
-            vocab_size=max(tokenizer.vocab.values()) + 1,
-            max_position_embeddings=tokenizer.length,
+            vocab_size=range(max(tokenizer.vocab.values()) + 1, LARGEST_NUMBER + 1),
+            max_position_embeddings=range(tokenizer.length, LARGEST_NUMBER + 1),
             # Another model's vocabulary would turn the prompt into other words, and ends
             # elsewhere. Old configs say 2 for any.
             eos_token_id=(end, 2)))
@@ -470,17 +475,14 @@ def check_parts(model):
 def compare(model, part, config, needed):
     """Raise a UserError for an entry of a part's config that does not fit.
 
-    needed: key -> a tuple of the values that fit, or the least number that does.
+    needed: key -> a tuple or a range of the values that fit.
     """
     for key, fitting in needed.items():
         value = config.get(key)
-        if isinstance(fitting, tuple):
-            fits = value in fitting
+        if value not in fitting:
             words = " or ".join(map(str, fitting))
-        else:
-            fits = isinstance(value, int) and value >= fitting
-            words = f"at least {fitting}"
-        if not fits:
+            if isinstance(fitting, range):
+                words = f"from {fitting[0]} to {fitting[-1]}"
             raise UserError(f"{model.path}: {key} of the {part} is {value}, but with the other "
                             f"parts it must be {words}")
 
@@ -518,9 +520,9 @@ def picture_size(model, picture, height, width):
     height = side(ratio_h) if height is None else height
     width = side(ratio_w) if width is None else width
     for length in (height, width):
-        if length % multiple or not multiple <= length <= 8192:
+        if length % multiple or not multiple <= length <= LARGEST_SIDE:
             raise UserError(f"height {height} and width {width} must be multiples of {multiple}, "
-                            "up to 8192")
+                            f"up to {LARGEST_SIDE}")
     return height, width
 
 
@@ -532,14 +534,16 @@ def scales(model, task, guidance, image_guidance):
     if model.text_encoder_2:
         paper = SDXL_GUIDANCE[kind]
     with blaming(f"{model.path}: model_index.json, guidance"):
-        text_default, image_default = map(float, model.guidance.get(task, paper))
-    guidance = text_default if guidance is None else guidance
-    image_guidance = image_default if image_guidance is None else image_guidance
-    if not (abs(guidance) <= 1e4 and abs(image_guidance) <= 1e4):
-        raise UserError(f"guidance {guidance} and image guidance {image_guidance} must be "
-                        "finite, at most 10,000")
-    # As in diffusers, a scale of at most 1 means no guidance.
-    return max(guidance, 1.0), max(image_guidance, 1.0)
+        text_default, image_default = map(checked_scale, model.guidance.get(task, paper))
+    return (text_default if guidance is None else checked_scale(guidance),
+            image_default if image_guidance is None else checked_scale(image_guidance))
+
+
+def checked_scale(scale):
+    """A guidance scale as a float. As in diffusers, a scale of at most 1 means no guidance."""
+    if not abs(float(scale)) <= 1e4:
+        raise UserError(f"guidance {scale} must be finite, at most 10,000")
+    return max(float(scale), 1.0)
 
 
 def warn_of_long_prompts(model, prompts):

@@ -1,6 +1,7 @@
 """Drawing: diffusers' picture, the shipped models, seeds, sizes, folders, bad input."""
 import copy
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from PIL import Image
 import aggregation
 import moe
 import sample
+import vae
 from clip import CONFIGS as TEXT, CLIPText
 from conftest import call, full_disk
 from data import ALL, ASSETS, EXAMPLES, on_white, open_image
@@ -419,7 +421,8 @@ def test_a_copy_of_an_ensemble_that_computes_no_signal_is_named(tiny):
 
 
 @pytest.mark.parametrize("guidance", ["high", {"t2i": 7.5}, {"t2i": ["a", "b"]},
-                                      {"t2i": [1, 2, 3]}])
+                                      {"t2i": [1, 2, 3]}, {"t2i": [math.nan, 1]},
+                                      {"t2i": [1, 10 ** 400]}, {"t2i": [1, -math.inf]}])
 def test_a_folder_whose_guidance_is_no_pair_of_numbers_is_named(tiny, guidance):
     model = replace(tiny, index=tiny.index | {"guidance": guidance})
     with pytest.raises(UserError, match="model_index.json, guidance"):
@@ -573,14 +576,19 @@ def test_the_base_knows_only_text_to_image(tiny):
     ("unet", dict(out_channels=3), "out_channels of the U-Net is 3"),
     ("unet", dict(cross_attention_dim=32), "cross_attention_dim of the U-Net is 32"),
     ("unet", dict(sample_size=None), "sample_size"),
+    ("unet", dict(sample_size=10 ** 6), "sample_size of the U-Net is 1000000, .* from 1 to 2048"),
+    ("unet", dict(sample_size=0), "sample_size of the U-Net is 0, .* from 1 to 2048"),
+    ("vae", dict(sample_size=0), "sample_size of the vae is 0, .* from 16 to 8192"),
+    ("vae", dict(sample_size=15), "sample_size of the vae is 15"),
     ("text_encoder", dict(vocab_size=100, eos_token_id=99, bos_token_id=98), "vocab_size"),
     ("text_encoder", dict(max_position_embeddings=16), "max_position_embeddings"),
     # The vocabulary of another model, which would read other words.
     ("text_encoder", dict(eos_token_id=2000), "eos_token_id of the text encoder is 2000")])
 def test_parts_that_do_not_fit_are_named(folder, part, config, words):
     shutil.rmtree(folder / part)
-    network = UNet(CONFIGS["tiny"] | config) if part == "unet" else CLIPText(TEXT["tiny"] | config)
-    network.save_pretrained(folder / part)
+    kind, tiny = dict(unet=(UNet, CONFIGS), vae=(vae.VAE, vae.CONFIGS),
+                      text_encoder=(CLIPText, TEXT))[part]
+    kind(tiny["tiny"] | config).save_pretrained(folder / part)
     with pytest.raises(UserError, match=words):
         load_model(folder)
 
