@@ -30,7 +30,8 @@ is treated as DiT's.
 
 One thing is different in a U-Net. A residual block of the upward path reads [backbone, skip] side
 by side: at low t the window hides skip channels only, at the highest t backbone channels only; in
-DiT no channel has a special role. And everywhere a norm follows the mask, after which hidden
+DiT no channel has a special role. The mode "halves" gives backbone and skip a window each, which is
+our own control for this. And everywhere a norm follows the mask, after which hidden
 channels are no longer zero. So no product can be left out, and a routed network is not faster.
 
     python routing.py         draws both masks and prints how much the timesteps share
@@ -47,7 +48,7 @@ from PIL import Image
 from chart import Axis, arrange, plot
 from hub import Parser, UserError, command, replacing
 
-MODES = ("dtr", "random")
+MODES = ("dtr", "random", "halves")
 
 
 def task_masks(t, num_channels, alpha=4.0, beta=0.8, num_steps=1000):
@@ -64,6 +65,24 @@ def task_masks(t, num_channels, alpha=4.0, beta=0.8, num_steps=1000):
     start = (moved * (num_channels - width)).round()[:, None]                   # (B, 1)
     c = torch.arange(num_channels, device=t.device)
     return ((c >= start) & (c < start + width)).float()
+
+
+def side_by_side(t, widths, **settings):
+    """Mask each part of a concatenation by itself: t (B,), widths -> (B, sum of the widths)."""
+    return torch.cat([task_masks(t, width, **settings) for width in widths], dim=1)
+
+
+def concatenated_widths(network):
+    """Map the blocks of a U-Net that read [backbone, skip] to the widths of these two."""
+    widths = {}
+    if not hasattr(network, "up_blocks"):
+        return widths               # a DiT concatenates nothing
+    backbone = network.mid_block.resnets[-1].conv2.out_channels
+    for level in network.up_blocks:
+        for block in level.resnets:
+            widths[block] = (backbone, block.routable_channels - backbone)
+            backbone = block.conv2.out_channels
+    return widths
 
 
 def random_masks(num_channels, beta=0.8, num_steps=1000, seed=0, block=0):
@@ -119,7 +138,8 @@ def check(num_channels, alpha, beta, mode="dtr", num_steps=1000):
 def add_routing(network, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0):
     """Route a network in place, and return it.
 
-    mode: "dtr", or "random" for R-TR, whose draw `seed` fixes; each block has a draw of its own.
+    mode: "dtr", "random" for R-TR, whose draw `seed` fixes (each block has a draw of its own), or
+    "halves", DTR with two windows where a U-Net concatenates.
     beta = 1 is the plain network. Every block that has `routable_channels` is routed, with masks
     for that many channels. Parameters keep their names; config.json records the routing.
     """
@@ -127,19 +147,21 @@ def add_routing(network, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0
         raise UserError(f"this network is routed already: {network.config['routing']}")
     # U-Nets and DiT mark the blocks that can be routed.
     blocks = [module for module in network.modules() if hasattr(module, "routable_channels")]
-    check(min(block.routable_channels for block in blocks), alpha, beta, mode, num_steps)
+    parts = {block: (block.routable_channels,) for block in blocks}
+    if mode == "halves":
+        parts |= concatenated_widths(network)
+    check(min(map(min, parts.values())), alpha, beta, mode, num_steps)
     settings = dict(alpha=alpha, beta=beta, num_steps=num_steps)
     device = next(network.parameters()).device
     for i, block in enumerate(blocks):
         kind = type(block)
         block.__class__ = type(f"Routed{kind.__name__}", (Routed, kind), {})
-        C = block.routable_channels
-        if mode == "dtr":
-            # Blocks of equal width have equal masks, which are computed anew in every forward pass.
-            block.mask = functools.partial(task_masks, num_channels=C, **settings)
-        else:
-            table = random_masks(C, beta, num_steps, seed=seed, block=i)
+        if mode == "random":
+            table = random_masks(block.routable_channels, beta, num_steps, seed=seed, block=i)
             block.mask = RandomMask(table if device.type == "meta" else table.to(device))
+        else:
+            # Blocks of equal width have equal masks, which are computed anew in every forward pass.
+            block.mask = functools.partial(side_by_side, widths=parts[block], **settings)
     network.config["routing"] = dict(mode=mode, seed=seed, **settings)
     # A class name of its own, so that no other program opens the folder and draws without masks.
     name = network.config.get("_class_name", type(network).__name__)

@@ -139,8 +139,8 @@ def get_args():
                      " only the self-attention, cross-attention or feed-forward layers (Table 1)")
 
     dtr = parser.add_argument_group("DTR")
-    dtr.add_argument("--routing", choices=("dtr", "random"),
-                     help="mask channels by timestep; random masks are the paper's control")
+    dtr.add_argument("--routing", choices=routing.MODES, help="mask channels by timestep; random "
+                     "masks are the paper's control, halves have a second window for skips")
     dtr.add_argument("--alpha", type=float, default=4.0,
                      help="exponent of the window's shift, (t / T)^alpha")
     dtr.add_argument("--beta", type=float, default=0.8,

@@ -10,6 +10,9 @@ timesteps. What differs from the paper beside size and data: batches of 128 and 
 5e-4 (there 256 and 1e-4, for networks of 384 channels and more), a warm-up of 200 steps, and
 pictures drawn without guidance in 50 steps of DDIM (there scale 1.5 and 250 steps of DDPM).
 
+With --adm, ADM-tiny asks whether the window harms a U-Net because it hides only skip channels at
+low t and only the backbone's at high t: its third arm has a window for each of them.
+
 The order is by quarter of the training, then by seed, then by arm: wherever it ends, what is there
 can be compared. Rule for stopping early, fixed before the first run: when the mean distance of
 `plain` falls by less than 3 % from one quarter to the next, the later quarters are left out.
@@ -39,21 +42,33 @@ WEIGHTED = {
     "plain, ANT-UW": (" --loss-weight uw", 1),
     "DTR, ANT-UW": (" --routing dtr --loss-weight uw", 1),
 }
+# A U-Net, where one window for [backbone, skip] hides the one or the other. Batches are smaller, or
+# an arm would take hours.
+ADM_OPTIONS = "--task class --batch-size 32 --lr 5e-4 --lr-schedule constant --warmup 200"
+ADM = {
+    "ADM, plain": ("", 2),
+    "ADM, DTR": (" --routing dtr", 2),
+    "ADM, halves": (" --routing halves", 2),
+}
 
 
 def make_stages(args, measure, start, step):
     """List the stages of one quarter. measure(folder, draws=) -> distances."""
-    arms = ARMS | (WEIGHTED if args.weighted else {})
+    arms = ARMS | (WEIGHTED if args.weighted else {}) | (ADM if args.adm else {})
     stages = []
     for seed in range(args.seeds):
         for arm, (options, seeds) in arms.items():
             if seed < seeds:
+                base = OPTIONS
+                if arm in ADM:
+                    base = f"{ADM_OPTIONS} --model " + str(frame.fresh_model(
+                        f"{args.out}/new-adm-{seed}", "adm-tiny", seed, frame.CLASSES))
                 folder = Path(args.out) / f"{frame.slug(arm)}-{seed}"
                 # How far two draws from one network differ is shown once.
                 draws = 3 if (arm, seed, step) == ("plain", 0, args.steps) else 1
                 stages.append(frame.Stage(
                     arm, seed, step, functools.partial(measure, folder, draws=draws),
-                    pictures=draws * args.count, options=OPTIONS + options, out=folder,
+                    pictures=draws * args.count, options=base + options, out=folder,
                     start=start))
     return stages
 
@@ -65,6 +80,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="at most so many seeds of an arm")
     parser.add_argument("--weighted", action="store_true",
                         help="add arms with Min-SNR and with ANT-UW, one seed each")
+    parser.add_argument("--adm", action="store_true", help="add ADM-tiny without masks, with DTR's "
+                        "and with a window for each half of what its up blocks concatenate")
     args = frame.parse_args(parser)
     if args.steps < 4 or args.seeds < 1:
         raise UserError("--steps is at least 4 and --seeds at least 1")

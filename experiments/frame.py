@@ -3,8 +3,8 @@
     apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb fashion
     python experiments/frame.py --data fashion/usr/share/datasets/fashion-mnist
 
-Three scripts stand on it: dtr.py, mtdiffusion.py and deme.py. The command above prints the floor of
-the measure, which no network can pass.
+Three scripts stand on it: dtr.py, mtdiffusion.py and deme.py; mtu.py, on other data, has only its
+stages. The command above prints the floor of the measure, which no network can pass.
 
 The measure. Denoising losses of different forward processes cannot be compared, and the papers'
 effects are effects on pictures. So pictures are drawn, at least 2,000 of them, and compared with
@@ -195,6 +195,21 @@ class Frame:
         self.args = args
         self.classifier = load_classifier()
 
+    @property
+    def settings(self):
+        """What must be the same for all rows of a file."""
+        return dict(classifier=describe_classifier(), count=self.args.count,
+                    draw_steps=self.args.draw_steps, precision=self.args.precision)
+
+    def train(self, stage, words):
+        """Run train.py with these words, for a stage and in its folder."""
+        common.train([*words, "--data", self.args.data], stage.out)
+
+    def draw(self, folder, count):
+        """Draw pictures as when measuring, so that their time is known."""
+        draw(load_model(folder), count, steps=self.args.draw_steps, seed=0,
+             precision=self.args.precision)
+
     @functools.cached_property
     def real(self):
         """The features of the 10,000 test pictures."""
@@ -267,7 +282,6 @@ class Stage(NamedTuple):
 
 def add_options(parser, name):
     """Add the options that all experiments have."""
-    parser.add_argument("--data", help="folder with Fashion-MNIST's idx files")
     parser.add_argument("--minutes", type=float, default=90,
                         help="no stage begins that would end later than this")
     parser.add_argument("--count", type=int, default=2000, help="pictures drawn for a distance")
@@ -282,6 +296,8 @@ def add_options(parser, name):
 
 
 def parse_args(parser):
+    """Parse the options of an experiment on Fashion-MNIST."""
+    parser.add_argument("--data", help="folder with Fashion-MNIST's idx files")
     args = parser.parse_args()
     if not args.report and args.data is None:
         raise UserError("--data FOLDER names the folder with Fashion-MNIST's idx files")
@@ -300,20 +316,21 @@ def slug(arm):
 class Runner:
     """Run stages one after another, and keep what they measured in one JSON file.
 
-    settings: what must be the same for all rows of the file.
+    settings: what else than the frame's must be the same for all rows of the file. the_frame: what
+    stands in the place of Frame in an experiment on other data.
     """
     PROBE = 20      # steps of training from which the rate is measured before there is a row
 
-    def __init__(self, args, settings):
+    def __init__(self, args, settings, the_frame=None):
         self.args = args
-        self.frame = Frame(args)
+        self.frame = the_frame or Frame(args)
         self.began = time.monotonic()
         self.path = Path(args.results)
         self.rates = None           # of the probe: images trained and pictures drawn per second
-        settings = dict(settings, classifier=describe_classifier(), count=args.count,
-                        draw_steps=args.draw_steps, precision=args.precision)
+        settings = settings | self.frame.settings
         # Other options than the defaults show in the settings.
-        self.results = dict(command=f"python experiments/{self.path.stem}.py --data FOLDER",
+        command = f"python experiments/{self.path.stem}.py"
+        self.results = dict(command=command if the_frame else f"{command} --data FOLDER",
                             settings=settings, floor=None, stages={})
         if self.path.is_file():
             self.results = read_json(self.path)
@@ -341,7 +358,8 @@ class Runner:
         """Say before anything starts what all stages together will take."""
         if self.results["floor"] is None:
             self.results["floor"] = self.frame.floor()
-        print(f"floor, training pictures against test pictures: {self.results['floor']}")
+        if self.results["floor"]:
+            print(f"floor, training pictures against test pictures: {self.results['floor']}")
         remaining = self.remaining(stages)
         self.probe(next((stage for stage in remaining if stage.options), None))
         total = sum(self.estimate(stage) for stage in remaining)
@@ -366,7 +384,7 @@ class Runner:
         row = dict(arm=stage.arm, seed=stage.seed, step=stage.step, images=stage.images,
                    pictures=stage.pictures)
         if stage.options:
-            common.train(self.words(stage, stage.step), stage.out)
+            self.frame.train(stage, self.words(stage, stage.step))
             reached = common.read_log(stage.out)[-1]["step"]
             if reached != stage.step:
                 # Without this, a lost file of results would be filled with later networks.
@@ -384,8 +402,8 @@ class Runner:
     def words(self, stage, steps):
         """The words of train.py's command, but for --out."""
         return [*shlex.split(stage.options), "--seed", str(stage.seed), "--steps", str(steps),
-                "--data", self.args.data, "--precision", self.args.precision, "--log-every", "50",
-                "--save-every", "500", "--sample-every", "0"]
+                "--precision", self.args.precision, "--log-every", "50", "--save-every", "500",
+                "--sample-every", "0"]
 
     def probe(self, stage):
         """Measure the rates of a machine, where no row tells them, by a few steps of a stage."""
@@ -393,11 +411,10 @@ class Runner:
             return
         # A name of its own: the run itself must not begin with other settings.
         folder = Path(self.args.out) / f"probe-{time.time_ns()}"
-        common.train(self.words(stage, self.PROBE), folder)
+        self.frame.train(stage._replace(out=folder), self.words(stage, self.PROBE))
         trained = [row["images_per_s"] for row in common.read_log(folder) if "images_per_s" in row]
         began = time.monotonic()
-        draw(load_model(folder), 100, steps=self.args.draw_steps, seed=0,
-             precision=self.args.precision)
+        self.frame.draw(folder, 100)
         self.rates = (trained[-1], 100 / (time.monotonic() - began))
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink()

@@ -212,9 +212,9 @@ def test_arms_of_a_seed_share_pictures_noise_and_timesteps(fashion):
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A runner whose training takes no time -> its args, and what was trained and measured."""
-    class FakeFrame:
+    class FakeFrame(frame.Frame):
         def __init__(self, args):
-            pass
+            self.args = args
 
         def floor(self):
             return dict(frechet=[0.1], kernel=[0.0])
@@ -360,8 +360,8 @@ def options_of(stage):
     return dict(zip(words, words[1:]))
 
 
-def test_dtr_compares_equal_runs_quarter_by_quarter():
-    args = SimpleNamespace(out="runs", count=20, steps=8, seeds=3, weighted=False)
+def test_dtr_compares_equal_runs_quarter_by_quarter(tmp_path):
+    args = SimpleNamespace(out="runs", count=20, steps=8, seeds=3, weighted=False, adm=False)
     measure = lambda folder, draws: None  # noqa: E731
     quarters = [dtr.make_stages(args, measure, start, start + 2) for start in (0, 2, 4, 6)]
     for number, quarter in enumerate(quarters):
@@ -379,6 +379,12 @@ def test_dtr_compares_equal_runs_quarter_by_quarter():
     assert [stage.pictures for stage in quarters[3]] == [60, 20, 20, 20, 20, 20, 20]
     args.weighted = True
     assert {stage.arm for stage in dtr.make_stages(args, measure, 0, 2)} > {"DTR, ANT-UW"}
+    args.weighted, args.adm, args.out = False, True, tmp_path
+    plain, routed, halves = (stage for stage in dtr.make_stages(args, measure, 0, 2)
+                             if stage.arm in dtr.ADM and stage.seed == 1)
+    assert routed.options == plain.options + " --routing dtr"
+    assert halves.options == plain.options + " --routing halves"
+    assert load_model(options_of(plain)["--model"]).tasks == ["class"]
 
 
 def test_mtdiffusion_has_controls_that_differ_in_one_thing(monkeypatch):

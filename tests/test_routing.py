@@ -78,6 +78,33 @@ def test_every_block_gets_masks_of_its_width_by_the_options_and_nothing_is_store
     assert len(list(unet.parameters())) == len(list(base().parameters()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["unet", "adm-tiny", "ddpm-tiny"])
+def test_halves_give_backbone_and_skip_a_window_each(name):
+    network = base() if name == "unet" else adm.UNet2D(adm.CONFIGS[name])
+    skips = {}      # block -> channels of the tensor from the way down that it will pop
+    for level in network.up_blocks:
+        level.register_forward_pre_hook(lambda level, inputs: skips.update(
+            zip(level.resnets, [x.shape[1] for x in reversed(inputs[2])])))
+    x = torch.randn(1, network.config["in_channels"], 16, 16)
+    network(x, torch.tensor([5]), torch.randn(1, 7, 24) if name == "unet" else None)
+    assert len(skips) == len(network.up_blocks) * (network.config["layers_per_block"] + 1)
+
+    add_routing(network, mode="halves")
+    t = torch.tensor([0, 300, 999])
+    for block in blocks(network):
+        mask, one_window = block.mask(t), task_masks(t, block.routable_channels)
+        if block not in skips:
+            assert torch.equal(mask, one_window)
+            continue
+        backbone = block.routable_channels - skips[block]
+        halves = [task_masks(t, backbone), task_masks(t, skips[block])]
+        assert torch.equal(mask, torch.cat(halves, dim=1))
+        # One window hides channels of the skip alone at first, and of the backbone alone at last.
+        assert one_window[0, :backbone].all() and one_window[2, backbone:].all()
+        assert not mask[0, :backbone].all() and not mask[2, backbone:].all()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_beta_1_is_exactly_the_plain_network(mode):
     assert torch.equal(run(add_routing(base(), beta=1.0, mode=mode)), run(base()))
