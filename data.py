@@ -133,7 +133,11 @@ def open_dataset(task, split, size, root=None, **options):
     folder = folder_of(task, root)
     # Each task decides for itself: some folders may be encoded and others not.
     kind = Encoded if (folder / "encoded.json").is_file() else Folder
-    return kind(folder, task, split, size, **options)
+    dataset = kind(folder, task, split, size, **options)
+    if not dataset.items:
+        raise UserError(f"{folder} has no {split} pictures for {task}; mark some lines of "
+                        f'metadata.jsonl with "split": "{split}"')
+    return dataset
 
 
 def class_names(root=None, task="label"):
@@ -205,9 +209,6 @@ class Folder(ItemDataset):
                             "metadata.jsonl or as readers.py says")
         self.items = Rows(row for row in usable_rows(root) if row["split"] == split)
         self.classes = class_names(root) if task == "label" else None
-        if not self.items:
-            raise UserError(f"{root} has no {split} pictures for {task}; mark some lines of "
-                            f'metadata.jsonl with "split": "{split}"')
 
     def draw_frame(self, rng):
         """Choose what of the pictures is seen, by the rules of the data set's authors."""
@@ -494,15 +495,21 @@ class Encoded(ItemDataset):
         # The shapes stand in the heads of the files, so no tensor is read.
         config = model.unet.config
         side = config["sample_size"]
-        ends = {"latents": [2, model.vae.config["latent_channels"], side, side],
-                "context": [config["cross_attention_dim"]]}
-        for kind, name in (("latents", "latents"), ("texts", "context")):
+        latents = [2, model.vae.config["latent_channels"], side, side]
+        context = [model.tokenizer.length, config["cross_attention_dim"]]
+        needed = dict(latents=[f"latents of shape {latents}"],
+                      texts=[f"context of shape {context}"])
+        if model.text_encoder_2:
+            needed["texts"].append(f"pooled of shape {[model.text_encoder_2.width]}")
+        for kind, tensors in needed.items():
             for path in sorted(self.root.glob(f"{kind}-*.safetensors")):
                 with blaming(path):
-                    shape = open_shard(path).get_slice(name).get_shape()
-                    if shape[-len(ends[name]):] != ends[name]:
-                        raise UserError(f"{path} holds {name} of shape {shape}, which do not fit "
-                                        "this model; delete the file and encode again")
+                    file = open_shard(path)
+                    found = [f"{name} of shape {file.get_slice(name).get_shape()[1:]}"
+                             for name in sorted(file.keys())]
+                    if found != tensors:
+                        raise UserError(f"{path} holds {', '.join(found)}, but this model needs "
+                                        f"{', '.join(tensors)}; delete the file and encode again")
 
     def encode_text(self, prompts):
         """Text states that Model.encode_text would compute -> context (B, S, D), pooled or None."""
@@ -620,6 +627,11 @@ def write_shards(out, kind, rows, encode, batch_size=16):
         # Half precision changes a loss by less than 0.05 %, and halves what is read in each step.
         tensors = {name: torch.cat([part[name] for part in parts]).half().cpu().contiguous()
                    for name in parts[0]}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{path} cannot be written: the {name} that the model computes "
+                                "are not finite in half precision, which ends at 65,504: its "
+                                "weights are damaged or too large")
         with replacing(path) as beside:
             save_file(tensors, beside)
 

@@ -155,8 +155,8 @@ def blaming(path):
         if str(path) in str(error):
             raise
         raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError,
-            RuntimeError, RecursionError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} does not hold what it should ({reason})") from None
 

@@ -596,13 +596,42 @@ def test_another_model_or_size_is_refused(encoded):
 
 
 @pytest.mark.parametrize("kind, name, shape", [("latents", "latents", (12, 2, 2, 16, 16)),
-                                               ("texts", "context", (7, 77, 7))])
+                                               ("texts", "context", (7, 77, 7)),
+                                               ("texts", "context", (7, 128)),
+                                               ("texts", "contexts", (7, 77, 128)),
+                                               ("latents", "texts", (12, 2, 4, 16, 16))])
 def test_files_of_other_shapes_are_named(encoded, tmp_path, kind, name, shape):
     shutil.copytree(encoded, tmp_path / "copy")
     save_file({name: torch.zeros(shape)}, tmp_path / f"copy/{kind}-00000.safetensors")
     dataset = data.Encoded(tmp_path / "copy", "edit", "train", 64)
     with pytest.raises(UserError, match=f"{kind}-00000.safetensors holds {name} of shape"):
         dataset.check(load_model(ASSETS / "tiny"))
+
+
+def test_a_folder_without_pictures_of_a_split_is_named(encoded, tmp_path):
+    copy = shutil.copytree(encoded, tmp_path / "encoded")
+    index = json.loads((copy / "encoded.json").read_text())
+    index["tasks"]["edit"]["train"] = []
+    (copy / "encoded.json").write_text(json.dumps(index))
+    (tmp_path / "pictures").mkdir()
+    write_folder(tmp_path / "pictures", [pair(i, "heldout") for i in range(3)])
+    for name in ("encoded", "pictures"):
+        with pytest.raises(UserError, match=f"{name} has no train pictures for edit; mark some li"):
+            data.open_dataset("edit", "train", 64, tmp_path / name)
+        assert len(data.open_dataset("edit", "heldout", 64, tmp_path / name)) in (2, 3)
+
+
+@pytest.mark.parametrize("part, words", [("vae", "the latents that the model computes are not fin"),
+                                         ("text_encoder", "the context that the model computes")])
+def test_what_half_precision_cannot_hold_is_not_written(pictures, tmp_path, part, words):
+    model = load_model(ASSETS / "tiny")
+    scaled = getattr(model, part)
+    scaled = scaled.quant_conv if part == "vae" else scaled.text_model.final_layer_norm
+    with torch.no_grad():
+        scaled.weight *= 1e6
+    with pytest.raises(UserError, match=words):
+        data.encode_folder(model, pictures, tmp_path / "out", "cpu")
+    assert not list((tmp_path / "out").glob(f"{'latents' if part == 'vae' else 'texts'}*"))
 
 
 def test_a_folder_is_not_encoded_into_itself(pictures):
