@@ -505,7 +505,8 @@ def replacing(path):
     temporary file of its own, which a killed process leaves behind: it lands in that folder too,
     and the next writer removes the folders of processes that are gone.
     """
-    path = Path(path)
+    # A link stays, and what it leads to is written.
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         with writing(path):

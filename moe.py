@@ -294,20 +294,26 @@ def check(moe, latent, inner_widths):
 
     tasks, N, channels = moe["tasks"], moe["num_experts"], moe["in_channels"]
     G = 1 / max(N, 1) if moe["expert_width"] is None else moe["expert_width"]
+    units = ", ".join(map(str, sorted(inner_widths)))
+    wanted = ", ".join(f"{task} {number}" for task, number in channels.items())
     conditions = {
-        "tasks that are unique names": tasks and len(set(tasks)) == len(tasks),
-        f"in_channels for each task, at least the {latent} of the noisy latent":
+        f"tasks that are unique names, not {', '.join(tasks) or 'none'}":
+            tasks and len(set(tasks)) == len(tasks),
+        f"in_channels for each task, at least the {latent} of the noisy latent, not {wanted}":
             channels.keys() == set(tasks) and min(channels.values(), default=0) >= latent,
-        "at least one expert": N >= 1,
-        "a whole number for num_experts x expert_width": whole(N * G),
-        f"experts that cut the {inner_widths} units of a layer evenly":
+        f"at least one expert, not num_experts {N}": N >= 1,
+        # The largest networks in the paper's Table 4 have N G = 4.
+        f"a whole number up to 16 for num_experts x expert_width, not {N} x {G:g}":
+            whole(N * G) and N * G < 16.5,
+        f"experts that cut the {units} units of a layer evenly, not num_experts {N} of width {G:g}":
             all(whole(inner * G) for inner in inner_widths),
-        "a top_k from 1 to num_experts": moe["top_k"] in (None, *range(1, N + 1)),
-        "init preserve or literal": moe["init"] in ("preserve", "literal"),
+        f"a top_k from 1 to num_experts, not {moe['top_k']} of {N}":
+            moe["top_k"] is None or moe["top_k"] in range(1, N + 1),
+        f"init preserve or literal, not {moe['init']}": moe["init"] in ("preserve", "literal"),
     }
     for words, holds in conditions.items():
         if not holds:
-            raise UserError(f"MTU takes {words}; this is {moe}")
+            raise UserError(f"MTU takes {words}")
 
 
 def trainable(unet, which="list"):

@@ -206,8 +206,7 @@ def check_args(args):
               "workers": (0, 256), "seed": (0, 2 ** 62), "lr": (1e-12, 1e3),
               "weight_decay": (0, 1e3), "consistency": (0, 1e6), "drop": (0, 0.999),
               "modality_weight": (0, 1e6), "k": (-1e6, 1e6), "p_global": (0, 1),
-              "num_experts": (1, 1000), "expert_width": (1e-3, 100), "top_k": (1, 1000),
-              "alpha": (1e-6, 1e6), "beta": (1e-6, 1)}
+              "num_experts": (1, 1000), "alpha": (1e-6, 1e6), "beta": (1e-6, 1)}
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:

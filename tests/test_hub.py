@@ -41,6 +41,20 @@ def test_a_file_or_a_folder_takes_its_place_when_all_of_it_is_there(tmp_path):
     assert {text for text in files(tmp_path).values() if text} == {"whole", "also"}
 
 
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    """Also where it leads to nothing yet, and whether a file or a folder comes."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a.txt", "folder"):
+        (tmp_path / name).symlink_to(f"elsewhere/{name}")
+    for text in ("first", "second"):
+        hub.write_text(tmp_path / "a.txt", text)
+        assert files(tmp_path / "elsewhere") == {"a.txt": text}
+    with replacing(tmp_path / "folder") as beside:
+        (beside / "inner").mkdir(parents=True)
+    assert (tmp_path / "elsewhere" / "folder" / "inner").is_dir()
+    assert all((tmp_path / name).is_symlink() for name in ("a.txt", "folder"))
+
+
 @pytest.mark.parametrize("error, raised", [
     (KeyboardInterrupt(), KeyboardInterrupt), (RuntimeError("a bug"), RuntimeError),
     (OSError(28, "No space left on device"), UserError), (SafetensorError("broken"), UserError)])
