@@ -12,6 +12,8 @@ Diffusion.variance_loss). ADM is the backbone of MT-Diffusion and of DTR's resul
 The forward pass and `Cond` are those of unet.py, so DTR, DeMe and MT-Diffusion attach as they do
 there. MTU finds no feed-forward network here. Only models on pixels need this file.
 
+    python adm.py       draws ADM's layers, their shapes and where DTR's masks attach
+
 Letters: as in unet.py.
 """
 import torch
@@ -19,7 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import unet
-from hub import UserError, fetch, older_attention_names
+from chart import Box, diagram, output_shapes
+from hub import Parser, UserError, command, fetch, older_attention_names, replacing
 from unet import Cond, UNet
 
 # -------------------------------------------------------------------------------------------------
@@ -334,3 +337,66 @@ def places(path_or_hub_id):
         top = fetch(path_or_hub_id, "")
         return top, top
     return unet_folder, fetch(path_or_hub_id, "scheduler")
+
+
+# -------------------------------------------------------------------------------------------------
+# The demonstration
+
+NAMES = {unet.Conv2d: "convolution", nn.Conv2d: "convolution", ResnetBlock2D: "residual",
+         Attention: "attention"}
+NOTES = (
+    "Blue: channels x height x width of the tensor that leaves a box.",
+    "Orange: how many channels each residual block or attention reads. DTR's mask acts on them at",
+    "the entry of the update; the skip path around it stays whole.",
+    "On the way up a residual block reads the tensors from below and from the left, side by side.",
+    "t and the class scale and shift the second norm of each residual block.",
+)
+
+
+def layers_of(block):
+    """List the layers of a level, a residual block and its attention together."""
+    return [[resnet, *block.attentions[i:i + 1]] for i, resnet in enumerate(block.resnets)]
+
+
+def network_boxes(config):
+    """Describe a U-Net -> its boxes, one for each tensor that is handed on, and the arrows."""
+    with torch.device("meta"):      # tensors have shapes but no memory
+        network = UNet2D(config)
+        size = config["sample_size"]
+        x = torch.empty(1, network.config["in_channels"], size, size)
+        shapes = output_shapes(network, x, 0, None, added=dict(class_labels=torch.tensor([0])))
+    groups = [[network.conv_in]]
+    for block in network.down_blocks:
+        groups += layers_of(block) + [[layer] for layer in block.downsamplers]
+    first, last = network.mid_block.resnets
+    groups.append([first, *network.mid_block.attentions, last])
+    depth = len(groups)
+    for block in network.up_blocks:
+        groups += layers_of(block)
+        groups[-1].extend(block.upsamplers)
+    groups.append([network.conv_out])
+
+    boxes = [Box(0, 0, "x_t", tuple(x.shape[1:]))]
+    for i, group in enumerate(groups, 1):
+        masks = [str(layer.routable_channels) for layer in group
+                 if hasattr(layer, "routable_channels")]
+        # The way up is as long as the way down, and the middle is the turn.
+        boxes.append(Box(int(i > depth), min(i, 2 * depth - i),
+                         ", ".join(NAMES[type(layer)] for layer in group),
+                         shapes[group[-1]], "  ".join(masks)))
+    arrows = [(i, i + 1) for i in range(2 * depth)]
+    return boxes, arrows + [(i, 2 * depth - i) for i in range(1, depth)]
+
+
+def main():
+    parser = Parser("Draw ADM's layers, the shapes after them and where DTR's masks attach.")
+    parser.add_argument("--out", default="samples/adm.png", help="file for the picture")
+    args = parser.parse_args()
+    picture = diagram(*network_boxes(CONFIGS["adm"]), NOTES)
+    with replacing(args.out) as file:
+        picture.save(file, format="PNG")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    command(main)

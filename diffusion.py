@@ -20,6 +20,8 @@ Timesteps run from 0 to T - 1 as in diffusers: alpha_bar[0] is the level after t
 noise, and no index means "clean". alpha_bar is called a_t in MTU and alpha_t in DDIM. It splits
 each x_t into signal and noise, x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps.
 
+    python diffusion.py     draws schedules, loss weights, and samplers at work in one dimension
+
 Letters: B batch, C channels, H W latent or picture, T training timesteps, K branches of guidance.
 """
 import math
@@ -27,8 +29,10 @@ from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 
-from hub import UserError, blaming, is_number
+from chart import arrange, numbers, plot
+from hub import Parser, UserError, blaming, command, is_number, replacing
 
 # -------------------------------------------------------------------------------------------------
 # The schedule
@@ -232,7 +236,10 @@ class Diffusion:
     # ---------------------------------------------------------------------------------------------
     # What the network predicts: the noise eps, or v, a mixture of noise and picture. To tell eps
     # from x_t is trivial where x_t is nearly all noise; v has something to say at every level, and
-    # it is what a schedule that ends at alpha_bar = 0 needs.
+    # it is what a schedule that ends at alpha_bar = 0 needs. As signal^2 + sigma^2 = 1, x_t and v
+    # are x0 and eps turned by an angle, and the turn back solves them. The mixed terms cancel:
+    #     x_t = signal x0 + sigma eps     signal x_t - sigma v = (signal^2 + sigma^2) x0 = x0
+    #     v = signal eps - sigma x0       sigma x_t + signal v = (sigma^2 + signal^2) eps = eps
 
     def target(self, x0, noise, t):
         """Return what the network should predict at add_noise(x0, noise, t), (B, C, H, W)."""
@@ -312,7 +319,9 @@ class Diffusion:
         predicts_noise = self.config["prediction_type"] == "epsilon"
         if kind == "none" or (kind == "v" and not predicts_noise):
             return torch.ones_like(alpha_bar)
-        # Both forms are finite at alpha_bar = 0, where min(5, snr) / snr would be 0 / 0.
+        # At a given x_t, x0 = (x_t - sigma eps) / signal, with which v = signal eps - sigma x0 is
+        # (eps - sigma x_t) / signal. So an error of eps, over signal, is an error of v.
+        # The forms below are finite at alpha_bar = 0, where min(5, snr) / snr would be 0 / 0.
         snr = alpha_bar / (1 - alpha_bar)
         weight = {"v": 1 / alpha_bar, "min-snr": (5 / snr).clamp(max=1), "p2": 1 / (1 + snr)}[kind]
         return weight if predicts_noise else weight * alpha_bar
@@ -401,6 +410,16 @@ def posterior(alpha_bar, alpha_bar_prev):
     Four tensors of their shape: the factors of x_0 and of x_t in the mean, the variance, and beta,
     the variance of q(x_t | x_{t-1}).
     """
+    # By Bayes' rule the density of x = x_{t-1} is, but for a factor, the product of
+    #     q(x | x_0) = N(x; sqrt(alpha_bar_prev) x_0, 1 - alpha_bar_prev)  and
+    #     q(x_t | x) = N(x_t; sqrt(alpha) x, beta).
+    # The sum of their exponents is -(P x^2 - 2 Q x) / 2 and terms without x, so it is a Gaussian in
+    # x of variance 1 / P and mean Q / P, with
+    #     P = 1 / (1 - alpha_bar_prev) + alpha / beta
+    #     Q = sqrt(alpha_bar_prev) x_0 / (1 - alpha_bar_prev) + sqrt(alpha) x_t / beta.
+    # On one denominator P is (beta + alpha - alpha alpha_bar_prev) / (beta (1 - alpha_bar_prev)),
+    # whose numerator is 1 - alpha_bar. Dividing Q by it gives the two factors below.
+    #
     # Where timesteps are left out between the two, alpha and beta are those of one long step.
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
@@ -709,3 +728,76 @@ def randn(shape, generators=None, device="cpu"):
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}")
     return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generators]).to(device)
+
+
+# -------------------------------------------------------------------------------------------------
+# The demonstration
+
+SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+EXAMPLES = {
+    "linear (DDPM)": {},
+    "scaled_linear (SD)": SD,
+    "squaredcos_cap_v2": dict(beta_schedule="squaredcos_cap_v2"),
+    "zero terminal SNR": SD | dict(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+}
+
+
+def exact_noise(diffusion, x, t):
+    """Return the mean of eps given x_t, if x_0 is -1 or 1 with equal odds: a perfect network."""
+    signal, sigma = diffusion.signal_noise(t, x)
+    # By Bayes' rule the odds of 1 against -1 are those of two Gaussians' densities at x_t,
+    #     exp(((x_t + signal)^2 - (x_t - signal)^2) / (2 sigma^2)) = exp(2 signal x_t / sigma^2).
+    x0 = torch.tanh(signal * x / sigma ** 2)
+    return (x - signal * x0) / sigma
+
+
+def sample_paths(diffusion, sampler, starts, steps=100):
+    """Sample such x_0 from starts (B,) -> x_t at each timestep visited, and x_0 (steps + 1, B)."""
+    path = [starts.view(-1, 1, 1, 1)]
+    SAMPLERS[sampler](diffusion, partial(exact_noise, diffusion), path[0], steps,
+                      generators=seeded(range(len(starts))),
+                      callback=lambda i, t, x, x0: path.append(x))
+    return torch.stack(path).flatten(1)
+
+
+def draw_paths(time, size):
+    """Draw paths of two samplers on the density of x_t, which is dark where x_t is likely."""
+    diffusion = Diffusion.from_config(dict(timestep_spacing="trailing", clip_sample=False))
+    curves = [(sampler, diffusion.timesteps(100) + [0], path)
+              for sampler, starts in (("ddim", [-2, -1.2, -0.4, 0.4, 1.2, 2]), ("ddpm", [-1, 1]))
+              for path in sample_paths(diffusion, sampler, torch.tensor(starts)).T]
+    x = torch.linspace(3, -3, 240)[:, None]
+    signal = diffusion.alpha_bar.sqrt()
+    density = sum(torch.exp(-(x - mean) ** 2 / (2 - 2 * diffusion.alpha_bar))
+                  for mean in (signal, -signal))                                    # (240, T)
+    shade = 255 - 130 * density / density.amax(0)
+    return plot("sampling, from right to left, where x_0 is -1 or 1", time,
+                numbers("x_t", -3, -1, 1, 3), curves, Image.fromarray(shade.byte().numpy()), size)
+
+
+def main():
+    parser = Parser("Draw noise schedules, loss weights, and samplers on an exact example.")
+    parser.add_argument("--out", default="samples/diffusion.png", help="file for the picture")
+    args = parser.parse_args()
+    t = torch.arange(1000)
+    time = numbers("timestep t", 0, 250, 500, 750, 999)
+    size = (600, 200)
+    ratios = []
+    for name, config in EXAMPLES.items():
+        alpha_bar = Diffusion.from_config(config).alpha_bar
+        ratios.append((name, t, (alpha_bar / (1 - alpha_bar)).log10()))
+    weights = [(kind, t, Diffusion.from_config(SD).weight(t, kind).log10())
+               for kind in ("v", "min-snr", "p2", "none")]
+    sheet = arrange([
+        plot("signal-to-noise ratio of four schedules", time,
+             numbers("snr", 1e-5, 0.01, 1, 100, 1e5, log=True), ratios, size=size),
+        plot("weight of the error of predicted noise, scaled_linear", time,
+             numbers("weight", 0.001, 0.1, 1, 10, 1000, log=True), weights, size=size),
+        draw_paths(time, size)])
+    with replacing(args.out) as file:
+        sheet.save(file, format="PNG")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    command(main)

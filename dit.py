@@ -29,7 +29,7 @@ DTR attaches as in unet.py: routing.Routed turns a block into block(m x) + (1 - 
 for line the official DTR code. Every block has the same width and therefore the same mask; the last
 layer is not routed. The random masks of the control R-TR are drawn for each block anew, there too.
 
-    python dit.py             prints the sizes of all configurations
+    python dit.py       prints the sizes of all configurations, and draws DiT-XL/2
 
 Letters: B batch, C channels, H W height and width of the latent, p patch size, L = H W / p^2
 tokens, D width.
@@ -40,7 +40,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import Parser, UserError, command, complete, fetch, load_module, save_weights
+from chart import Box, diagram, output_shapes
+from hub import Parser, UserError, command, complete, fetch, load_module, replacing, save_weights
 from unet import Attention, Cond, TimestepEmbedding, call, recompute, sinusoidal
 
 # -------------------------------------------------------------------------------------------------
@@ -350,9 +351,49 @@ class DiT(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # The demonstration
 
+NOTES = (
+    "Left: the network. Middle: one of its blocks, with DTR. Right: what t and the class do.",
+    "Blue: the tensor that leaves a box, tokens x channels but for pictures and vectors.",
+    "Orange: where DTR's mask m acts, and on how many channels. The updates of a block do not read",
+    "what m hides of x, but write to all channels. (1 - m) x leads the hidden ones around them.",
+)
+
+
+def network_boxes(config):
+    """Describe a DiT -> its boxes and the arrows between them."""
+    with torch.device("meta"):
+        dit = DiT(config)
+        c = dit.config
+        x = torch.empty(1, c["in_channels"], c["sample_size"], c["sample_size"])
+        shapes = output_shapes(dit, x, 0, torch.tensor([0]))
+    block = dit.transformer_blocks[0]
+    tokens = shapes[block]
+    mask = str(block.routable_channels)
+    boxes = [
+        Box(0, 0, "z_t", tuple(x.shape[1:])),
+        Box(0, 1, "each patch becomes a token", shapes[dit.pos_embed]),
+        Box(0, 2, f"{c['num_layers']} transformer blocks", tokens, mask),
+        Box(0, 3, "norm, scaled and shifted by c", tokens),
+        Box(0, 4, "linear layer: tokens become patches", shapes[dit.proj_out_2]),
+        Box(0, 5, "noise and variance", shapes[dit]),
+        Box(1, 0, "x", tokens),
+        Box(1, 1, "m x", tokens, mask),
+        Box(1, 2, "+ gate_1 attention(norm)", shapes[block.attn1]),
+        Box(1, 3, "+ gate_2 MLP(norm)", shapes[block.ff]),
+        Box(1, 4, "+ (1 - m) x", tokens),
+        Box(2, 0, "t, class"),
+        Box(2, 1, "c, for all blocks", shapes[block.norm1.emb]),
+        Box(2, 2, "shifts, scales and gates", shapes[block.norm1.linear]),
+    ]
+    down = [(i, i + 1) for i in range(len(boxes) - 1) if boxes[i].column == boxes[i + 1].column]
+    return boxes, down + [(13, 8), (13, 9)]
+
+
 def main():
     from torch.utils.flop_counter import FlopCounterMode
-    Parser("Print the sizes of the configurations.").parse_args()
+    parser = Parser("Print the sizes of the configurations, and draw DiT-XL/2.")
+    parser.add_argument("--out", default="samples/dit.png", help="file for the picture")
+    args = parser.parse_args()
     print("GMACs are billions of multiplications, each with its addition, for one forward pass of")
     print("one picture. The paper calls them Gflops (DiT-XL/2: 118.64, with 675 M parameters).")
     print("config    blocks  width  heads  tokens   parameters    GMACs")
@@ -369,6 +410,10 @@ def main():
         print(f"{name:<8}{c['num_layers']:>8}{dit.proj_out_1.in_features:>7}"
               f"{c['num_attention_heads']:>7}{dit.pos_embed.base ** 2:>8}{parameters:>13,}"
               f"{gmacs:>9.2f}")
+    picture = diagram(*network_boxes(CONFIGS["dit-xl"]), NOTES)
+    with replacing(args.out) as file:
+        picture.save(file, format="PNG")
+    print(args.out)
 
 
 if __name__ == "__main__":

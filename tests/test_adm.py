@@ -2,13 +2,15 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adm
 import aggregation
 import emoji
 import hub
-from adm import CONFIGS, Pixels, SCHEDULER, UNet2D, places, scheduler_for, zero_outputs
+from adm import CONFIGS, Pixels, SCHEDULER, UNet2D, network_boxes, places, scheduler_for
+from adm import zero_outputs
 from conftest import call
 from data import to_pil
 from hub import UserError
@@ -242,3 +244,28 @@ def test_zeroed_outputs_make_every_block_its_skip_path_and_the_network_zero(name
     labels = dict(class_labels=torch.zeros(2, dtype=torch.long))
     out = network(torch.randn(2, 3, size, size), torch.tensor([3, 900]), None, added=labels)
     assert not out.any()
+
+
+def test_the_diagram_shows_every_mask_and_what_is_concatenated(tmp_path):
+    boxes, arrows = network_boxes(CONFIGS["adm"])
+    masks = [[int(number) for number in box.mask.split()] for box in boxes]
+    # What a residual block or attention reads is as wide as its first norm, in diffusers too.
+    with torch.device("meta"):
+        theirs = UNet2DModel(**CONFIGS["adm"])
+    norms = [len(p) for name, p in theirs.named_parameters()
+             if name.endswith((".norm1.weight", ".group_norm.weight"))]
+    assert sorted(sum(masks, [])) == sorted(norms) and len(norms) > 50
+    # A box reads what the box before it puts out, on the way up beside the skip connection.
+    assert boxes[0].shape == (3, 64, 64) and boxes[-1].shape == (6, 64, 64)
+    skips = set(arrows) - {(i, i + 1) for i in range(len(boxes) - 1)}
+    assert len(skips) == 16
+    for end, box in enumerate(boxes[1:], 1):
+        below, *beside = [boxes[i] for i, j in sorted(arrows, reverse=True) if j == end]
+        for skip in beside:
+            assert skip.row == box.row and skip.column < box.column
+            assert skip.shape[1:] == below.shape[1:]
+        if masks[end]:
+            assert masks[end][0] == below.shape[0] + sum(skip.shape[0] for skip in beside)
+            assert len(masks[end]) == box.text.count(",") + 1
+    assert call("adm.py", "--out", tmp_path / "adm.png").returncode == 0
+    assert Image.open(tmp_path / "adm.png").height > 700

@@ -29,7 +29,8 @@ def test_a_background_fills_the_frame_to_the_pixel(label):
 
 def test_a_curve_passes_through_its_points_and_ends_at_the_frame():
     xs = np.linspace(-5, 15, 2001)
-    chart = plot("title", X, DOWN, [("line", xs, 0.4 * xs), ("line", xs, 0 * xs + 3)], size=(100, 80))
+    curves = [("line", xs, 0.4 * xs), ("line", xs, 0 * xs + 3)]
+    chart = plot("title", X, DOWN, curves, size=(100, 80))
     colour = [int(COLOURS[0][i:i + 2], 16) for i in (1, 3, 5)]
     coloured = (abs(np.asarray(chart).astype(int) - colour) < 40).all(-1)
     assert not coloured[:, :20].any()

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 import diffusion
-from diffusion import (CORRECTIONS, SAMPLERS, STEPPING, Diffusion, UncertaintyWeight, ddim, guide,
-                       partway, randn, seeded)
-from conftest import ROOT
+from diffusion import (CORRECTIONS, SAMPLERS, STEPPING, Diffusion, UncertaintyWeight, ddim,
+                       exact_noise, guide, partway, randn, sample_paths, seeded)
+from conftest import ROOT, call
 from hub import UserError
 from sample import generate, load_model
 
@@ -693,3 +694,38 @@ def test_cuda_draws_the_same_picture():
     assert gpu.is_cuda and torch.allclose(cpu, gpu.cpu(), atol=1e-4)
     t = torch.tensor([1, 900], device="cuda")
     assert make().loss(learned(gpu, t), gpu, gpu, t, "v").is_cuda
+
+
+# ---- the demonstration ----
+
+def test_the_exact_noise_is_the_score_of_the_density():
+    """eps = -sigma d/dx log p(x_t), of the mixture that noise makes of the points -1 and 1."""
+    d = Diffusion.from_config({})
+    t = torch.arange(0, 1000, 37)
+    signal, sigma = d.signal_noise(t, t)
+    x = (signal * torch.linspace(-1.2, 1.2, 9)).double().requires_grad_()
+    densities = [Normal(signal * x0, sigma).log_prob(x) for x0 in (-1.0, 1.0)]
+    score, = torch.autograd.grad(torch.logsumexp(torch.stack(densities), 0).sum(), x)
+    assert torch.allclose(exact_noise(d, x, t), -sigma * score, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_paths_of_the_demonstration(sampler):
+    """They end at -1 and 1 alike, by way of marginals whose mean square is alpha_bar + sigma^2."""
+    d = Diffusion.from_config(dict(timestep_spacing="trailing", clip_sample=False))
+    starts = torch.linspace(0, 1, 402)[1:-1].erfinv() * 2 ** 0.5        # normal quantiles
+    starts = torch.cat([-starts.flip(0), starts])
+    path = sample_paths(d, sampler, starts)
+    assert path.shape == (101, 800) and torch.equal(path[0], starts)
+    assert (path[-1].abs() - 1).abs().max() < 1e-3
+    assert abs(path[-1].mean()) < (1e-3 if sampler == "ddim" else 0.06)
+    assert (path.square().mean(1) - 1).abs().max() < 0.15
+    if sampler == "ddim":
+        # One equation without noise drives all: they keep their order and never cross.
+        assert (path.diff(dim=1) >= -1e-5).all()
+
+
+def test_the_demonstration(tmp_path):
+    done = call("diffusion.py", "--out", tmp_path / "d.png")
+    assert done.returncode == 0 and str(tmp_path / "d.png") in done.stdout
+    assert (np.asarray(Image.open(tmp_path / "d.png")) < 255).any()

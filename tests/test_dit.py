@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 import numpy as np
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import aggregation
 import hub
 from conftest import call
 from data import ASSETS
-from dit import CONFIGS, DiT
+from dit import CONFIGS, DiT, network_boxes
 from hub import UserError
 from routing import MODES, add_routing, random_masks, task_masks
 from sample import generate, load_model, pipeline_index
@@ -478,10 +479,31 @@ def test_a_dit_has_no_heads_of_mt_diffusion(tmp_path):
         aggregation.prepare(load_model(tmp_path), "translate", "source")
 
 
-def test_the_demonstration_prints_the_published_sizes():
-    done = call("dit.py")
-    assert done.returncode == 0
+def test_the_demonstration_prints_the_published_sizes(tmp_path):
+    done = call("dit.py", "--out", tmp_path / "dit.png")
+    assert done.returncode == 0 and Image.open(tmp_path / "dit.png").width > 1000
     rows = {row[0]: row for row in map(str.split, done.stdout.splitlines())}
     for name, published in [("dit-s", 6.06), ("dit-b", 23.01), ("dit-l", 80.71),
                             ("dit-xl", 118.64)]:
         assert abs(float(rows[name][-1]) / published - 1) < 0.001
+
+
+@pytest.mark.parametrize("name", ["dit-s", "dit-xl"])
+def test_the_diagram_has_the_papers_shapes(name):
+    boxes, arrows = network_boxes(CONFIGS[name])
+    by_place = {(box.column, box.row): box for box in boxes}
+    assert len(by_place) == len(boxes)
+    width, depth = {"dit-s": (384, 12), "dit-xl": (1152, 28)}[name]
+    # 32 x 32 latents in patches of 2 x 2 are 256 tokens, and the last layer makes noise and
+    # variance of 2 x 2 x 4 numbers from each.
+    tokens = (256, width)
+    assert [by_place[0, row].shape for row in range(6)] == [
+        (4, 32, 32), tokens, tokens, tokens, (256, 32), (8, 32, 32)]
+    assert {by_place[1, row].shape for row in range(5)} == {tokens}
+    assert [by_place[2, row].shape for row in range(3)] == [(), (width,), (6 * width,)]
+    masks = {place: box.mask for place, box in by_place.items() if box.mask}
+    assert masks == {(0, 2): f"{width}", (1, 1): f"{width}"}
+    assert str(depth) in by_place[0, 2].text
+    # Every box but the three inputs is reached by an arrow.
+    assert {boxes[end].row for _, end in arrows} == {1, 2, 3, 4, 5}
+    assert len({end for _, end in arrows}) == len(boxes) - 3
