@@ -71,7 +71,9 @@ LAMBDA = 0.1
 
 # -------------------------------------------------------------------------------------------------
 # The weights w_t. The paper does not print them; its prose suggests that they are small "when t is
-# small". Weights of order 1 would drown the unit noise. The functions below are our choices.
+# small". Weights of order 1 would drown the unit noise. The functions below are our choices. Each
+# is Eq. 7, c_t = sqrt(a_t) (c_{t-1} + w_t), solved for the c_t that is wanted:
+#     w_t = c_t / sqrt(a_t) - c_{t-1},    where sqrt(ab_t / a_t) = sqrt(ab_{t-1})
 
 def on_cpu(numbers):
     """Make a float64 tensor on the CPU, also where new tensors are made on another device."""
@@ -91,6 +93,8 @@ def vanishing(alpha_bar, k=1.0):
     c_t is zero at both ends of a process that ends in pure noise, and at most k / 4. Where ab_T is
     not quite zero, as with Stable Diffusion's betas, sampling starts from noise and a little of E.
     """
+    # w_t / k = sqrt(ab_{t-1}) (1 - sqrt(ab_t)) - sqrt(ab_{t-1}) (1 - sqrt(ab_{t-1}))
+    #         = sqrt(ab_{t-1}) (sqrt(ab_{t-1}) - sqrt(ab_t))
     a, before = alphas(alpha_bar)
     return k * before * (1 - a.sqrt())
 
@@ -101,6 +105,7 @@ def interpolating(alpha_bar, k=1.0):
     The mean goes from z_0 to k E. This is for x that is always known: sampling starts from k E.
     """
     # Eq. 8 is lost. This is its likeliest form, and the factor k is ours.
+    # w_t / k = 1 / sqrt(a_t) - sqrt(ab_{t-1}) - (1 - sqrt(ab_{t-1})) = 1 / sqrt(a_t) - 1
     a, _ = alphas(alpha_bar)
     return k * (1 - a.sqrt()) / a.sqrt()
 
@@ -182,9 +187,13 @@ class Aggregation:
 
     def marginal(self, z0, E, t):
         """Eq. 4 and 7 -> mean and std of z_t."""
-        # By induction over Eq. 3, where the noises add up (Lemma 3),
-        #     a_t (1 - ab_{t-1}) + (1 - a_t) = 1 - ab_t,
-        # and so do the means: sqrt(a_t) (sqrt(ab_{t-1}) z_0 + C_{t-1} + A_t).
+        # By induction from z_0 itself, where ab_0 = 1 and C_0 = 0. Put
+        #     z_{t-1} = sqrt(ab_{t-1}) z_0 + C_{t-1} + sqrt(1 - ab_{t-1}) e
+        # into Eq. 3, with another noise e' that is independent of e (Lemma 3):
+        #     z_t = sqrt(a_t ab_{t-1}) z_0 + sqrt(a_t) (C_{t-1} + A_t)
+        #           + sqrt(a_t (1 - ab_{t-1})) e + sqrt(1 - a_t) e'
+        # a_t ab_{t-1} is ab_t, and the second term is C_t. The variances of the noises add up to
+        # a_t - ab_t + 1 - a_t = 1 - ab_t. Unrolled, C_t = sum_{s<=t} sqrt(ab_t / ab_{s-1}) A_s.
         ab = self.at(self.ab, t)
         mean = like(ab.sqrt(), z0) * z0 + self.aggregate(E, t)
         return mean, like((1 - ab).sqrt(), z0)
@@ -192,11 +201,18 @@ class Aggregation:
     def posterior(self, z0, zt, E, t, r=None):
         """Eq. 5 and 9 -> mean and var of z_{t-1}, or of z_r for any r < t."""
         # Lemma 4 multiplies two Gaussians in z: N(z; sqrt(ab_{t-1}) z_0 + C_{t-1}, 1 - ab_{t-1})
-        # and N(z_t; sqrt(a_t) (z + A_t), 1 - a_t). The mean of the product, times 1 - ab_t, is
+        # and N(z_t; sqrt(a_t) (z + A_t), 1 - a_t). As in diffusion.posterior, the product has
+        # variance 1 / P and mean Q / P with
+        #     P = 1 / (1 - ab_{t-1}) + a_t / (1 - a_t) = (1 - ab_t) / ((1 - ab_{t-1}) (1 - a_t))
+        #     Q = (sqrt(ab_{t-1}) z_0 + C_{t-1}) / (1 - ab_{t-1})
+        #         + sqrt(a_t) (z_t - sqrt(a_t) A_t) / (1 - a_t),
+        # so the mean, times 1 - ab_t, is
         #     sqrt(ab_{t-1}) (1 - a_t) z_0 + sqrt(a_t) (1 - ab_{t-1}) z_t
         #     + (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t.
         # The code says the same in y_t = z_t - C_t, where it is DDPM's Eq. 7, and adds C_r to the
-        # result. Over several steps a is the product of the alphas between.
+        # result: -sqrt(a_t) (1 - ab_{t-1}) C_t + (1 - ab_t) C_{t-1} is the second line, because
+        # C_t = sqrt(a_t) (C_{t-1} + A_t) and 1 - ab_t - a_t (1 - ab_{t-1}) = 1 - a_t.
+        # Over several steps a is the product of the alphas between.
         r = t - 1 if r is None else r
         of_z0, of_y, var, _ = self.ddpm(t, r, zt)
         mean = of_z0 * z0 + of_y * (zt - self.aggregate(E, t)) + self.aggregate(E, r)
@@ -208,7 +224,9 @@ class Aggregation:
         ab_t must be above 0. `sample` uses `posterior`, which is equal to it and also steps over
         several timesteps.
         """
-        # Put z_0 = (z_t - C_t - sqrt(1 - ab_t) eps) / sqrt(ab_t) into the mean above. Since
+        # Put z_0 = (z_t - C_t - sqrt(1 - ab_t) eps) / sqrt(ab_t) into the mean above, times
+        # 1 - ab_t. Its first term becomes (1 - a_t) (z_t - C_t - sqrt(1 - ab_t) eps) / sqrt(a_t).
+        # The terms in z_t are then, times sqrt(a_t), 1 - a_t + a_t (1 - ab_{t-1}) = 1 - ab_t. Since
         # C_t / sqrt(a_t) = C_{t-1} + A_t, the terms in E are
         #     (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t - (1 - a_t) (C_{t-1} + A_t),
         # which is -(1 - ab_t) A_t: of X only -A_t remains beside DDPM's Eq. 11 (Remark 2).
@@ -623,13 +641,19 @@ def loss(heads, predict, z0, batch_x, noise, t, *, head_weight=LAMBDA, **weighti
     # The paper's prose names the four terms of Eq. 2, and this is our derivation. Eq. 1 draws X at
     # each step; q(x_i) is the example's own x_i, always the same. We assume that z_{t-1} and the
     # x_i are independent given z_t: p(z_{t-1}, X | z_t) = p(z_{t-1} | z_t) prod_i p(x_i | z_t).
-    # DDPM's bound on -log p(z_0) is then the mean of
+    # By Jensen's inequality -log p(z_0) is at most the mean over q of log(q / p), where q is the
+    # density of all that is drawn after z_0, and p that of the same and z_0. With Eq. 1 this is
+    #     -log p(z_T) + sum_t log(q(z_t | z_{t-1}, X) / p(z_{t-1} | z_t))
+    #     + sum_t sum_i log(q(x_i) / p(x_i | z_t)).
+    # By Bayes' rule q(z_t | z_{t-1}, X) = q(z_{t-1} | z_t, z_0, X) q(z_t | z_0, X) / q(z_{t-1} |
+    # z_0, X) for t > 1. The quotients of the last two, and q(z_1 | z_0, X) at t = 1, telescope to
+    # q(z_T | z_0, X). The mean of log(q / p) of one variable is a KL, so the bound is the mean of
     #     KL(q(z_T | z_0, X) || p(z_T)) + sum_{t>1} KL(q(z_{t-1} | z_t, z_0, X) || p(z_{t-1} | z_t))
     #     + sum_t sum_i KL(q(x_i) || p(x_i | z_t)) - log p(z_0 | z_1).
-    # By Bayes' rule q(z_t | z_{t-1}, X) = q(z_{t-1} | z_t, z_0, X) q(z_t | z_0, X) / q(z_{t-1} |
-    # z_0, X) for t > 1. These quotients, and q(z_1 | z_0, X), telescope to q(z_T | z_0, X), and the
-    # product of Eq. 1 leaves one KL term of x_i at each step. Eq. 6 replaces the factors of the
-    # denoising terms by 1, and gives the KL terms the factor lambda.
+    # The first term has no parameters. In the second, both Gaussians have the variance s2_t and,
+    # by Eq. 9, means that differ in eps alone, if p's has the same A_t. So it is
+    #     (1 - a_t)^2 / (2 s2_t a_t (1 - ab_t)) || eps - eps_theta ||^2.
+    # Eq. 6 replaces these factors by 1, and gives the KL terms the factor lambda.
     E = torch.stack([batch_x[name].E * batch_x[name].keep[:, None, None, None] for name in heads])
     # Eq. 4, as y_t + C_t: with w = 0 this is DDPM to the last bit.
     z_t = heads.diffusion.add_noise(z0, noise, t) + heads.process.aggregate(E, t)
