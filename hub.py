@@ -108,8 +108,9 @@ def command(main):
         # Under torchrun every process meets the same mistake. As soon as the first has printed it
         # and left, torchrun ends the others with SIGTERM, so they wait here for that. Only a
         # mistake that the first one does not share, such as one machine's full disk, is printed.
+        # On a busy machine the first one takes some seconds to leave.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)
+        time.sleep(10)
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 

@@ -2,7 +2,9 @@
 
 Import it before any module of the project: it puts the project's folder on Python's path.
 """
+import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -12,36 +14,40 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(1, str(ROOT))
 
+import torch  # noqa: E402
+
 from hub import UserError  # noqa: E402
 
 
 # -------------------------------------------------------------------------------------------------
 # Runs
 
-def run(script, options, log, jobs=1):
-    """Run a script of the project in its own process -> what it printed.
+def train(options, out):
+    """Run train.py in processes of its own until it is finished.
 
-    log: the file that receives its output. jobs: how many such processes share the cores.
+    A run that was interrupted resumes. On a CPU it gets as many processes as there are cores, where
+    the batch can be divided so: two processes of one thread are faster than one of two threads. A
+    device draws the whole batch by itself.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch-size", type=int, default=32)
+    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    processes = math.gcd(parser.parse_known_args(options)[0].batch_size, cores)
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node", str(processes)]
+    command += [str(ROOT / "train.py"), *options, "--out", str(out)]
+    log = out.with_suffix(".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run([sys.executable, str(ROOT / script), *options], stdout=file,
-                              stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    printed = log.read_text(encoding="utf-8")
+        done = subprocess.run(command, stdout=file, stderr=file,
+                              env={**os.environ, "OMP_NUM_THREADS": str(cores // processes)})
     if done.returncode:
-        last = (printed.strip().splitlines() or ["killed"])[-1]
-        raise UserError(f"{script} {shlex.join(options)} failed, see {log}: {last}")
-    return printed
-
-
-def train(options, out, jobs=1):
-    """Run train.py until it is finished -> the rows of its log that hold held-out losses.
-
-    A run that was interrupted resumes.
-    """
-    run("train.py", [*options, "--out", str(out)], out.with_suffix(".txt"), jobs)
-    return [row for row in read_log(out) if "held_out" in row]
+        lines = log.read_text(encoding="utf-8").splitlines() or ["killed"]
+        # What torchrun writes stands below the line that says what was wrong.
+        wrong = [line for line in lines if line.startswith("error:")] or lines[-1:]
+        raise UserError(f"train.py {shlex.join(options)} failed, see {log}: {wrong[0]}")
 
 
 def read_log(folder):

@@ -36,10 +36,11 @@ def in_one_process(monkeypatch):
     """Run the scripts' child processes here, one after another."""
     def run(words, stdout, **options):
         before = sys.argv
-        sys.argv = words[1:]
+        script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+        sys.argv = words[script:]
         try:
             with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-                command(importlib.import_module(Path(words[1]).stem).main)
+                command(importlib.import_module(Path(words[script]).stem).main)
         except SystemExit as end:
             return SimpleNamespace(returncode=end.code)
         finally:
