@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import unet
 from chart import Box, diagram, output_shapes
-from hub import Parser, UserError, command, fetch, older_attention_names, replacing
+from hub import MissingFolder, Parser, UserError, command, fetch, older_attention_names, replacing
 from unet import Cond, UNet
 
 # -------------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def places(path_or_hub_id):
     """
     try:
         unet_folder = fetch(path_or_hub_id, "unet")
-    except UserError:
+    except MissingFolder:
         top = fetch(path_or_hub_id, "")
         return top, top
     return unet_folder, fetch(path_or_hub_id, "scheduler")

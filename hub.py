@@ -34,6 +34,7 @@ except ImportError:
 # read, the preferred one first. The variant of weights without averaging, non_ema, is not read.
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16", ".bf16")
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack")  # which others use
 
 
 # -------------------------------------------------------------------------------------------------
@@ -196,6 +197,8 @@ def fetch(path_or_hub_id, subfolder):
     else:
         try:
             root, names = download(name, subfolder)
+        except UserError:
+            raise
         except Exception as error:
             # The hub's client passes on the errors of its HTTP library, whose classes differ from
             # version to version, so all of them are caught.
@@ -237,9 +240,13 @@ def download(hub_id, subfolder):
             root = Path(get(allow_patterns=wanted, local_files_only=True))
             return root, {path.name for path in root.iterdir()}
         raise
-    weights = choose_weights({file.removeprefix(prefix) for file in files})
+    inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    weights = choose_weights(inside)
     if weights is not None:
         wanted = [*wanted, prefix + weights]
+    elif subfolder and any(file.endswith(WEIGHTS) for file in inside):
+        # Nothing is downloaded. Tokenizers and schedulers have no weights of any kind.
+        raise no_weights(f"{hub_id}/{subfolder}", inside)
     root = Path(get(allow_patterns=wanted))
     if weights is not None and weights.endswith(".json"):
         # What the shards are called stands in their index.
@@ -266,6 +273,19 @@ def describe(names):
         return ("it is a checkpoint in a single file; diffusers' from_single_file reads it, and "
                 "save_pretrained then writes the folder that is needed here")
     return "it is not a model in the Hugging Face layout"
+
+
+def find_index(path_or_hub_id):
+    """Find a model -> its folder on this disk, and its model_index.json as a dict."""
+    root = fetch(path_or_hub_id, "")
+    config = root / "config.json"
+    if config.is_file() and not (root / "model_index.json").exists():
+        values = read_json(config)
+        # diffusers' name for what it is, or else transformers'.
+        kind = values.get("_class_name", values.get("model_type"))
+        raise UserError(f"{path_or_hub_id} has no model_index.json: it holds a {kind} alone; name "
+                        "a whole model, with a U-Net, an autoencoder and what else belongs to it")
+    return root, read_json(root / "model_index.json")
 
 
 @functools.cache
@@ -299,18 +319,23 @@ def choose_weights(names):
     return None
 
 
+def no_weights(place, names):
+    """Make the error that a folder with files of these names has no weights that are read."""
+    others = sorted(name for name in names if name.endswith(WEIGHTS))
+    return UserError(
+        f"no weights in {place}: looked for {' and '.join(STEMS)}.safetensors, whole or sharded, "
+        f"and found {', '.join(others) or 'nothing like it'}. diffusers can load another variant "
+        "or a .bin file (which runs code when it is opened) and write safetensors with "
+        "save_pretrained")
+
+
 def weight_files(folder):
     """The safetensors files of a folder, one or several shards."""
     folder = Path(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    names = [path.name for path in folder.iterdir() if path.is_file()]
     chosen = choose_weights(names)
     if chosen is None:
-        others = [name for name in names if not name.endswith((".json", ".txt", ".md"))]
-        raise UserError(
-            f"no weights in {folder}: looked for {' and '.join(STEMS)}.safetensors, whole or "
-            f"sharded, and found {', '.join(others) or 'nothing like it'}. diffusers can load "
-            "another variant or a .bin file (which runs code when it is opened) and write "
-            "safetensors with save_pretrained")
+        raise no_weights(folder, names)
     if chosen.endswith(".json"):
         with blaming(folder / chosen):
             shards = read_json(folder / chosen)["weight_map"].values()

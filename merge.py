@@ -47,8 +47,8 @@ from safetensors.torch import save_file
 
 from clip import Tokenizer
 from diffusion import Diffusion
-from hub import (Parser, UserError, blaming, command, fetch, older_attention_names, open_weights,
-                 pick_device, read_json, replacing, weight_files, write_json)
+from hub import (Parser, UserError, blaming, command, fetch, find_index, older_attention_names,
+                 open_weights, pick_device, read_json, replacing, weight_files, write_json)
 
 # Keys of a U-Net's config.json that record an attached method; absent or null: it is not attached.
 METHODS = dict(moe=None, routing=None, aggregation=None)
@@ -321,8 +321,7 @@ def find_parts(path_or_hub_id):
     this one, or a hub id. The pixel models that DeMe tunes, such as google/ddpm-cifar10-32, have no
     folders: U-Net and scheduler lie at their top.
     """
-    root = fetch(path_or_hub_id, "")
-    index = read_json(root / "model_index.json")
+    root, index = find_index(path_or_hub_id)
     flat = (root / "diffusion_pytorch_model.safetensors").is_file()
     folders = {}
     with blaming(root / "model_index.json"):

@@ -38,7 +38,7 @@ from data import ALL, ASSETS, EXAMPLES, MAX_PIXELS, SDXL_GUIDANCE, TASKS
 from data import on_white, open_image, to_pil, to_tensor
 from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
 from hub import LARGEST_NUMBER, MissingFolder, Parser, UserError, blaming, command, compiled, fetch
-from hub import load_weights, pick_device, read_json, replacing, write_json
+from hub import find_index, load_weights, pick_device, read_json, replacing, write_json
 from unet import UNet
 from vae import VAE
 
@@ -320,7 +320,7 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
 
 def load_parts(path, dtype, device):
     """Load the parts of a model into the CPU's memory -> Model. device: where it will compute."""
-    index = read_json(fetch(path, "") / "model_index.json")
+    _, index = find_index(path)
     name = str(index.get("_class_name"))
     kind = UNet
     if "DiTPipeline" in name:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import hub
+import merge
+import sample
 import train
 from hub import UserError, append_line, load_state, read_scalars, replacing, save_state, write_json
 
@@ -399,6 +401,33 @@ def test_the_hub_gives_one_precision_and_an_index_with_its_shards(there, fetched
     assert found == {*fetched, "unet/config.json"}
     weights = {f"unet/{file.name}" for file in hub.weight_files(tmp_path / "cache" / "unet")}
     assert weights == {name for name in fetched if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt",
+                                  "diffusion_pytorch_model.non_ema.safetensors"])
+def test_a_repository_with_weights_of_another_kind_alone_says_which(name, tmp_path, monkeypatch):
+    serve(monkeypatch, [f"unet/{name}", *OTHERS[-5:], "model_index.json"], tmp_path / "cache")
+    with pytest.raises(UserError, match=f"^no weights in owner/name/unet: .* and found {name}. "
+                                        "diffusers can load another variant .*save_pretrained$"):
+        hub.fetch("owner/name", "unet")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("config, kind", [
+    (dict(_class_name="ControlNetModel"), "ControlNetModel"), (dict(model_type="clip"), "clip"),
+    (dict(_class_name="UNet2DConditionModel"), "UNet2DConditionModel")])
+def test_a_part_of_a_model_is_no_model_and_says_what_it_is(config, kind, tmp_path, monkeypatch):
+    touch(tmp_path / "part", "diffusion_pytorch_model.safetensors")
+    write_json(tmp_path / "part" / "config.json", config)
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: os.listdir("part"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: "part")
+    monkeypatch.chdir(tmp_path)
+    for name in ("part", "owner/name"):
+        for read in (sample.load_model, merge.find_parts):
+            with pytest.raises(UserError, match=f"^{name} has no model_index.json: it holds a {kind}"
+                                                " alone; name a whole model"):
+                read(name)
 
 
 def test_the_hub_gives_parts_without_weights_and_models_without_folders(tmp_path, monkeypatch):

@@ -395,8 +395,8 @@ def test_what_train_py_cannot_go_on_from_is_named_and_nothing_is_written(straigh
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("before", [dict(t2i=1.0), dict.fromkeys([*ALL, "label head"], 1.0), None, 3,
-                                    dict.fromkeys(ALL, float("inf"))])
+@pytest.mark.parametrize("before", [
+    dict(t2i=1.0), dict.fromkeys([*ALL, "label head"], 1.0), None, 3, dict.fromkeys(ALL, np.inf)])
 def test_losses_before_the_run_are_of_this_run(straight, tmp_path, before):
     out = shutil.copytree(straight[0], tmp_path / "a")
     path = out / "state" / "state.safetensors"
