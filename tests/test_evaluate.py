@@ -18,31 +18,34 @@ from sample import load_model
 
 def test_a_picture_is_ranked_among_all():
     """On the pictures themselves each is nearest to itself; elsewhere the nearer ones count."""
-    _, pictures = emoji.plain("heldout")
-    pictures = torch.stack([data.to_tensor(picture) for picture in pictures[:40]])
-    own = torch.arange(40)
-    assert (evaluate.rank_own(pictures, pictures, own) == 0).all()
+    dataset = evaluate.open_examples("t2i", "heldout", 64)
+    judge = measures.Nearest(dataset, range(40))
+    pictures = torch.stack([dataset[i]["target"] for i in range(40)])
     small = torch.nn.functional.interpolate(pictures, scale_factor=0.25, mode="area")
 
     def distance(i, j):
         return ((small[i] - small[j]) ** 2).sum()
 
-    other = (own + 2) % 40
-    expected = [sum(int(distance(i, j) < distance(i, other[i])) for j in range(40))
+    for shift, share in ((0, 1.0), (2, 0.0)):
+        own = [(i + shift) % 40 for i in range(40)]
+        judged = judge.judge([dict(number=number) for number in own], pictures)
+        rank = [sum(int(distance(i, j) < distance(i, own[i])) for j in range(40))
                 for i in range(40)]
-    assert evaluate.rank_own(pictures, pictures, other).tolist() == expected
-    assert max(expected) > 5
+        assert judged["nearest"] == [float(r == 0) for r in rank]
+        assert judged["nearest 10"] == [float(r < 10) for r in rank]
+        assert np.mean(judged["nearest"]) == share
+    assert 0 < np.mean(judged["nearest 10"]) < 1
 
 
 def options(folder, **changes):
     """The arguments that the functions of evaluate.py read."""
     return SimpleNamespace(**dict(
         count=30, split="heldout", data=None, seed=0, steps=1, guidance=1.0, image_guidance=1.0,
-        batch_size=25, model_hash="none", pictures=str(folder), grid=True) | changes)
+        batch_size=25, model_hash="none", pictures=str(folder), grid=None) | changes)
 
 
 def measured(model, task, args):
-    return evaluate.measure_task(model, task, args, [], [measures.Change()])
+    return evaluate.measure_task(model, task, args, [], [])
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +64,13 @@ def test_a_model_that_draws_the_right_picture_is_recognised(mtu, monkeypatch, tm
     """A stand-in that draws each caption's own picture, and one that draws another's."""
     captions, pictures = emoji.plain("heldout")
     by_prompt(monkeypatch, dict(zip(captions, pictures)))
-    figures, _, shown = measured(mtu, "t2i", options(tmp_path / "own"))
-    assert figures["nearest_1"] > 0.9 and figures["nearest_10"] == 1  # a few are drawn alike
-    assert figures["of"] == len(captions) and figures["count"] == 30
-    assert all(np.array_equal(drawn, own) for drawn, own in shown)
+    scores = measured(mtu, "t2i", options(tmp_path / "own"))
+    # A few are drawn alike.
+    assert scores["nearest"]["value"] > 0.9 and scores["nearest 10"]["value"] == 1
+    assert scores["nearest"]["count"] == 30
+    assert scores["nearest"]["network"] == f"nearest of {len(captions)} pictures"
     by_prompt(monkeypatch, {caption: pictures[i - 7] for i, caption in enumerate(captions)})
-    figures, _, _ = measured(mtu, "t2i", options(tmp_path / "other"))
-    assert figures["nearest_1"] < 0.1
+    assert measured(mtu, "t2i", options(tmp_path / "other"))["nearest"]["value"] < 0.1
 
 
 def test_a_model_that_draws_the_right_class_is_recognised(monkeypatch, tmp_path):
@@ -83,12 +86,11 @@ def test_a_model_that_draws_the_right_class_is_recognised(monkeypatch, tmp_path)
                             unet=SimpleNamespace(conv_out=SimpleNamespace(weight=weight)))
     monkeypatch.setattr(evaluate, "scales", lambda *words: (1.0, 1.0))
     by_prompt(monkeypatch, of_class)
-    figures, scores, shown = measured(model, "class", options(tmp_path / "own"))
-    assert figures == dict(count=30, of=len(dataset), same_class=1.0) and scores == {}
-    assert all(np.array_equal(drawn, nearest) for drawn, nearest in shown)
+    scores = measured(model, "class", options(tmp_path / "own"))
+    assert set(scores) == {"same class"} and scores["same class"]["count"] == 30
+    assert scores["same class"]["value"] == 1
     by_prompt(monkeypatch, {name: of_class[names[i - 1]] for i, name in enumerate(names)})
-    figures, _, _ = measured(model, "class", options(tmp_path / "other"))
-    assert figures["same_class"] == 0
+    assert measured(model, "class", options(tmp_path / "other"))["same class"]["value"] == 0
 
 
 def test_a_model_that_infers_the_right_class_is_recognised(monkeypatch):
@@ -101,22 +103,42 @@ def test_a_model_that_infers_the_right_class_is_recognised(monkeypatch):
             labels = [(right[picture.numpy().tobytes()] + shift) % 10 for picture in known["image"]]
             return dict(label=torch.eye(10)[labels])
         monkeypatch.setattr(evaluate, "draw_modalities", draw_modalities)
-        figures, scores = evaluate.measure_labels(
-            None, dataset, evaluate.spread(30, len(dataset)), options("none"))
-        assert figures == dict(count=30, of=10, top_1=share)
-        assert scores["top-1"]["value"] == share and scores["top-1"]["better"] == "higher"
+        record = evaluate.measure_labels(
+            None, dataset, evaluate.spread(30, len(dataset)), options("none"))["top-1"]
+        assert record["value"] == share and record["better"] == "higher"
+        assert record["count"] == 30 and record["network"] == "the model, of 10 classes"
 
 
 def test_the_untouched_source_is_never_closer_than_itself(mtu, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "generate",
                         lambda model, task, prompts, sources, **options: sources)
-    figures, scores, shown = measured(mtu, "edit", options(tmp_path, count=4))
-    figures = figures["all"]
-    assert figures["closer"] == 0 and abs(figures["output"] - figures["nothing"]) < 1e-3
+    scores = measured(mtu, "edit", options(tmp_path, count=4))
+    assert scores["closer"]["value"] == 0
     # Nothing changed, and the rest stayed better than any autoencoder can keep it.
     assert scores["changed"]["value"] == 0 and scores["kept"]["value"] == 1
     assert scores["rest"]["value"] > scores["rest"]["ceiling"] + 10
-    assert len(shown) == 4
+    # The drawings were 8-bit files.
+    assert all(r["nothing"] == pytest.approx(r["value"], abs=1e-3) for r in scores.values()
+               if r is not scores["rest"])
+
+
+def test_psnr_is_the_textbooks_and_each_kind_of_edit_has_its_own():
+    dataset = data.builtin("edit", "heldout")
+    examples = [dataset[i] for i in evaluate.spread(12, len(dataset))]
+    drawn = [(example["source"] + example["target"]) / 2 for example in examples]
+    judged = measures.Pixels().judge(examples, drawn)
+    expected = [10 * np.log10(255 ** 2 / np.mean(np.square(
+        127.5 * (picture - example["target"]).double().numpy())))
+        for picture, example in zip(drawn, examples)]
+    assert judged["PSNR"] == pytest.approx(expected, rel=1e-4) and set(judged["closer"]) == {1.0}
+    for kind in ("tone", "gender"):
+        own = [value for value in judged[f"PSNR, {kind}"] if value is not None]
+        assert own == [value for value, example in zip(judged["PSNR"], examples)
+                       if example["kind"] == kind]
+    far = measures.Pixels().judge(examples, [-example["target"] for example in examples])
+    assert set(far["closer"]) == {0.0}
+    # No error at all counts as 100 dB.
+    assert measures.Pixels().judge(examples[:1], [examples[0]["target"]])["PSNR"] == [100]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -258,9 +280,9 @@ def test_a_folder_is_measured_too(tmp_path):
                 "--pictures", tmp_path / "drawn", "--out", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "a.json").read_text())
-    assert result["results"]["edit"]["all"]["count"] == 3
+    assert result["scores"]["edit"]["PSNR"]["count"] == 3
     # The classifier knows nothing but the built-in emoji.
-    assert set(result["scores"]["edit"]) == {"changed", "rest", "kept"}
+    assert set(result["scores"]["edit"]) == {"PSNR", "closer", "changed", "rest", "kept"}
     assert result["scores"]["edit"]["rest"]["settings"]["data"] == str(folder)
 
 
@@ -273,6 +295,9 @@ def test_captions_are_read_from_instruct_pix2pixs_prompts(tmp_path):
         (tmp_path / "prompt.json").write_text(json.dumps(keys))
         assert evaluate.captions_of(dataset, row) == expected
     assert evaluate.captions_of(dataset, dict(text="make it red")) is None
+    # A caption in a file of its own belongs to text-to-image.
+    (tmp_path / "1.txt").write_text("a cat")
+    assert evaluate.captions_of(dataset, dict(text=dict(file="1.txt"))) is None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -287,16 +312,18 @@ def test_several_tasks_make_one_table_and_one_file(tmp_path):
         return done.stdout, json.loads((tmp_path / name).read_text())
     printed, first = run("a.json", "one")
     assert printed == run("b.json", "one")[0] == run("c.json", "two")[0]
-    assert printed.count("PSNR in dB  ") == printed.count("score  ") == 1
-    assert set(first["scores"]) == set(first["results"]) == set(data.ALL)
+    assert printed.count("score  ") == 1 and set(first["scores"]) == set(data.ALL)
     for task, records in first["scores"].items():
-        assert {"emoji-KD", "emoji-FD"} <= set(records)
+        assert {"emoji-KD", "emoji-FD", "nearest" if task == "t2i" else "PSNR"} <= set(records)
+        assert ("changed" in records) == (task in ("edit", "inpaint"))
         for name, r in records.items():
-            assert {"value", "margin", "ceiling", "count", "better", "network", "sha256",
-                    "resize"} <= set(r)
+            assert {"value", "margin", "nothing", "ceiling", "count", "better", "network",
+                    "sha256", "resize"} <= set(r)
+            assert (r["nothing"] is None) == (task == "t2i") and r["ceiling"] is not None
             assert {"split", "seed", "steps", "guidance", "format", "model"} <= set(r["settings"])
             # Each word of the table is explained below it.
-            assert f"\n{name:<10}" in printed and f"{name:<28}{task}" in printed
+            word = name.partition(",")[0]
+            assert f"\n{word:<10} " in printed and f"{name:<28}{task}" in printed
     assert "right on" in printed and first["scores"]["edit"]["tone"]["sha256"] in printed
 
 

@@ -118,7 +118,7 @@ def test_what_should_change_and_what_should_stay_are_judged_apart():
     source = pictures(1)[0]
     target = source.clone()
     target[:, :20] = -source[:, :20] + 0.5  # the upper part is to change
-    example = dict(source=source, target=target)
+    example = dict(source=source, target=target, copy=target + 0.12)
     worse = target.clone()
     worse[:, 40:] += 0.2
     drawn = torch.stack([target, source, worse, 0.47 * source + 0.53 * target])
@@ -126,11 +126,12 @@ def test_what_should_change_and_what_should_stay_are_judged_apart():
     assert judged["changed"] == [1, 0, 1, 1]
     right, untouched, spoilt, _ = judged["rest"]
     assert right == untouched == 100 and 15 < spoilt < 35
+    assert judged["kept"] == [1, 1, 0, 1]
     # Where nothing, or everything, was to change, one of the two has no value.
-    assert measures.Change().judge([dict(source=source, target=source)], source[None])[
-        "changed"] == [None]
-    assert measures.Change().judge([dict(source=source, target=-1 - source.sign())],
-                                   source[None])["rest"] == [None]
+    same = measures.Change().judge([example | dict(target=source)], source[None])
+    assert same["changed"] == [None] and same["rest"] == [100]
+    other = measures.Change().judge([example | dict(target=-1 - source.sign())], source[None])
+    assert other["rest"] == other["kept"] == [None] and other["changed"] == [0]
 
 
 def test_the_classifier_is_small_and_as_good_as_it_says():
