@@ -1,0 +1,420 @@
+"""MTU's claims: four tasks in one network, each as good as alone, with experts or without.
+
+    python experiments/mtu.py               stages for 90 minutes; again, to go on
+    python experiments/mtu.py --report      tables and figure of what is there
+
+The paper upcycles Stable Diffusion 1.5 and trains for 100 epochs on four data sets. Here
+assets/tiny learns from the built-in emoji for 300 steps with 8 samples of each task. All arms of a
+seed see the same pictures, noise and timesteps; an arm of one task sees those of this task.
+
+    N = 1, 2, 4, 8          the paper's list trains, from the pretrained network
+    literal, N = 2, 4, 8    from the paper's plain copy, whose layers give 1/N of their output
+    self-, cross-attention  N = 1, and these layers train instead of the feed-forward ones (Table 1)
+    TASK alone              N = 4 with one task
+    all weights             N = 4, and everything trains
+    LoRA                    N = 1, whose feed-forward weights change by products of rank 16 alone
+    shared norms            N = 4 with one norm before the experts for all tasks
+    shared convolution      N = 4 with one input convolution for all tasks
+    TASK alone, all weights ordinary fine-tuning of the dense network, which Fig. 2 looks into
+    fifth, sixth task       added to N = 4, without changing a bit of the older ones
+    fifth, all weights      the same task, and everything trains: what do the older tasks forget?
+
+    loss    on 64 held-out examples of a task with fixed noise. The arms have one forward process,
+            so their losses may be compared. That of t2i falls when the network forgets drawings
+            that the base knows by heart
+    closer  share of drawings with a smaller squared error than the source as it is
+    right   share of drawings that do what was asked, whatever becomes of the rest: t2i shows the
+            category and edit the attribute, to a classifier's eye; of the others, what had to
+            change is nearer to the target than to the source, as a blank picture often is
+
+The learning rate, 1.6e-2, was chosen for N = 4 (RESULTS.md); all weights have train.py's default of
+1e-3. Arms that could lose only because they need another rate have 4e-3 as well, once.
+
+The order is by seed, then by arm: wherever it ends, what is there can be compared. Rule for
+stopping early, fixed before the first run: none, as every run is short.
+"""
+import contextlib
+import functools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn.utils import parametrize
+
+import common
+import data
+import emoji
+import evaluate
+import frame
+import measures
+import moe
+import train
+from hub import Parser, UserError, blaming, command, read_json, replacing
+from sample import load_model
+
+RANK = 16
+LOSS_EXAMPLES = 64
+
+# The layers whose change Fig. 2 measures: the weights of a kind, of each transformer block.
+KINDS = {f"{words} {part}": [f"{layer}.to_{part}" + (".0" if part == "out" else "")]
+         for layer, words in (("attn1", "self"), ("attn2", "cross"))
+         for part in ("q", "k", "v", "out")}
+KINDS["feed-forward"] = ["ff.net.0.proj", "ff.net.2"]
+
+
+# -------------------------------------------------------------------------------------------------
+# What arms change in train.py
+
+class OwnShare(data.Examples):
+    """The samples that one task has in the batches of all four."""
+
+    def __init__(self, datasets, shares, *, batch_size, **options):
+        super().__init__(datasets, shares, batch_size=len(data.ALL) * batch_size, **options)
+
+    def __getitem__(self, i):
+        return super().__getitem__(len(data.ALL) * i + data.ALL.index(self.shares[0]))
+
+
+def nothing(model):
+    """Leave the model as train.py makes it."""
+
+
+def upcycle_for_t2i(model):
+    """Upcycle a model that train.py would leave dense, as text-to-image is what it does already."""
+    moe.upcycle(model.unet, ["t2i"])
+    model.index = {"_class_name": "UpcycledPipeline", "guidance": train.GUIDANCE}
+
+
+def share(part, model):
+    """Let the rows of the tables named `part` stay equal: there is one for all tasks."""
+    for name, table in model.unet.named_parameters():
+        if part in name:
+            # The gradient of the one row, whose norm, when gradients are clipped, counts once. The
+            # scale means nothing to Adam.
+            table.register_hook(lambda g: g.sum(dim=0, keepdim=True).expand_as(g) / len(g) ** 0.5)
+
+
+class LowRank(nn.Module):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen weight plus a product of rank `RANK`."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(RANK, weight.shape[1]) / weight.shape[1] ** 0.5)
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], RANK))
+
+    def forward(self, weight):
+        return weight + self.up @ self.down
+
+
+def add_low_rank(model):
+    """Freeze the feed-forward layers but for a product of low rank, in place.
+
+    What is saved has the product added to the weights: an ordinary upcycled network.
+    """
+    def merge(linear, state, prefix, _):
+        for name in ("original", "0.down", "0.up"):
+            del state[f"{prefix}parametrizations.weight.{name}"]
+        state[f"{prefix}weight"] = linear.weight.detach()
+
+    for block in moe.transformer_blocks(model.unet):
+        block.ff.requires_grad_(False)
+        for linear in (block.ff.net[0].proj, block.ff.net[2]):
+            parametrize.register_parametrization(linear, "weight", LowRank(linear.weight))
+            linear._register_state_dict_hook(merge)
+
+
+def add_task(task, which, model):
+    """Add a task as a copy of super-resolution, and let its rows train, or everything."""
+    moe.add_task(model.unet, task, like="sr")
+    moe.trainable(model.unet, which)
+
+
+def restyle(dataset, item, rng):
+    """The fifth task: turn Google's drawing of an emoji into Twitter's."""
+    cell = item[0].cells[emoji.draw_tone(item[0], rng)]
+    source, target = (emoji.to_tensor(emoji.drawing(style, cell)) for style in emoji.STYLES)
+    return dict(prompt="", source=source, target=target)
+
+
+def colourise(dataset, item, rng):
+    """The sixth task: colour a grey drawing."""
+    _, picture = dataset.pick(item, rng)
+    grey = picture.convert("L").convert("RGB")
+    return dict(prompt="", source=emoji.to_tensor(grey), target=emoji.to_tensor(picture))
+
+
+NEW_TASKS = {"restyle": restyle, "colourise": colourise}
+
+
+@contextlib.contextmanager
+def new_tasks():
+    """Make the new tasks known to the project, inside the block."""
+    with (patch.dict(data.TASKS, dict.fromkeys(NEW_TASKS, data.TASKS["sr"])),
+          patch.multiple(emoji.Builtin, create=True, **NEW_TASKS)):
+        yield
+
+
+class Arm(NamedTuple):
+    """How one network is trained, and on which tasks it is measured."""
+    options: str | None             # of train.py
+    tasks: tuple = data.ALL
+    seeds: int = 2
+    change: Callable = nothing
+    examples: Callable = data.Examples
+    base: Path | None = None        # the run that a task is added to
+
+
+def options(more="", *, task="all", lr="1.6e-2"):
+    """The options of train.py, where every task has 8 samples in each batch."""
+    size = 32 if task == "all" else 8
+    return f"--task {task} --batch-size {size} --warmup 20 --eval-size 1 --lr {lr} {more}"
+
+
+def make_arms(out):
+    """List the arms in the order of their importance. out: the folder of the runs."""
+    first, fifth = (Path(out) / f"{frame.slug(arm)}-0" for arm in ("N = 4", "fifth task"))
+    arms = {"before": Arm(None, seeds=1)}
+    arms |= {f"N = {N}": Arm(options(f"--num-experts {N}"), seeds=3) for N in (4, 1)}
+    arms |= {f"literal, N = {N}": Arm(options(f"--num-experts {N} --expert-init literal"))
+             for N in (4, 2, 8)}
+    arms |= {f"N = {N}": Arm(options(f"--num-experts {N}")) for N in (2, 8)}
+    arms |= {f"{kind}-attention": Arm(options(f"--num-experts 1 --train {kind}"), seeds=1)
+             for kind in ("self", "cross")}
+    arms |= {f"{task} alone": Arm(options(task=task), (task,), examples=OwnShare)
+             for task in data.ALL}
+    arms["t2i alone"] = arms["t2i alone"]._replace(change=upcycle_for_t2i)
+    arms |= {
+        "all weights": Arm(options("--train all", lr="1e-3")),
+        "LoRA": Arm(options("--num-experts 1"), change=add_low_rank),
+        "shared norms": Arm(options(), change=functools.partial(share, ".norm3.")),
+        "shared convolution": Arm(options(), change=functools.partial(share, "conv_in.")),
+    }
+    arms |= {f"{task} alone, all weights": Arm(
+        options("--num-experts 1 --train all", task=task, lr="1e-3"), (task,), seeds=1,
+        examples=OwnShare) for task in data.ALL[1:]}
+    five = (*data.ALL, "restyle")
+    arms |= {
+        "fifth task": Arm(options(f"--model {first}", task="restyle"), five, 1,
+                          functools.partial(add_task, "restyle", "list"), base=first),
+        "sixth task": Arm(options(f"--model {fifth}", task="colourise"), (*five, "colourise"), 1,
+                          functools.partial(add_task, "colourise", "list"), base=fifth),
+        "fifth, all weights": Arm(options(f"--model {first}", task="restyle", lr="1e-3"), five, 1,
+                                  functools.partial(add_task, "restyle", "all"), base=first),
+    }
+    for name in ("self-attention", "cross-attention", "LoRA", "all weights", "literal, N = 4"):
+        words = arms[name].options.replace("1.6e-2", "4e-3").replace("1e-3", "4e-3")
+        arms[f"{name}, 4e-3"] = arms[name]._replace(options=words, seeds=1)
+    return arms
+
+
+# -------------------------------------------------------------------------------------------------
+# Training and measuring
+
+class Tasks:
+    """What stands in the place of frame.Frame: how an arm is trained, drawn and measured."""
+
+    def __init__(self, args):
+        self.args = args
+        self.arms = make_arms(args.out)
+        self.base = load_model(data.ASSETS / "tiny")
+        self.dense = load_model(data.ASSETS / "tiny").unet
+        moe.upcycle(self.base.unet)
+        self.base.index = {"guidance": train.GUIDANCE}
+        self.classifier = measures.Emoji(self.base.device)
+        self.trained = 0        # parameters of the last run
+
+    @property
+    def settings(self):
+        return dict(count=self.args.count, draw_steps=self.args.draw_steps,
+                    precision=self.args.precision, loss_examples=LOSS_EXAMPLES)
+
+    def floor(self):
+        return {}
+
+    def train(self, stage, words):
+        """Run train.py in this process, with what the arm changes in it."""
+        arm = self.arms[stage.arm]
+        prepare = train.prepare_loaded
+
+        def prepare_and_change(args, tasks, model):
+            prepare(args, tasks, model)
+            arm.change(model)
+            # One object in all runs, which remembers the pictures that it has encoded.
+            model.vae = self.base.vae
+            self.trained = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
+
+        stage.out.parent.mkdir(parents=True, exist_ok=True)
+        with (open(stage.out.with_suffix(".txt"), "w", encoding="utf-8") as log,
+              contextlib.redirect_stdout(log), contextlib.redirect_stderr(log),
+              patch.object(sys, "argv", ["train.py", *words, "--out", str(stage.out)]),
+              patch.object(train, "prepare_loaded", prepare_and_change),
+              patch.object(train, "Examples", arm.examples)):
+            train.main()
+
+    def draw(self, folder, count):
+        """Draw as many pictures of each task, `count` in all, and judge them."""
+        model = load_model(folder)
+        for task in model.tasks:
+            self.judge(model, task, count // len(model.tasks))
+
+    def judge(self, model, task, count):
+        """Draw held-out examples of a task -> the shares that are closer, and that are right."""
+        wanted = SimpleNamespace(
+            data=None, split="heldout", seed=0, steps=self.args.draw_steps, guidance=None,
+            image_guidance=None, count=count, batch_size=32, grid=None,
+            model_hash=evaluate.model_hash(model), pictures=f"{self.args.out}/pictures")
+        bf16 = self.args.precision == "bf16"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            figures, scores, _ = evaluate.measure_task(
+                model, task, wanted, [self.classifier], [measures.Change()])
+        names = dict(t2i=["category"], edit=["tone", "gender", "colour"]).get(task, ["changed"])
+        found = [scores[name] for name in names if name in scores]
+        right = sum(s["value"] * s["count"] for s in found) / max(1, sum(s["count"] for s in found))
+        return {"closer": None if task == "t2i" else figures["all"]["closer"],
+                "right": None if task == "sr" else right}
+
+    def measure(self, name, folder):
+        """Measure the run of an arm -> a row's numbers."""
+        arm = self.arms[name]
+        model = load_model(folder) if arm.options else self.base
+        model.vae = self.base.vae
+        examples = train.held_out_examples(arm.tasks, None, model, LOSS_EXAMPLES)
+        losses = train.held_out_losses(model, model.unet, examples, model.device, batch_size=32)
+        row = dict(trained=self.trained if arm.options else 0, loss={}, closer={}, right={})
+        for i, task in enumerate(arm.tasks):
+            # The examples of the tasks come in turn.
+            row["loss"][task] = round(losses[i::len(arm.tasks)].mean().item(), 5)
+            for measure, share in self.judge(model, task, self.args.count).items():
+                if share is not None:
+                    row[measure][task] = round(share, 4)
+        if arm.base:
+            row |= compare_older_tasks(load_model(arm.base).unet, model.unet)
+        if name.endswith("alone, all weights"):
+            row["deviation"] = deviation(self.dense, model.unet)
+        return row
+
+
+def compare_older_tasks(old, new):
+    """Say whether a network changed beside the rows of its newest task, and their size."""
+    old, size, unchanged = old.state_dict(), 0, True
+    for name, tensor in new.state_dict().items():
+        if any(part in name for part in moe.TABLES):
+            size += tensor[-1].nbytes
+            tensor = tensor[:-1]
+        unchanged = unchanged and torch.equal(tensor, old[name])
+    return dict(unchanged=unchanged, kilobytes=round(size / 1000, 1))
+
+
+@torch.no_grad()
+def deviation(base, tuned):
+    """Fig. 2: Frobenius norm of the change -> {kind: [[absolute, relative] of each layer]}."""
+    changes = {kind: [] for kind in KINDS}
+    for blocks in zip(moe.transformer_blocks(base), moe.transformer_blocks(tuned)):
+        for kind, names in KINDS.items():
+            before, after = (torch.cat([block.get_submodule(name).weight.flatten()
+                                        for name in names]) for block in blocks)
+            norm = (after - before).norm().item()
+            changes[kind].append([norm, norm / before.norm().item()])
+    return changes
+
+
+# -------------------------------------------------------------------------------------------------
+# Tables and figure
+
+def print_table(rows, measure):
+    """Print a measure: a row for each arm and a column for each task."""
+    tasks = (*data.ALL, *NEW_TASKS)
+    print(f"\n{measure}: mean (standard deviation) over seeds\n")
+    print("| | " + " | ".join(tasks) + " | trained | seeds |")
+    print("|" + "---|" * (len(tasks) + 3))
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        cells = [frame.cell([row[measure][task] for row in of_arm if task in row[measure]])
+                 for task in tasks]
+        print(f"| {arm} | " + " | ".join(cells)
+              + f" | {of_arm[0]['trained'] / 1e6:.2f}M | {len(of_arm)} |")
+
+
+def report_deviation(rows, path):
+    """Print the mean ranks of Fig. 2 and draw the changes of all layers."""
+    changes = np.array([[row["deviation"][kind] for kind in KINDS] for row in rows])
+    # (tasks, kinds, layers, 2). The largest change of a layer has rank 1.
+    ranks = 1 + (-changes).argsort(axis=1).argsort(axis=1)
+    print(f"\nchange of the weights, mean of {len(rows)} tasks and all layers; rank 1 is largest\n")
+    print("| | Frobenius norm | rank | relative | rank |\n|---|---|---|---|---|")
+    for number, kind in enumerate(KINDS):
+        cells = [f"{table[:, number, :, i].mean():.{digits}f}"
+                 for i in (0, 1) for table, digits in ((changes, 3), (ranks, 1))]
+        print(f"| {kind} | " + " | ".join(cells) + " |")
+    plt = common.pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained", sharey=True)
+    for axes, table, words in zip(panels, np.moveaxis(changes.mean(axis=0), 2, 0),
+                                  ("Frobenius norm of the change", "relative to the weights")):
+        figure.colorbar(axes.imshow(table, aspect="auto"), ax=axes)
+        axes.set(title=words, xlabel="transformer block", yticks=range(len(KINDS)),
+                 yticklabels=KINDS)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=100)
+    plt.close(figure)
+    print(path)
+
+
+def report(path):
+    """Print the tables and draw the figure of the rows that a file has, finished or not."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no {path}: no stage has ended yet")
+    with blaming(path):
+        rows = list(read_json(path)["stages"].values())
+        for measure in ("loss", "closer", "right"):
+            print_table(rows, measure)
+        for row in rows:
+            if "unchanged" in row:
+                print(f"\n{row['arm']}: {row['kilobytes']} KB of its own, older tasks unchanged: "
+                      f"{row['unchanged']}")
+        if changed := [row for row in rows if "deviation" in row]:
+            report_deviation(changed, path.with_suffix(".png"))
+        seconds = sum(row.get("train_seconds", 0) + row["measure_seconds"] for row in rows)
+        print(f"\n{seconds / 60:.0f} minutes in all")
+
+
+def make_stages(args, tasks):
+    """List the stages: by seed, then by arm."""
+    stages = []
+    for seed in range(args.seeds):
+        for name, arm in tasks.arms.items():
+            if seed < arm.seeds:
+                folder = Path(args.out) / f"{frame.slug(name)}-{seed}"
+                stages.append(frame.Stage(
+                    name, seed, args.steps if arm.options else 0,
+                    functools.partial(tasks.measure, name, folder),
+                    pictures=args.count * len(arm.tasks), options=arm.options, out=folder))
+    return stages
+
+
+def main():
+    parser = Parser("Compare ways to teach one network MTU's four tasks.")
+    frame.add_options(parser, "mtu")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="at most so many seeds of an arm")
+    parser.set_defaults(count=32, draw_steps=20)
+    args = parser.parse_args()
+    if min(args.steps, args.seeds, args.draw_steps) < 1 or args.count < 2:
+        raise UserError("--steps, --seeds and --draw-steps are at least 1, and --count at least 2")
+    if not args.report:
+        with new_tasks():
+            tasks = Tasks(args)
+            runner = frame.Runner(args, dict(steps=args.steps), tasks)
+            stages = make_stages(args, tasks)
+            runner.announce(stages)
+            runner.run(stages)
+    report(args.results)
+
+
+if __name__ == "__main__":
+    command(main)
