@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import clip
@@ -253,15 +253,40 @@ def test_whatever_pillow_raises_names_the_file(tmp_path, monkeypatch):
             data.open_image(tmp_path / "a.png")
 
 
-def test_large_jpegs_are_reduced_while_they_are_decoded(tmp_path):
-    """Within a grey level or two of what decoding them whole would give."""
-    picture = noise(500, 400).filter(ImageFilter.GaussianBlur(3))
-    picture.save(tmp_path / "a.jpg", quality=95)
-    assert data.open_image(tmp_path / "a.jpg").size == (500, 400)
-    assert data.open_image(tmp_path / "a.jpg", 40).size == (125, 100)
-    square = np.asarray(data.open_square(tmp_path / "a.jpg", 40), dtype=float)
-    whole = picture.crop((50, 0, 450, 400)).resize((40, 40), Image.LANCZOS)
-    assert abs(square - np.asarray(whole)).mean() < 1
+@pytest.mark.parametrize("name", ["astronaut", "coffee"])
+def test_large_jpegs_are_reduced_while_they_are_decoded(tmp_path, name):
+    """As near to what decoding them whole would give as another filter's result is."""
+    photograph = getattr(pytest.importorskip("skimage.data"), name)()
+    short = min(photograph.shape[:2]) // 16 * 16
+    Image.fromarray(photograph[:short, :photograph.shape[1] // 16 * 16]).save(tmp_path / "a.jpg",
+                                                                             quality=92)
+    whole = Image.open(tmp_path / "a.jpg")
+    left = (whole.width - short) // 2
+    # A photograph of 2040 x 1356 pixels is 2.65 times as high as a square of 512.
+    for ratio, scale in ((2.65, 2), (2.5, 1), (5.3, 4)):
+        size = int(short / ratio)
+        decoded = readers.open_pixels(tmp_path / "a.jpg", readers.SPARE * size)
+        assert decoded.height == short / scale
+        square = np.asarray(data.open_square(tmp_path / "a.jpg", size), dtype=float)
+        bicubic, lanczos = (
+            np.asarray(whole.crop((left, 0, left + short, short)).resize((size, size), kind), float)
+            for kind in (Image.BICUBIC, Image.LANCZOS))
+        error = abs(square - bicubic).mean()
+        assert error < (0.1 if scale == 1 else 1.3 * abs(lanczos - bicubic).mean())
+    # What is not resized keeps its pixels, and a crop is of whole ones.
+    square = data.open_square(tmp_path / "a.jpg", short)
+    assert np.array_equal(square, whole.crop((left, 0, left + short, short)))
+
+
+@pytest.mark.parametrize("width, height", [(37, 23), (22, 37), (31, 31), (40, 23)])
+def test_a_frame_lies_inside_its_picture(tmp_path, width, height):
+    """Wherever it is cut out: beyond the edge would be black."""
+    Image.new("RGB", (width, height), "white").save(tmp_path / "a.png")
+    short = min(width, height)
+    for side in np.arange(short - 5, short + 0.5, 0.5):
+        for left in (0, 0.5, 1):
+            frame = readers.Frame(short / side, left, left)
+            assert np.min(data.open_square(tmp_path / "a.png", 16, frame)) == 255
 
 
 # -------------------------------------------------------------------------------------------------
