@@ -57,6 +57,8 @@ import train
 from hub import Parser, UserError, blaming, command, read_json, replacing
 from sample import load_model
 
+# The scores of evaluate.py that say whether a drawing is right; "changed" where none is named.
+RIGHT = dict(t2i=["category"], edit=["tone", "gender", "colour"])
 RANK = 16
 LOSS_EXAMPLES = 64
 
@@ -260,23 +262,28 @@ class Tasks:
         """Draw as many pictures of each task, `count` in all, and judge them."""
         model = load_model(folder)
         for task in model.tasks:
-            self.judge(model, task, count // len(model.tasks))
+            self.judge(model, task, count // len(model.tasks), folder)
 
-    def judge(self, model, task, count):
-        """Draw held-out examples of a task -> the shares that are closer, and that are right."""
+    def judge(self, model, task, count, folder):
+        """Draw held-out examples of a task -> the shares that are closer, and that are right.
+
+        folder: of the run. It keeps the drawings, and those that are there are not drawn again.
+        """
         wanted = SimpleNamespace(
             data=None, split="heldout", seed=0, steps=self.args.draw_steps, guidance=None,
             image_guidance=None, count=count, batch_size=32, grid=None,
-            model_hash=evaluate.model_hash(model), pictures=f"{self.args.out}/pictures")
+            model_hash=evaluate.model_hash(model), pictures=folder / "pictures")
         bf16 = self.args.precision == "bf16"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            figures, scores, _ = evaluate.measure_task(
-                model, task, wanted, [self.classifier], [measures.Change()])
-        names = dict(t2i=["category"], edit=["tone", "gender", "colour"]).get(task, ["changed"])
-        found = [scores[name] for name in names if name in scores]
-        right = sum(s["value"] * s["count"] for s in found) / max(1, sum(s["count"] for s in found))
-        return {"closer": None if task == "t2i" else figures["all"]["closer"],
-                "right": None if task == "sr" else right}
+            scores = evaluate.measure_task(model, task, wanted, [self.classifier], [])
+        shares = {}
+        # Kinds of edits have a score each, of the examples of this kind.
+        for measure, names in (("closer", ["closer"]), ("right", RIGHT.get(task, ["changed"]))):
+            found = [scores[name] for name in names if name in scores]
+            if found:
+                total = sum(score["value"] * score["count"] for score in found)
+                shares[measure] = round(total / sum(score["count"] for score in found), 4)
+        return shares
 
     def measure(self, name, folder):
         """Measure the run of an arm -> a row's numbers."""
@@ -289,9 +296,8 @@ class Tasks:
         for i, task in enumerate(arm.tasks):
             # The examples of the tasks come in turn.
             row["loss"][task] = round(losses[i::len(arm.tasks)].mean().item(), 5)
-            for measure, share in self.judge(model, task, self.args.count).items():
-                if share is not None:
-                    row[measure][task] = round(share, 4)
+            for measure, value in self.judge(model, task, self.args.count, folder).items():
+                row[measure][task] = value
         if arm.base:
             row |= compare_older_tasks(load_model(arm.base).unet, model.unet)
         if name.endswith("alone, all weights"):
@@ -349,7 +355,7 @@ def report_deviation(rows, path):
     print("| | Frobenius norm | rank | relative | rank |\n|---|---|---|---|---|")
     for number, kind in enumerate(KINDS):
         cells = [f"{table[:, number, :, i].mean():.{digits}f}"
-                 for i in (0, 1) for table, digits in ((changes, 3), (ranks, 1))]
+                 for i in (0, 1) for table, digits in ((changes, 4), (ranks, 1))]
         print(f"| {kind} | " + " | ".join(cells) + " |")
     plt = common.pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained", sharey=True)
