@@ -87,6 +87,36 @@ def draw_axes(draw, title, x, y, frame):
         write(text, left - 16, row, "rm")
 
 
+def cells(label, names):
+    """Make an axis of cells that stand side by side, with a name for each."""
+    return Axis(label, (0, len(names)), {str(name): i + 0.5 for i, name in enumerate(names)})
+
+
+def table(title, x, y, values, limits=None, *, digits=2, size=(44, 26)):
+    """Draw a table as coloured cells with numbers in them -> a Pillow picture.
+
+    x, y: Axis, which count cells from the left and from the top. values: (rows, columns); where it
+    is NaN, a cell stays empty. limits: the values that are white and blue, by default the lowest
+    and the highest. size: of a cell.
+    """
+    rows, columns = values.shape
+    limits = limits or (np.nanmin(values), np.nanmax(values))
+    cell = 2 * np.array(size)
+    background = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    draw = ImageDraw.Draw(background)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        share = np.interp(value, limits, (0, 1))
+        corner = cell * (column, row)
+        colour = (255 - share * np.array([255, 141, 77])).astype(int)
+        draw.rectangle([*corner, *(corner + cell)], tuple(colour))
+        text = f"{round(value, digits) + 0.0:.{digits}f}"       # + 0.0 makes 0 of -0
+        draw.text(corner + cell / 2, text, "white" if share > 0.6 else "black", FONT, "mm")
+    return plot(title, x, y._replace(ends=y.ends[::-1]), background=background,
+                size=(columns * size[0], rows * size[1]))
+
+
 def arrange(pictures, columns=1):
     """Put pictures into the cells of a sheet, row by row."""
     width = max(picture.width for picture in pictures)

@@ -25,7 +25,7 @@ theta is the frozen pretrained network. We differ from the paper and its officia
       products P_i K_i, where the paper merges its matrices and the other weights separately.
     - Where the paper only says "grid search", we search one weight after the other.
 
-    python merge.py                                        prints where the copies' timesteps fall
+    python merge.py                                        tunes two copies in seconds, draws them
     python merge.py --base A --tuned B C --weights .5 .5 --out D
     python merge.py --search --base A --tuned B C --task t2i --out D
 
@@ -45,6 +45,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
+from chart import arrange, cells, table
 from clip import Tokenizer
 from diffusion import Diffusion
 from hub import (Parser, UserError, blaming, command, fetch, find_index, older_attention_names,
@@ -95,7 +96,18 @@ def consistency_loss(prediction, teacher):
 
 
 # -------------------------------------------------------------------------------------------------
-# Channel projections: the paper finds that tuning on one range changes features along channels
+# Channel projections: the paper finds that tuning on one range changes features along channels.
+#
+# P mixes the channels of one position u. A convolution K adds up its input's channels d and shifts
+# v. So P right after K is another convolution, P K, with the bias P b:
+#
+#     (P (K * x + b))_c(u) = sum_e P_ce (sum_{d,v} K_ed(v) x_d(u + v) + b_e)
+#                          = sum_{d,v} (sum_e P_ce K_ed(v)) x_d(u + v) + sum_e P_ce b_e
+#
+# After a residual block's sum it would be P (s + K * h + b) = P s + (P K) * h + P b, and the skip
+# path s has no weights that could take up P where the width stays. Nor can the next layers: a group
+# norm and a SiLU come first, and norm(P x) is not P norm(x). So P folds right after a convolution,
+# before any sum.
 
 class ProjectedConv2d(nn.Conv2d):
     """A convolution K and then P (C, C) on its channels: P (K * x + b) = (P K) * x + P b."""
@@ -263,19 +275,17 @@ def compare_arms(losses, examples, n, T, seed=0):
     return weights, t, arms
 
 
-def merged_losses(model, paths, device):
+def merged_losses(model, unets, names, device):
     """Return the function `losses` of compare_arms: (weights, examples) -> losses (M,).
 
-    model: the loaded base, on the device; its U-Net takes on the merged weights. paths: folders or
-    hub ids of its N copies.
+    model: the loaded base, on the device; its U-Net takes on the merged weights. unets: those of
+    its N copies. names: of the copies, for messages.
     """
     import train
-    from sample import load_model
-    unets = [load_model(path).unet for path in paths]
     if "projections" in unets[0].config.keys() - model.unet.config.keys():
         add_projections(model.unet, "blocks")
     base = {key: theta.cpu().clone() for key, theta in model.unet.state_dict().items()}
-    vectors = [task_vector(base, unet.state_dict(), path) for unet, path in zip(unets, paths)]
+    vectors = [task_vector(base, unet.state_dict(), name) for unet, name in zip(unets, names)]
 
     # The same texts come at every point of the search, so they are encoded only once.
     encode_text = functools.cache(train.text_encoding(model, device))
@@ -517,7 +527,8 @@ def search(args):
     T = model.diffusion.T
     n = len(args.tuned)
     check_order(args.tuned, T)
-    losses = merged_losses(model, args.tuned, device)
+    unets = [load_model(path).unet for path in args.tuned]
+    losses = merged_losses(model, unets, args.tuned, device)
     # A multiple of 2 N, so that each range has as many examples in one half as in the other.
     count = math.ceil(args.eval_size / (2 * n)) * 2 * n
     tasks = args.task.split(",") if args.task else model.tasks
@@ -538,12 +549,78 @@ def search(args):
     print(f"weights {weights}; saved in {args.out}")
 
 
-def demonstrate():
-    """Print into which ranges the timesteps of four copies fall (Eq. 6)."""
-    print("share of each copy's timesteps in each of the ranges, with p = 0.3")
-    for t_range in timestep_ranges(1000, 4):
-        t = sample_timesteps(t_range, 1000, 0.3, np.random.default_rng(0), 10_000)
-        print(f"{t_range!s:<12}", np.bincount(t // 250) / len(t))
+# -------------------------------------------------------------------------------------------------
+# The demonstration: two copies that have each learned a little, in seconds
+
+GRID = (-0.5, 0.0, 0.5, 1.0, 1.5)       # the values of a and of b
+LAYERS = ("conv_in", "time_embedding", "resnets", "attentions", "samplers", "conv_out")
+
+
+def tune(model, x0, context, t_range):
+    """Tune a copy of a model's U-Net on one range for ten steps, and return it.
+
+    x0: latents (B, C, H, W) of pictures. context: (B, S, D), their captions.
+    """
+    unet = copy.deepcopy(model.unet).requires_grad_(True)
+    optimizer = torch.optim.Adam(unet.parameters(), 3e-4)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        t = torch.from_numpy(sample_timesteps(t_range, model.diffusion.T, 0.3, rng, len(x0)))
+        noise = torch.randn_like(x0)
+        x_t = model.diffusion.add_noise(x0, noise, t)
+        with torch.no_grad():
+            teacher = model.unet(x_t, t, context)
+        out = unet(x_t, t, context)
+        error = model.diffusion.error(out, x0, noise, t)
+        loss = error + consistency_loss(out, teacher)                           # Eq. 5
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    return unet
+
+
+@torch.no_grad()
+def draw_copies(model, unets, examples, names):
+    """Draw the sizes of two copies' task vectors and the losses on the plane that they span."""
+    sizes = {}
+    for layer, module in model.unet.named_modules():
+        if layer.endswith(LAYERS) and module.state_dict():     # some lists of samplers are empty
+            theta, *tuned = [nn.utils.parameters_to_vector(part.parameters()) for part in
+                             (module, *(unet.get_submodule(layer) for unet in unets))]
+            sizes[layer] = [100 * (theta_i - theta).norm() / theta.norm() for theta_i in tuned]
+    charts = [table("size of tau, per cent of theta", cells("copy for", names),
+                    cells("layer", sizes), np.array(list(sizes.values())), size=(140, 22))]
+    losses = merged_losses(model, unets, names, "cpu")
+    plane = np.array([[losses((a, b), examples) for a in GRID] for b in GRID[::-1]])    # (5, 5, M)
+    for name, part in zip(("all t", *names), (plane, *np.split(plane, 2, axis=-1))):
+        means = part.mean(axis=-1)
+        # The lowest loss is white, and the base's, which is at a = b = 0, is blue.
+        charts.append(table(f"loss of theta + a tau_0 + b tau_1, {name}", cells("a", GRID),
+                            cells("b", GRID[::-1]), means, (means.min(), means[3, 1]), digits=3,
+                            size=(80, 80)))
+    return arrange(charts, columns=2)
+
+
+def demonstrate(path="samples/merge.png"):
+    """Tune two copies of the miniature on a few pictures, and draw what merging them gives."""
+    import train
+    from data import ASSETS, collate
+    from sample import load_model
+    torch.manual_seed(0)
+    model = load_model(ASSETS / "tiny")
+    # Pictures that the base has not seen; their timesteps rise.
+    examples = train.held_out_examples(["t2i"], None, model, 4)
+    batch = collate(examples)
+    x0, _ = train.encoder_of(model.vae)(batch, "cpu")
+    context, _ = model.encode_text(batch["prompt"])
+    ranges = timestep_ranges(model.diffusion.T, 2)
+    unets = [tune(model, x0, context, t_range) for t_range in ranges]
+    names = [f"t = {low} to {high - 1}" for low, high in ranges]
+    with replacing(path) as file:
+        draw_copies(model, unets, examples, names).save(file, format="PNG")
+    print(f"{path}: two copies after ten steps each, and losses on the four pictures that they "
+          "learned.\nEach range of timesteps has its lowest loss elsewhere, and a merged network "
+          "is one point for both.")
 
 
 def main():

@@ -23,15 +23,26 @@ activations h of the dense layer and the matching columns of its output matrix V
 which is the pretrained layer with its inner activations multiplied by w. For a fixed task w is
 constant and can be multiplied into V, and an ordinary U-Net remains: `fold`.
 
-Where we differ from the paper: at the start every w_i is 1/N, so the plain copy gives G times the
-pretrained output (bias apart); by default G = 1/N. We therefore divide the activations by G, and
-training starts at the pretrained network unless top_k is used; `init="literal"` is the plain copy.
-The paper prints the norm of Eq. 2 without its square. It calls the feed-forward layer a two-layer
-MLP and does not say how GEGLU is cut, where the output bias goes, how wide e_task and the routers
-are, or how experts that are wider than their share start. Our choices are explained in the code
-where they are made.
+At the start the routers end in zeros, so every w_i is 1/N, and every b_i is the pretrained b. N
+experts of G d_FFN units hold each pretrained unit N G times, in copies whose output weights have
+the pretrained ones as their mean. With h and V of the pretrained layer from here on,
 
-    python moe.py                            parameters and FLOPs of Stable Diffusion 1.5, upcycled
+    sum_i w_i E_i(x) = 1/N sum_i V_i h_i(x) + sum_i w_i b
+                     = 1/N (N G) V h(x) + b                         since sum_i w_i = 1
+                     = G V h(x) + b
+
+So the plain copy, `init="literal"`, gives G times the pretrained output, bias apart; by default
+G = 1/N. By default ("preserve") we therefore divide the activations by G, and V h(x) + b is left.
+The task norms and convolutions start as copies too, with zeros where they meet the source picture.
+So training starts at the pretrained network, unless top_k drops experts.
+
+Where we differ from the paper: in this division. The paper prints the norm of Eq. 2 without its
+square. It calls the feed-forward layer a two-layer MLP and does not say how GEGLU is cut, where the
+output bias goes, how wide e_task and the routers are, or how experts that are wider than their
+share start. Our choices are explained in the code where they are made.
+
+    python moe.py                            parameters and FLOPs of Stable Diffusion 1.5, upcycled;
+                                             draws the shipped miniature's experts
     python moe.py --model assets/tiny-mtu    the same of a model, and its router weights
     python moe.py --fold edit --model assets/tiny-mtu --out edit-only
 
@@ -40,13 +51,16 @@ d_task is the width of e_task; d_FFN and d_expert count the inner units of the d
 one expert, and G = d_expert / d_FFN.
 """
 import copy
+import functools
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from chart import Axis, arrange, cells, table
 from hub import Parser, UserError, blaming, command, read_json, replacing, write_text
 from unet import CONFIGS, BasicTransformerBlock, Conv2d, FeedForward, LayerNorm, UNet
 
@@ -162,9 +176,8 @@ class ExpertFeedForward(nn.Module):
         # Every expert has the whole output bias: the weights sum to 1, so it comes out once.
         self.out_bias = repeated(out.bias, num_experts)                         # (N, C): b_i
         out.bias = None
-        # At step 0 w_i = 1/N and each unit occurs N G times. So the paper's plain copy ("literal")
-        # gives G times the dense output, bias apart: a quarter of it for N = 4, of which the paper
-        # says nothing.
+        # The paper's plain copy ("literal") gives G times the dense output, bias apart, as derived
+        # above: a quarter of it for N = 4, of which the paper says nothing.
         self.scale = 1 / G if init == "preserve" else 1.0
         device = out.weight.device
         self.router = nn.Sequential(nn.Linear(task_dim, router_dim, device=device), nn.ReLU(),
@@ -399,6 +412,75 @@ def fold(unet, task):
 
 
 # -------------------------------------------------------------------------------------------------
+# The demonstration
+
+def expert_layers(unet):
+    """Find the layers that are cut into experts -> {name: layer}."""
+    # In `python moe.py` this class is not the one of the `moe` that sample.py imports.
+    return {name.replace(".transformer_blocks.0.ff", ""): module
+            for name, module in unet.named_modules() if hasattr(module, "router")}
+
+
+@torch.no_grad()
+def weights_of_tasks(unet):
+    """Compute Eq. 1's weights in each layer, for each task -> (layers, R, N) in NumPy."""
+    e_task = unet.task_embedding.weight
+    layers = expert_layers(unet).values()
+    return torch.stack([layer.router_weights(e_task) for layer in layers]).numpy()
+
+
+@torch.no_grad()
+def removal_costs(model, count=4):
+    """Measure what each task loses when a layer must do without one expert -> (layers, R, N).
+
+    Returns the per cent by which the task's held-out loss rises: the median of `count` fixed
+    examples with fixed noise, as a single example can outweigh the others in a mean.
+    """
+    import train
+    examples = train.held_out_examples(model.tasks, None, model, count)
+    encode_text = functools.cache(train.text_encoding(model, "cpu"))
+
+    def losses():
+        values = train.held_out_losses(model, model.unet, examples, "cpu", 16, encode_text)
+        return values.reshape(count, -1)                                        # (count, R)
+
+    before = losses()
+    costs = []
+    for layer in expert_layers(model.unet).values():
+        bias = layer.router[2].bias
+        for i, value in enumerate(bias.tolist()):
+            # exp(-inf) = 0: as with top_k, the softmax renormalises the others.
+            bias[i] = -math.inf
+            costs.append(np.median(100 * (losses() / before - 1), axis=0))
+            bias[i] = value
+    return np.reshape(costs, (-1, layer.num_experts, len(model.tasks))).swapaxes(1, 2)
+
+
+def draw_experts(model, path):
+    """Draw the weights of a model's experts and the costs of removal.
+
+    In the shipped miniature a large weight does not mean a large cost. The layers in the middle, in
+    which a task may lean on one expert alone, can do without it; the last layer, where all tasks
+    weigh all experts alike, misses each.
+    """
+    weights = weights_of_tasks(model.unet)
+    layers, R, N = weights.shape
+    # Empty cells part the tasks.
+    weights, costs = [
+        np.pad(values, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan).reshape(layers, -1)[:, :-1]
+        for values in (weights, removal_costs(model))]
+    x = Axis(f"experts 0 to {N - 1} of each task", (0, R * (N + 1) - 1),
+             {task: (N + 1) * i + N / 2 for i, task in enumerate(model.tasks)})
+    y = cells("layer", expert_layers(model.unet))
+    title = "per cent by which a task's held-out loss rises without the expert"
+    with replacing(path) as file:
+        arrange([table("weights w of Eq. 1", x, y, weights),
+                 table(title, x, y, costs, (0, 100), digits=0)]).save(file, format="PNG")
+    print(f"\n{path}: above, how much each task uses each expert of a layer; below, by how many "
+          "per cent\nits held-out loss rises when that layer must do without this expert")
+
+
+# -------------------------------------------------------------------------------------------------
 # Commands
 
 def base_of(model):
@@ -495,20 +577,26 @@ def main():
     parser.add_argument("--model", default="sd15",
                         help=f"one of {', '.join(CONFIGS)} (shapes only), a folder or a hub id")
     parser.add_argument("--fold", metavar="TASK", help="task to write as an ordinary model folder")
-    parser.add_argument("--out", help="folder for --fold")
+    parser.add_argument("--out", help="folder for --fold, or else file for the experts' picture")
     args = parser.parse_args()
-    if bool(args.fold) != bool(args.out):
+    if args.fold and not args.out:
         raise UserError("--fold TASK and --out FOLDER go together")
     if args.fold:
         return write_task(args.fold, args.model, args.out)
 
+    from data import ASSETS
+    from sample import load_model
     if args.model in CONFIGS:
         # Tensors on the meta device have shapes and no values: 860M parameters take no memory.
         with torch.device("meta"):
             unet = UNet(CONFIGS[args.model])
+        # Without values there are no experts to compare, so the picture is the miniature's.
+        model = load_model(ASSETS / "tiny-mtu")
+        out = args.out or "samples/moe.png"
     else:
-        from sample import load_model
-        unet = load_model(args.model).unet
+        model = load_model(args.model)
+        unet = model.unet
+        out = args.out
     print(f"{args.model:<22}   parameters    trainable        FLOPs   of one forward pass")
     if "moe" not in unet.config:
         print_size("dense", unet)
@@ -518,11 +606,10 @@ def main():
     if args.model not in CONFIGS:
         # In the paper's Stable Diffusion 1.5, t2i and edit come to share experts in several layers.
         print("\nrouter weights (Eq. 1) of", " | ".join(unet.config["moe"]["tasks"]))
-        for name, module in unet.named_modules():
-            if hasattr(module, "router"):
-                w = module.router_weights(unet.task_embedding.weight).tolist()      # (R, N)
-                rows = [" ".join(f"{share:.2f}" for share in row) for row in w]
-                print(f"{name:<54}" + " | ".join(rows))
+        for layer, w in zip(expert_layers(unet), weights_of_tasks(unet)):           # (R, N)
+            print(f"{layer:<34}" + " | ".join(" ".join(f"{w_i:.2f}" for w_i in row) for row in w))
+    if out:
+        draw_experts(model, out)
 
 
 if __name__ == "__main__":

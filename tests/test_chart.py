@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chart import COLOURS, Axis, arrange, plot
+from chart import COLOURS, Axis, arrange, cells, plot, table
 
 X = Axis("x", (0, 10), {"0": 0, "five": 5, "10": 10})
 DOWN = Axis("y", (4, 0), {"4": 4, "0": 0})
@@ -42,6 +42,19 @@ def test_a_curve_passes_through_its_points_and_ends_at_the_frame():
     assert (on_first | on_second).all()
     for line in (on_first, on_second):
         assert set(columns[line]) >= set(range(3, 97))
+
+
+def test_a_tables_colours_are_its_values_and_what_is_nan_stays_empty():
+    values = np.array([[3.0, 5.0, 9.0], [4.0, np.nan, 1.0]])
+    drawn = frame(table("title", cells("x", "abc"), cells("y", (1, 2)), values, (3, 5),
+                        size=(60, 40)))
+    assert drawn.shape == (2 * 40, 3 * 60, 3)
+    blue = np.array([0, 114, 178])
+    for (row, column), share in np.ndenumerate([[0, 1, 1], [0.5, 0, 0]]):
+        cell = drawn[40 * row:40 * row + 40, 60 * column:60 * column + 60]
+        assert abs(cell[2:6, 2:-2] - (255 - share * (255 - blue))).max() <= 1
+        empty = np.isnan(values[row, column])
+        assert (abs(cell[2:-2, 2:-2] - cell[2, 2]).max() < 2) == empty      # a number stands there
 
 
 def test_pictures_are_arranged_row_by_row():

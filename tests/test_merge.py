@@ -1,4 +1,5 @@
 """merge.py: ranges, timesteps, projections, and the algebra of merging on tensors and folders."""
+import copy
 import os
 import re
 import shutil
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, full_disk
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adm
 import hub
 import merge
+import train
 from clip import CLIPText, Tokenizer
+from diffusion import Diffusion
 from hub import UserError, read_json, write_json
 import sample
 from merge import search_weights, task_vector, timestep_ranges
@@ -694,5 +698,53 @@ def test_a_search_on_the_shipped_model(tmp_path, monkeypatch):
     assert "projections" in load_model(tmp_path / "E").unet.config
 
 
-def test_without_arguments_it_shows_the_ranges():
-    assert len(succeeded(call("merge.py")).stdout.splitlines()) == 5
+def test_a_copy_is_tuned_on_its_range_and_gets_better_there():
+    torch.manual_seed(0)
+    model = SimpleNamespace(unet=UNet(SMALL), diffusion=Diffusion.from_config({}))
+    x0, context, noise = torch.randn(8, 4, 8, 8), torch.randn(8, 5, 24), torch.randn(8, 4, 8, 8)
+    t = torch.arange(500, 1000, 63)
+    x_t = model.diffusion.add_noise(x0, noise, t)
+    seen = []
+    hook = model.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    tuned = merge.tune(model, x0, context, (500, 1000))
+    hook.remove()
+    assert 0.7 < (torch.cat(seen) >= 500).float().mean() < 1
+    with torch.no_grad():
+        before, after = (model.diffusion.error(unet(x_t, t, context), x0, noise, t).mean()
+                         for unet in (model.unet, tuned))
+    assert after < 0.9 * before
+
+
+def test_without_arguments_it_draws_two_vectors_and_the_plane_between_them(tmp_path, monkeypatch):
+    def scaled(model, x0, context, t_range):
+        """Copies whose vectors are 1 % and -2 % of the base."""
+        unet = copy.deepcopy(model.unet)
+        for p in unet.parameters():
+            p.data *= 0.98 if t_range[0] else 1.01
+        return unet
+
+    drawn = []
+    table = merge.table
+
+    def recorded(title, x, y, values, *words, **options):
+        drawn.append(values)
+        return table(title, x, y, values, *words, **options)
+
+    monkeypatch.setattr(merge, "tune", scaled)
+    monkeypatch.setattr(merge, "table", recorded)
+    monkeypatch.chdir(tmp_path)
+    succeeded(call("merge.py"))
+    assert Image.open("samples/merge.png").size > (800, 800)
+    sizes, everywhere, low, high = drawn
+    assert np.allclose(sizes, [1, 2], rtol=1e-3)
+    model = load_model(ROOT / "assets/tiny")
+    examples = train.held_out_examples(["t2i"], None, model, 4)
+    losses = train.held_out_losses(model, model.unet, examples, "cpu", 4)
+    # Rows are b from 1.5 down to -0.5, columns a from -0.5 up. (a, b) = (1, 0.5) is the base again.
+    for plane, loss in ((everywhere, losses), (low, losses[:2]), (high, losses[2:])):
+        assert plane[3, 1] == pytest.approx(loss.mean(), rel=1e-4)
+        assert plane[2, 3] == pytest.approx(loss.mean(), rel=1e-3)
+    for copy_, row, column in ((scaled(model, 0, 0, (0, 500)), 3, 3),
+                               (scaled(model, 0, 0, (500, 1000)), 1, 1)):
+        losses = train.held_out_losses(model, copy_, examples, "cpu", 4)
+        assert everywhere[row, column] == pytest.approx(losses.mean(), rel=1e-4)

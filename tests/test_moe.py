@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 
 import data
 import moe
+import train
 from conftest import call
 from hub import UserError, load_weights, read_json
 from routing import add_routing
@@ -343,6 +344,36 @@ def test_the_command_counts_a_folder_routed_or_not(tmp_path):
     assert plain[0].split()[:2] == ["upcycled", f"{total:.2f}M"]
     assert sum("0.50 0.50 | 0.50 0.50" in line for line in plain) == len(
         moe.transformer_blocks(model.unet))
+
+
+def test_the_demonstration_weighs_the_experts_and_removes_each(tmp_path, monkeypatch):
+    model = load_model(TINY_MTU)
+    before = {key: value.clone() for key, value in model.unet.state_dict().items()}
+    layers, tasks = moe.transformer_blocks(model.unet), model.tasks
+    w = moe.weights_of_tasks(model.unet)
+    assert w.shape == (len(layers), len(tasks), 4)
+    assert np.allclose(w.sum(-1), 1)
+    costs = moe.removal_costs(model, count=1)
+    assert costs.shape == w.shape
+    assert all(torch.equal(value, before[key]) for key, value in model.unet.state_dict().items())
+
+    # The same by hand: w without the expert, and divided by what is left of its sum.
+    examples = train.held_out_examples(tasks, None, model, 1)
+    losses = train.held_out_losses(model, model.unet, examples, "cpu", 4)
+    for layer, expert in ((0, 3), (len(layers) - 1, 2)):
+        rest = torch.tensor(w[layer])
+        rest[:, expert] = 0
+        rest = rest / rest.sum(1, keepdim=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(layers[layer].ff, "router_weights", lambda e_task: rest)
+            without = train.held_out_losses(model, model.unet, examples, "cpu", 4)
+        assert np.allclose(costs[layer, :, expert], 100 * (without / losses - 1), atol=0.01)
+        assert abs(costs[layer]).max() > 1
+
+    monkeypatch.setattr(moe, "removal_costs", lambda model: costs)
+    done = call("moe.py", "--model", TINY_MTU, "--out", tmp_path / "new" / "moe.png")
+    assert done.returncode == 0 and "moe.png: above" in done.stdout, done.stderr
+    assert Image.open(tmp_path / "new" / "moe.png").size > (800, 400)
 
 
 @pytest.mark.parametrize("task", ["t2i", "edit"])
