@@ -146,7 +146,10 @@ def class_names(root=None, task="label"):
         return emoji.classes()
     rows, _ = read_rows(folder_of(task, root))
     # In alphabetical order, so that a class has the same number in every run.
-    return sorted({row["label"] for row in rows if "label" in row})
+    names = sorted({row["label"] for row in rows if "label" in row})
+    if not names:
+        raise UserError(f"{root}: no picture has a label, which {task} needs")
+    return names
 
 
 def needed_columns(task):

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -86,6 +87,9 @@ def command(main):
         # A terminal that cannot show a character of somebody's prompt shows a question mark.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if not sys.warnoptions:
+        # Remarks of libraries would stand beside our one line; python -W default shows them.
+        warnings.simplefilter("ignore")
     code = 2
     try:
         return main()

@@ -47,7 +47,7 @@ from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
 from hub import ADVICE, Parser, UserError, append_line, blaming, command, compiled, load_state
 from hub import lock, pick_device, read_scalars, reading, replacing, save_state, write_json
-from sample import Model, latent_shape, load_model, pipeline_index, sample_grid
+from sample import Model, check_parts, latent_shape, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
 # From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv
@@ -258,21 +258,21 @@ def join_processes(args):
     Every process runs this whole file on its own share of each batch. DistributedDataParallel
     averages the gradients, so all of them take the same step and keep the same weights.
     """
-    # torchrun tells each process its number by these variables; without it there is one process.
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     cuda = torch.cuda.is_available() and str(args.device or "cuda").startswith("cuda")
-    if world > 1 and cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError("--nproc_per_node asks for more processes than the "
-                            f"{torch.cuda.device_count()} devices here")
-        torch.cuda.set_device(local_rank)
-    device = pick_device(args.device)
-    if world > 1:
-        # While one process saves or draws, the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=restart_store(),
-                                rank=rank, world_size=world, timeout=datetime.timedelta(hours=1))
-    return device, rank, world
+    with blaming("torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR, .."):
+        # They tell each process its number; without them there is one process.
+        rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
+                                   (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        if world > 1 and cuda:
+            if local_rank >= torch.cuda.device_count():
+                raise UserError("--nproc_per_node asks for more processes than the "
+                                f"{torch.cuda.device_count()} devices here")
+            torch.cuda.set_device(local_rank)
+        if world > 1:
+            # While one process saves or draws, the others wait.
+            dist.init_process_group("nccl" if cuda else "gloo", store=restart_store(), rank=rank,
+                                    world_size=world, timeout=datetime.timedelta(hours=1))
+    return pick_device(args.device), rank, world
 
 
 class Stop:
@@ -352,6 +352,7 @@ def build_model(args, tasks):
     """
     if args.model == "scratch":
         model = new_model(args, tasks)
+        check_parts(model)
     else:
         if args.unet:
             raise UserError("--unet goes with --model scratch")
@@ -400,6 +401,8 @@ def new_text_model(args):
     configs = {name: c for name, c in CONFIGS.items() if not c.get("addition_embed_type")}
     config = named_config(args.unet or "tiny", configs)
     base = load_model(args.encoders)
+    if len(base.texts) != 1:
+        raise UserError(f"--encoders {args.encoders} has {len(base.texts)} text encoders, not one")
     # Cross-attention is as wide as the text states that it reads.
     width = base.text_encoder.config["hidden_size"]
     network = UNet(config | dict(cross_attention_dim=width))

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -470,8 +471,10 @@ def test_without_a_network_a_download_is_found_again(tmp_path, monkeypatch):
 def test_a_command_ends_in_one_line(error, code, words, capsys, monkeypatch):
     def main():
         signal.signal(signal.SIGTERM, lambda *_: None)  # train.py saves before it ends
+        warnings.warn("a library's remark")
         raise error
 
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: print(message, file=sys.stderr))
     with pytest.raises(SystemExit) as end:
         hub.command(main)
     stderr = capsys.readouterr().err

@@ -515,6 +515,39 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path, options, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_base_takes_the_encoders_of_a_model_that_has_one_of_each(tmp_path):
+    model = load_model(ASSETS / "tiny")
+    model.text_encoder_2, model.tokenizer_2 = model.text_encoder, model.tokenizer
+    network = adm.UNet2D(adm.CONFIGS["adm-tiny"])
+    pixels = sample.Model(network, adm.Pixels(32), None, None, train.SCHEDULER, {})
+    options = SimpleNamespace(model="scratch", unet=None, encoders="there", t_range=None)
+    for base, count in ((model, 2), (pixels, 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "load_model", lambda path: base)
+            with pytest.raises(hub.UserError, match=f"--encoders there has {count} text encoders"):
+                train.build_model(options, ["t2i"])
+
+
+@pytest.mark.parametrize("env, words", [
+    (dict(RANK="abc"), "invalid literal"), (dict(WORLD_SIZE="2"), "MASTER_ADDR"),
+    (dict(WORLD_SIZE="2", MASTER_ADDR="localhost"), "MASTER_PORT")])
+def test_variables_of_torchrun_that_are_wrong_are_one_line(env, words, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    refused("torchrun's variables", tmp_path / "run")
+    refused(words, tmp_path / "run")
+
+
+@pytest.mark.parametrize("words", ["--task class --model scratch", "--task label"])
+def test_a_folder_without_classes_is_one_line_without_torchs_remarks(words, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
+    refused("no picture has a label", tmp_path / "run", *words.split(), "--data", tmp_path)
+
+
 # ---- processes ----
 
 def test_accumulation_checkpointing_and_two_ranks_change_only_rounding(
