@@ -11,6 +11,7 @@ the last layer of two towers, and on the pooled state of the second.
 Letters: B batch, S = 77 positions, N patches of a picture, D width.
 """
 import functools
+import itertools
 import json
 import re
 import unicodedata
@@ -271,12 +272,8 @@ class Tokenizer:
     def dropped(self, text):
         """List the words of a text that do not fit, or fit only in part."""
         pieces = self.pieces(text)
-        used = 0
-        for i, (_, ids) in enumerate(pieces):
-            used += len(ids)
-            if used > self.length - 2:
-                return [word for word, _ in pieces[i:]]
-        return []
+        ends = itertools.accumulate(len(ids) for _, ids in pieces)
+        return [word for (word, _), end in zip(pieces, ends) if end > self.length - 2]
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="tokenizer"):

@@ -78,6 +78,24 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.help} (default: {default})"
 
 
+def between(low, high, kind=int):
+    """Make an argument's type: a number of a kind from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it where `kind` raises ValueError
+    return parse
+
+
+def refuse_idle(args, group, reason):
+    """Refuse the options of a group that is of no use here: ignored, they would mislead."""
+    for action in group._group_actions:
+        if getattr(args, action.dest) != action.default:
+            raise UserError(f"{action.option_strings[0]} would do nothing here: {reason}")
+
+
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "size calculation overflowed")
 
 

@@ -559,8 +559,8 @@ def write_task(task, path, out):
     print(f"{task} of {path} -> {out}")
 
 
-def print_size(label, unet, task=None):
-    """Print parameters and FLOPs of a U-Net, in one row; task: the row of an upcycled one.
+def print_size(label, unet):
+    """Print parameters and FLOPs of a U-Net, in one row.
 
     For SD 1.5 this is 803 GFLOP. The paper's 0.67 TFLOP is what remains without the two matrix
     products inside attention, which take 126.
@@ -568,7 +568,7 @@ def print_size(label, unet, task=None):
     from train import count_flops
     total = sum(p.numel() for p in unet.parameters())
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    flops = count_flops(unet, task)
+    flops = count_flops(unet)
     print(f"{label:<22}{total / 1e6:>12.2f}M{trained / 1e6:>12.2f}M{flops / 1e9:>12.2f}G")
 
 
@@ -602,7 +602,7 @@ def main():
         print_size("dense", unet)
         upcycle(unet)
     # One row for all tasks: they share the experts, and a convolution is as wide as the widest.
-    print_size("upcycled", unet, 0)
+    print_size("upcycled", unet)
     if args.model not in CONFIGS:
         # In the paper's Stable Diffusion 1.5, t2i and edit come to share experts in several layers.
         print("\nrouter weights (Eq. 1) of", " | ".join(unet.config["moe"]["tasks"]))

@@ -37,8 +37,8 @@ from clip import CLIPText, Tokenizer
 from data import ALL, ASSETS, EXAMPLES, MAX_PIXELS, SDXL_GUIDANCE, TASKS
 from data import on_white, open_image, to_pil, to_tensor
 from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
-from hub import LARGEST_NUMBER, MissingFolder, Parser, UserError, blaming, command, compiled, fetch
-from hub import find_index, load_weights, pick_device, read_json, replacing, write_json
+from hub import LARGEST_NUMBER, Parser, UserError, between, blaming, command, fetch, find_index
+from hub import load_weights, pick_device, read_json, refuse_idle, replacing, write_json
 from unet import UNet
 from vae import VAE
 
@@ -51,6 +51,7 @@ NUMBERS = ("", "_2")
 LARGEST_SIDE = 8192  # of a picture, in pixels
 # The command draws so many pictures at a time, so that --num-images needs no more memory.
 BATCH = 16
+JOINT = [task for task, rule in TASKS.items() if rule.modality]  # MT-Diffusion's tasks
 # The command's options that `generate` has under the same name.
 PASSED_ON = ("negative_prompt", "guidance", "image_guidance", "guidance_rescale", "steps",
              "sampler", "strength")
@@ -267,40 +268,42 @@ class Model:
 
 
 def pipeline_index(model):
-    """The model_index.json with which diffusers opens a model that is not upcycled."""
-    scheduler = ["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")]
-    index = {"_diffusers_version": "0.30.0", "scheduler": scheduler}
-    if model.guidance:
-        # diffusers warns of keys that it does not know, but for those with an underscore.
-        index["_guidance"] = model.guidance
-    if "id2label" in model.index:
-        index["id2label"] = model.index["id2label"]
+    """The model_index.json of a model. diffusers opens the folder, unless a method is attached."""
+    kept = ("id2label", "force_zeros_for_empty_prompt")
+    index = {key: value for key, value in model.index.items() if key in kept}
+    # diffusers warns of keys that it does not know, but for those with an underscore.
+    index |= {"_diffusers_version": "0.30.0", "_guidance": model.guidance,
+              "scheduler": ["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")]}
+    if model.vae.factor > 1:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+    for number, (_, encoder) in zip(NUMBERS, model.texts):
+        index[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
+        index[f"text_encoder{number}"] = ["transformers", encoder.config["architectures"]]
+
     if model.unet.folder == "transformer":
-        index["transformer"] = ["diffusers", "DiTTransformer2DModel"]
-        if model.vae.factor == 1:
-            # diffusers has no pipeline for a transformer on pixels.
-            return index | {"_class_name": "DiTPipeline2D"}
-        return index | {"_class_name": "DiTPipeline", "vae": ["diffusers", "AutoencoderKL"]}
-    if not model.texts:
-        return index | {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
-    # diffusers has a pipeline of its own for networks that read a picture beside z_t.
-    xl = "XL" if model.text_encoder_2 else ""
-    edits = "" if model.tasks == ["t2i"] else "InstructPix2Pix"
-    index |= {
-        "_class_name": f"StableDiffusion{xl}{edits}Pipeline",
-        "vae": ["diffusers", "AutoencoderKL"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-    }
-    if xl:
-        zeros = model.index.get("force_zeros_for_empty_prompt", True)
-        return index | {"tokenizer_2": ["transformers", "CLIPTokenizer"],
-                        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-                        "force_zeros_for_empty_prompt": zeros}
-    # Parts that are not in the folder must be named as missing, or diffusers looks for them.
-    return index | {"safety_checker": [None, None], "feature_extractor": [None, None],
-                    "requires_safety_checker": False}
+        # diffusers has no pipeline for a transformer on pixels.
+        pipeline = "DiTPipeline" if "vae" in index else "DiTPipeline2D"
+        network = "DiTTransformer2DModel"
+    elif not model.texts:
+        pipeline = "DDPMPipeline"
+        network = "UNet2DModel"
+    else:
+        xl = "XL" if model.text_encoder_2 else ""
+        # There is a pipeline of its own for networks that read a picture beside z_t.
+        edits = "" if model.tasks == ["t2i"] else "InstructPix2Pix"
+        pipeline = f"StableDiffusion{xl}{edits}Pipeline"
+        network = "UNet2DConditionModel"
+        if not xl:
+            # Parts that are not in the folder must be named as missing, or diffusers looks for
+            # them.
+            index |= {"safety_checker": [None, None], "feature_extractor": [None, None],
+                      "requires_safety_checker": False}
+    if name := model.unet.config.get("_class_name"):
+        # A network that a method has changed has a class of our own, such as RoutedUNet2D. By the
+        # usual names diffusers would open the folder and draw wrong pictures.
+        pipeline = name.replace("UNet", "Pipeline").replace("DiT", "DiTPipeline")
+        network = name
+    return index | {"_class_name": pipeline, model.unet.folder: ["diffusers", network]}
 
 
 def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
@@ -308,8 +311,8 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
 
     dtype: of the weights in memory and of what they compute. None takes bf16 on a GPU, but fp32 for
     a miniature and on pixels.
-    A folder may hold only what differs from another model: model_index.json's "base", a path
-    relative to the folder or a hub id, then says where the other parts are.
+    A folder on this disk may hold only what differs from another model: model_index.json's "base",
+    a path relative to the folder or a hub id, then says where the other parts are.
     """
     # Whatever goes wrong inside is the fault of this folder, and the message names it.
     with blaming(path_or_hub_id):
@@ -385,20 +388,11 @@ def correct_sample_size(config):
 
 def place_of(path, index, part):
     """Find the model that a part belongs to: the folder itself, or what it calls its base."""
-    if "base" not in index or (Path(path) / part).is_dir():
+    if "base" not in index or not Path(path).is_dir() or (Path(path) / part).is_dir():
         return path
     with blaming(f"{path}: model_index.json"):
         beside = Path(path) / index["base"]
-        base = str(beside) if beside.exists() else index["base"]
-    if Path(path).is_dir():
-        return base
-    try:
-        # On the hub. Only a part that is not there comes from the base: after a download that
-        # failed, the base's U-Net would draw the wrong pictures.
-        fetch(path, part)
-        return path
-    except MissingFolder:
-        return base
+        return str(beside) if beside.exists() else index["base"]
 
 
 def load_network(kind, folder, config, scheduler, dtype):
@@ -409,8 +403,6 @@ def load_network(kind, folder, config, scheduler, dtype):
     # The constructor knows the plain network; each method attaches in the order of its making.
     keys = ("moe", "projections", "aggregation", "routing")
     methods = {key: config.pop(key) for key in keys if config.get(key)}
-    if methods:
-        config.pop("_class_name", None)
     diffusion = Diffusion.from_config(scheduler)
     # On the meta device tensors have no memory yet: the weights are read only once, from the file.
     with torch.device("meta"), blaming(folder / "config.json"):
@@ -434,19 +426,17 @@ def check_parts(model):
 
     Without these comparisons a wrong pair would draw garbage without a word, or fail deep inside.
     """
-    T = model.diffusion.T
     C = model.vae.config["latent_channels"]
     config = model.unet.config
-    # A network that learns the variance has as many channels again for it.
-    learned = model.scheduler.get("variance_type") == "learned_range" and not model.texts
-    out_channels = (2 * C,) if learned else (C,)
-    if not learned and not model.texts:
-        # Samplers such as DDIM do not read a variance that is there.
-        out_channels = (C, 2 * C)
     f = model.vae.factor
     needed = dict(sample_size=range(1, LARGEST_SIDE // f + 1), in_channels=(C, 2 * C),
-                  out_channels=out_channels)
-    if model.texts:
+                  out_channels=(C,))
+    if not model.texts:
+        # A network that learns the variance has as many channels again for it. Samplers such as
+        # DDIM do not read them.
+        learned = model.scheduler.get("variance_type") == "learned_range"
+        needed["out_channels"] = (2 * C,) if learned else (C, 2 * C)
+    else:
         widths = [encoder.config["hidden_size"] for _, encoder in model.texts]
         needed["cross_attention_dim"] = (sum(widths),)
     if model.text_encoder_2:
@@ -456,11 +446,13 @@ def check_parts(model):
     # A tile is as large, and at least four latents wide.
     compare(model, "vae", model.vae.config, dict(sample_size=range(4 * f, LARGEST_SIDE + 1)))
     with blaming(f"{model.path}: model_index.json, id2label"):
-        largest = max(model.classes.values(), default=None)
-    if largest is not None:
+        classes = model.classes
+    if classes:
         # The last row of the table means no class.
-        compare(model, "network", vars(model.unet), dict(num_class_embeds=(largest + 2,)))
+        compare(model, "network", vars(model.unet),
+                dict(num_class_embeds=(max(classes.values()) + 2,)))
     # A mask of channels belongs to each timestep.
+    T = model.diffusion.T
     compare(model, "routing", {"num_steps": T} | config.get("routing", {}), dict(num_steps=(T,)))
     for tokenizer, encoder in model.texts:
         end = tokenizer.vocab[tokenizer.special["eos_token"]]
@@ -556,8 +548,8 @@ def warn_of_long_prompts(model, prompts):
 
 @torch.no_grad()
 def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=None,
-             image_guidance=None, guidance_rescale=0.0, steps=20, sampler=None, eta=0.0,
-             strength=None, height=None, width=None, seed=0, ensemble=(), callback=None):
+             image_guidance=None, guidance_rescale=0.0, steps=20, sampler=None, strength=None,
+             height=None, width=None, seed=0, ensemble=(), callback=None):
     """Draw one picture per prompt -> list of PIL images. Picture i has the seed `seed + i`.
 
     prompts: one string or a list; for the task class, names of classes or their numbers.
@@ -567,7 +559,7 @@ def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=
         (model_index.json, "guidance"), or else the paper's for the task (data.TASKS).
     height, width: by default the model's size, with the shape of a picture that is given.
     sampler: a name in diffusion.SAMPLERS; by default what the model's scheduler names.
-    eta: the noise of ddim, 0 to 1. guidance_rescale: see diffusion.guide.
+    guidance_rescale: see diffusion.guide.
     ensemble: N U-Nets; number floor(t N / T) makes the step at t (DeMe Eq. 7).
     callback(i, t, x_t, x0): sees each step's latents.
 
@@ -582,12 +574,12 @@ def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=
             raise UserError(f"{task} reads no prompt, picture, guidance or ensemble; what is known "
                             "comes by draw_modalities")
         drawn = draw_modalities(model, len(prompts), steps=steps, seed=seed, sampler=sampler,
-                                eta=eta, height=height, width=width,
+                                height=height, width=width,
                                 callback=callback and (lambda *step: callback(*step[:4])))
         return [to_pil(picture) for picture in drawn["image"]]
     reads_source = check_images(model, task, prompts, images, strength)
     guidance, image_guidance = scales(model, task, guidance, image_guidance)
-    sampler = pick_sampler(model, sampler, eta)
+    sampler = pick_sampler(model, sampler)
     if not 0 <= guidance_rescale <= 1:
         raise UserError(f"guidance rescale {guidance_rescale}: from 0 to 1")
     # A batch has one size: all pictures are resized to the shape of the first.
@@ -611,10 +603,8 @@ def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=
     predict = guided(model, task, prompts, source, negative_prompt=negative_prompt,
                      guidance=guidance, image_guidance=image_guidance, rescale=guidance_rescale,
                      size=(height, width), ensemble=ensemble)
-    # The other samplers either add no noise or add what their equations say.
-    options = dict(eta=eta) if sampler == "ddim" else {}
     x0 = SAMPLERS[sampler](diffusion, predict, x, steps=steps, start=start, generators=generators,
-                           callback=callback, **options)
+                           callback=callback)
     return [to_pil(picture) for picture in model.decode(x0)]
 
 
@@ -687,7 +677,7 @@ def guided(model, task, prompts, source, *, negative_prompt, guidance, image_gui
     return predict
 
 
-def pick_sampler(model, sampler, eta):
+def pick_sampler(model, sampler):
     """The sampler that was named, or the one that the model's scheduler stands for."""
     sampler = sampler or model.diffusion.sampler
     if sampler is None:
@@ -696,8 +686,6 @@ def pick_sampler(model, sampler, eta):
                         f"implemented; name a sampler with --sampler: {', '.join(SAMPLERS)}")
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler}: choose from {', '.join(SAMPLERS)}")
-    if eta and sampler != "ddim":
-        raise UserError(f"eta {eta} belongs to the sampler ddim, not to {sampler}")
     return sampler
 
 
@@ -705,8 +693,8 @@ def pick_sampler(model, sampler, eta):
 # Several modalities (MT-Diffusion)
 
 @torch.no_grad()
-def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None, eta=0.0,
-                    height=None, width=None, callback=None):
+def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None, height=None,
+                    width=None, callback=None):
     """Generate every modality that is not in `known`, by Algorithm 1.
 
     known: "image" or the model's modality -> pictures (B, 3, H, W), classes (B,) or vectors
@@ -745,7 +733,7 @@ def draw_modalities(model, count, known=None, *, steps=20, seed=0, sampler=None,
     # Only these two are written for an E that changes from step to step.
     default = "ddpm" if model.diffusion.sampler == "ddpm" else "ddim"
     z, x = aggregation.sample(unet.heads, predict, {modality: encode}, noise, known=in_z, z0=z0,
-                              steps=steps, sampler=sampler or default, eta=eta,
+                              steps=steps, sampler=sampler or default,
                               generators=generators, callback=callback)
     drawn = {}
     for name, value in ({"image": z} if x_is_absent else {"image": z, **x}).items():
@@ -799,10 +787,9 @@ def read_given(model, word, height, width):
         value = aggregation.vectors(model, [text])[0].cpu()
     else:
         classes = aggregation.class_names(model.unet)
-        lower = [one.lower() for one in classes]
-        if text.lower() not in lower:
+        if text not in classes:
             raise UserError(f"--given {word}: the classes are {', '.join(classes)}")
-        value = torch.tensor(lower.index(text.lower()))
+        value = torch.tensor(classes.index(text))
     return {name: value}, height, width
 
 
@@ -883,7 +870,7 @@ def sample_grid(model, datasets, columns, seed, path):
     for task, dataset in datasets.items():
         # Spread over the data set, so that they are not all of one kind.
         chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * columns)] for i in range(columns)]
-        if task in TASKS and TASKS[task].modality:
+        if task in JOINT:
             pictures += modality_rows(model, TASKS[task].modality, [e["x"] for e in chosen], seed)
         else:
             sources = [picture_of(model, e["source"]) for e in chosen if "source" in e]
@@ -924,7 +911,6 @@ def save_trajectory(model, frames, path, arguments):
         columns = [model.vae.decode(frame / scale) for frame in frames]
     pictures = [to_pil(column[row]) for row in (0, 1) for column in columns]
     save_png(grid(pictures, len(columns)), path, arguments)
-    print(f"denoising -> {path}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -936,76 +922,68 @@ def get_args():
     group.add_argument("--task", default="t2i", help="a task that the model knows")
     group.add_argument("--model", help="model folder or hub id (default: assets/tiny-mtu, or "
                        "runs/TASK for a task that it does not know)")
-    group.add_argument("--prompt", action="append", help="text, or the name of a class; repeat it "
-                       "for more pictures (default: the task's example, or the first class)")
-    group.add_argument("--negative-prompt", default="", help="text to steer away from")
-    group.add_argument("--image", help="source picture (default: the task's example)")
-    group.add_argument("--given", action="append", default=[], metavar="NAME=VALUE",
-                       help="MT-Diffusion: a modality that is known, such as image=FILE, "
-                       "source=FILE, masked=FILE (transparent where masked), label=CLASS or "
-                       "repr=TEXT; without it every modality is generated")
-    group.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
+    group.add_argument("--num-images", type=between(1, 10_000), default=1,
+                       help="pictures of each prompt")
     group.add_argument("--height", type=int, help="in pixels (default: the model's, with the shape "
                        "of --image)")
     group.add_argument("--width", type=int, help="in pixels, likewise")
-    group.add_argument("--seed", type=int, default=0, help="random seed; picture i has seed + i")
+    group.add_argument("--seed", type=between(0, 1e18), default=0,
+                       help="random seed; picture i has seed + i")
 
-    group = parser.add_argument_group("how to sample")
+    single = parser.add_argument_group("tasks that draw one picture")
+    single.add_argument("--prompt", action="append", help="text, or the name of a class; repeat it "
+                        "for more pictures (default: the task's example, or the first class)")
+    single.add_argument("--negative-prompt", default="", help="text to steer away from")
+    single.add_argument("--image", help="source picture (default: the task's example)")
+    single.add_argument("--guidance", type=float, help="text guidance scale, 1 for none (default: "
+                        "the model's own, or the paper's)")
+    single.add_argument("--image-guidance", type=float, help="image guidance scale, 1 for none")
+    single.add_argument("--guidance-rescale", type=float, default=0.0, help="bring over-saturated "
+                        "guided pictures back, 0 to 1 (0.7 for models that predict v to pure "
+                        "noise)")
+    single.add_argument("--strength", type=float, help="start from --image instead of from noise, "
+                        "and run this share of the steps (SDEdit)")
+    single.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="DeMe before "
+                        "merging: copies tuned for equal timestep ranges, from t = 0 upwards")
+    single.add_argument("--side-by-side", action="store_true",
+                        help="save the source and the result in one picture")
+    single.add_argument("--trajectory", action="store_true",
+                        help="save the denoising too, as a strip of pictures")
+
+    several = parser.add_argument_group("tasks that draw several modalities (MT-Diffusion)")
+    several.add_argument("--given", action="append", default=[], metavar="NAME=VALUE",
+                         help="a modality that is known, such as image=FILE, source=FILE, "
+                         "masked=FILE (transparent where masked), label=CLASS or repr=TEXT; "
+                         "without it every modality is generated")
+
+    group = parser.add_argument_group("how to draw, and where to")
     group.add_argument("--steps", type=int, default=20, help="sampling steps (MTU: 20, SDXL 50)")
     group.add_argument("--sampler", choices=SAMPLERS,
                        help="default: the one that the model's scheduler names")
-    group.add_argument("--guidance", type=float, help="text guidance scale, 1 for none (default: "
-                       "the model's own, or the paper's)")
-    group.add_argument("--image-guidance", type=float, help="image guidance scale, 1 for none")
-    group.add_argument("--guidance-rescale", type=float, default=0.0, help="bring over-saturated "
-                       "guided pictures back, 0 to 1 (0.7 for models that predict v to pure noise)")
-    group.add_argument("--strength", type=float, help="start from --image instead of from noise, "
-                       "and run this share of the steps (SDEdit)")
-    group.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="DeMe before "
-                       "merging: copies tuned for equal timestep ranges, from t = 0 upwards")
-
-    group = parser.add_argument_group("how to run and what to save")
     group.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
     group.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, "
                        "but fp32 for a miniature")
-    group.add_argument("--compile", action="store_true", help="compile the U-Net (torch.compile)")
-    group.add_argument("--side-by-side", action="store_true",
-                       help="save the source and the result in one picture")
-    group.add_argument("--trajectory", action="store_true",
-                       help="save the denoising too, as a strip of pictures")
     group.add_argument("--out", help="the picture, a .png file (default: samples/TASK.png)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.task in JOINT:
+        refuse_idle(args, single, f"what {args.task} is to know comes by --given")
+    else:
+        refuse_idle(args, several, f"MT-Diffusion has the tasks {', '.join(JOINT)}")
+    return args
 
 
 def check_args(args):
-    """Check what can be checked before a model is loaded -> the picture's path.
-
-    Where no model is named, args.model becomes the default one.
-    """
+    """Check what can be checked before a model is loaded, and name the model and the picture."""
     rule = TASKS.get(args.task)
-    joint = rule and rule.modality
-    if not 1 <= args.num_images <= 10_000:
-        raise UserError(f"--num-images {args.num_images}: from 1 to 10000")
-    if not 0 <= args.seed < 2 ** 62:
-        raise UserError(f"--seed {args.seed}: from 0 to 2^62 - 1")
-    if args.given and not joint:
-        raise UserError("--given belongs to MT-Diffusion's tasks: "
-                        f"{', '.join(name for name in TASKS if TASKS[name].modality)}")
     if len(args.given) > 1:
         raise UserError("--given: give NAME=VALUE once; with both modalities nothing is left to "
                         "generate")
-    # An option that would be ignored without a word is refused.
-    others = ("prompt", "negative_prompt", "image", "guidance", "image_guidance",
-              "guidance_rescale", "strength", "ensemble", "compile", "side_by_side", "trajectory")
-    if joint and (ignored := [name for name in others if getattr(args, name)]):
-        raise UserError(f"--{ignored[0].replace('_', '-')} does not go with --task {args.task}, "
-                        "where a modality that is known comes by --given")
     if args.image and not args.prompt and rule and rule.prompt:
         # The shipped example's instruction must not be applied to somebody's own picture.
         raise UserError(f"--image needs a --prompt: what shall {args.task} do with it?")
-    out = Path(args.out or f"samples/{args.task}.png")
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise UserError(f"--out {out}: pictures are written as .png files")
+    args.out = args.out or f"samples/{args.task}.png"
+    if Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: pictures are written as .png files")
     if args.model is None:
         # The model that ships knows MTU's tasks, and perhaps some that were added to it.
         trained = rule and args.task not in ALL
@@ -1013,7 +991,6 @@ def check_args(args):
         if trained and not Path(args.model).is_dir():
             raise UserError(f"no model at {args.model}: python train.py --task {args.task} trains "
                             "one, or name another with --model")
-    return out
 
 
 def check_sheet(count, height, width):
@@ -1037,8 +1014,8 @@ def load_ensemble(args, model):
     return [copy.unet for copy in copies]
 
 
-def draw_pictures(args, model, out):
-    """Run the command for tasks that draw one picture of a prompt."""
+def draw_pictures(args, model, bar):
+    """Run the command for tasks that draw one picture of a prompt -> a line on what was drawn."""
     # Without an example of the task: the first class, or the empty prompt.
     image, example = EXAMPLES.get(args.task, (None, next(iter(model.classes), "")))
     image = args.image or (image and str(ASSETS / "examples" / image))
@@ -1048,9 +1025,6 @@ def draw_pictures(args, model, out):
     height, width = picture_size(model, source, args.height, args.width)
     check_sheet(len(prompts), height, width)
     ensemble = load_ensemble(args, model)
-    if args.compile:
-        for unet in ensemble or [model.unet]:
-            unet.forward = compiled(unet.forward, model.device)
 
     frames = []     # of the first picture
     pictures = []
@@ -1060,15 +1034,13 @@ def draw_pictures(args, model, out):
         if args.trajectory and not pictures:
             frames.append(torch.cat([x[:1], x0[:1]]))
 
-    # As a context, the bar leaves the terminal also where an error's one line follows.
-    total = args.steps * math.ceil(len(prompts) / BATCH)
-    with tqdm(total=total, desc=args.task, leave=False, delay=1) as bar:
-        for first in range(0, len(prompts), BATCH):
-            chunk = prompts[first:first + BATCH]
-            pictures += generate(
-                model, args.task, chunk, source and [source] * len(chunk), height=height,
-                width=width, seed=args.seed + first, ensemble=ensemble, callback=watch,
-                **{name: getattr(args, name) for name in PASSED_ON})
+    bar.reset(args.steps * math.ceil(len(prompts) / BATCH))
+    for first in range(0, len(prompts), BATCH):
+        chunk = prompts[first:first + BATCH]
+        pictures += generate(
+            model, args.task, chunk, source and [source] * len(chunk), height=height, width=width,
+            seed=args.seed + first, ensemble=ensemble, callback=watch,
+            **{name: getattr(args, name) for name in PASSED_ON})
 
     # One prompt makes a square of pictures, several make a row each.
     columns = round(len(pictures) ** 0.5)
@@ -1080,15 +1052,19 @@ def draw_pictures(args, model, out):
         columns = 2 * columns
     # The file says how to draw it again.
     arguments = vars(args) | {"prompt": prompts, "image": image}
-    save_png(grid(pictures, columns), out, arguments)
-    words = ", ".join(map(repr, dict.fromkeys(prompts)))
-    print(f"{args.task}: {words}{f' on {image}' if image else ''} -> {out}")
+    save_png(grid(pictures, columns), args.out, arguments)
     if args.trajectory:
-        save_trajectory(model, frames, out.with_name(f"{out.stem}-trajectory.png"), arguments)
+        strip = Path(args.out).with_name(f"{Path(args.out).stem}-trajectory.png")
+        save_trajectory(model, frames, strip, arguments)
+    words = ", ".join(map(repr, dict.fromkeys(prompts)))
+    return [f"{args.task}: {words}{f' on {image}' if image else ''} -> {args.out}"]
 
 
-def draw_joint(args, model, out):
-    """Run the command for MT-Diffusion's tasks: all modalities side by side, one row a sample."""
+def draw_joint(args, model, bar):
+    """Run the command for MT-Diffusion's tasks -> lines on what is no picture, and on the file.
+
+    The picture has all modalities side by side, one row a sample.
+    """
     known = {}
     height, width = picture_size(model, None, args.height, args.width)
     # There is at most one such word.
@@ -1097,32 +1073,31 @@ def draw_joint(args, model, out):
     check_sheet(2 * args.num_images, height, width)
     pictures = []
     lines = []
-    total = args.steps * math.ceil(args.num_images / BATCH)
-    with tqdm(total=total, desc=args.task, leave=False, delay=1) as bar:
-        for first in range(0, args.num_images, BATCH):
-            count = min(BATCH, args.num_images - first)
-            chunk = {name: value.expand(count, *value.shape) for name, value in known.items()}
-            drawn = draw_modalities(model, count, chunk,
-                                    steps=args.steps, seed=args.seed + first, sampler=args.sampler,
-                                    height=height, width=width,
-                                    callback=lambda *_: bar.update())
-            shown = [value for value in drawn.values() if value.dim() == 4]
-            pictures += [to_pil(picture) for row in zip(*shown) for picture in row]
-            for name in drawn.keys() - known.keys():
-                lines += describe(model, name, drawn[name])
-    save_png(grid(pictures, len(shown)), out, vars(args))
-    for line in lines:
-        print(line)
-    print(f"{args.task}: {', '.join(drawn)}; given: {', '.join(args.given) or 'nothing'} -> {out}")
+    bar.reset(args.steps * math.ceil(args.num_images / BATCH))
+    for first in range(0, args.num_images, BATCH):
+        count = min(BATCH, args.num_images - first)
+        chunk = {name: value.expand(count, *value.shape) for name, value in known.items()}
+        drawn = draw_modalities(model, count, chunk, steps=args.steps, seed=args.seed + first,
+                                sampler=args.sampler, height=height, width=width,
+                                callback=lambda *_: bar.update())
+        shown = [value for value in drawn.values() if value.dim() == 4]
+        pictures += [to_pil(picture) for row in zip(*shown) for picture in row]
+        for name in drawn.keys() - known.keys():
+            lines += describe(model, name, drawn[name])
+    save_png(grid(pictures, len(shown)), args.out, vars(args))
+    given = ", ".join(args.given) or "nothing"
+    return [*lines, f"{args.task}: {', '.join(drawn)}; given: {given} -> {args.out}"]
 
 
 def main():
     args = get_args()
-    out = check_args(args)
+    check_args(args)
     model = load_model(args.model, DTYPES[args.precision], pick_device(args.device))
-    joint = TASKS[kind_of(model, args.task)].modality
-    draw = draw_joint if joint else draw_pictures
-    draw(args, model, out)
+    draw = draw_joint if TASKS[kind_of(model, args.task)].modality else draw_pictures
+    # As a context, the bar leaves the terminal also where an error's one line follows.
+    with tqdm(desc=args.task, leave=False, delay=1) as bar:
+        lines = draw(args, model, bar)
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import operator
 import os
 import re
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -45,9 +44,11 @@ import moe
 import routing
 from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
-from hub import ADVICE, Parser, UserError, append_line, blaming, command, compiled, load_state
-from hub import lock, pick_device, read_scalars, reading, replacing, save_state, write_json
-from sample import Model, check_parts, latent_shape, load_model, pipeline_index, sample_grid
+from hub import ADVICE, Parser, UserError, append_line, between, blaming, command, compiled
+from hub import is_first, load_state, lock, pick_device, read_scalars, reading, refuse_idle
+from hub import replacing, save_state, write_json
+from sample import JOINT, Model, check_parts, latent_shape, load_model, pipeline_index
+from sample import sample_grid
 from unet import CONFIGS, UNet
 
 # From scratch: Stable Diffusion's betas, rescaled so that the last step is pure noise (arXiv
@@ -63,7 +64,6 @@ EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
 # What --num-experts and its companions are without a word; they shape new experts only.
 EXPERTS = dict(num_experts=4, expert_width=None, expert_init="preserve", top_k=None)
-JOINT = [task for task, rule in TASKS.items() if rule.modality]  # MT-Diffusion's tasks
 WORDLESS = ("uncond", "class")  # these networks read no text
 
 
@@ -85,13 +85,13 @@ def get_args():
     run.add_argument("--reverse", action="store_true",
                      help="swap source and target of paired folders (pix2pix: BtoA)")
     run.add_argument("--out", help="run folder; the same command resumes (default: runs/TASK)")
-    run.add_argument("--steps", type=int, help="optimiser steps (default: 200, or 5000 from "
-                     "scratch; paper: 100 epochs)")
-    run.add_argument("--batch-size", type=int, default=32, help="global batch size, a multiple of "
-                     "the numbers of tasks and of processes (paper: 128)")
-    run.add_argument("--device-batch-size", type=int, help="samples per micro-batch on one device; "
-                     "gradients are accumulated (default: all at once)")
-    run.add_argument("--seed", type=int, default=0,
+    run.add_argument("--steps", type=between(1, 1e9),
+                     help="optimiser steps (default: 200, or 5000 from scratch; paper: 100 epochs)")
+    run.add_argument("--batch-size", type=between(1, 1e6), default=32, help="global batch size, a "
+                     "multiple of the numbers of tasks and of processes (paper: 128)")
+    run.add_argument("--device-batch-size", type=between(1, 1e6), help="samples per micro-batch on "
+                     "one device; gradients are accumulated (default: all at once)")
+    run.add_argument("--seed", type=between(0, 1e18), default=0,
                      help="random seed for data, noise and initialisation")
     run.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
     run.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast, or fp32, which "
@@ -99,7 +99,8 @@ def get_args():
     run.add_argument("--compile", action="store_true", help="compile the network (torch.compile)")
     run.add_argument("--gradient-checkpointing", action="store_true",
                      help="save memory by recomputing activations")
-    run.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    run.add_argument("--workers", type=between(0, 256), default=0,
+                     help="processes that read pictures")
 
     scratch = parser.add_argument_group("--model scratch")
     scratch.add_argument("--unet", help="size of the new network, a name in unet.CONFIGS, "
@@ -112,27 +113,29 @@ def get_args():
                          "whose autoencoder, tokenizer and text encoder a t2i network uses")
 
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--lr", type=float, help="peak learning rate (default: 1.6e-2 for "
-                              "new experts of the miniature, 1e-3 for other training of it, 1e-4 "
-                              "for larger models; paper: 1e-4, SDXL 5e-5)")
+    optimisation.add_argument("--lr", type=between(1e-12, 1e3, float), help="peak learning rate "
+                              "(default: 1.6e-2 for new experts of the miniature, 1e-3 for other "
+                              "training of it, 1e-4 for larger models; paper: 1e-4, SDXL 5e-5)")
     optimisation.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine",
                               help="after the warm-up; cosine ends at zero")
-    optimisation.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up")
-    optimisation.add_argument("--weight-decay", type=float, default=0.0,
+    optimisation.add_argument("--warmup", type=between(0, 1e9), default=20,
+                              help="steps of linear warm-up")
+    optimisation.add_argument("--weight-decay", type=between(0, 1e3, float), default=0.0,
                               help="AdamW's weight decay, applied to weight matrices only "
                               "(paper: 0.01 for SDXL)")
     optimisation.add_argument("--loss-weight", choices=("none", "v", "min-snr", "p2", "uw"),
                               default="none", help="loss weighting over timesteps; uw learns it")
 
     mtu = parser.add_argument_group("MTU, where a text-to-image model learns other tasks")
-    mtu.add_argument("--num-experts", type=int,
+    mtu.add_argument("--num-experts", type=between(1, 1000),
                      help="N, experts per feed-forward layer (paper: 4, for SDXL 1)")
     mtu.add_argument("--expert-width", type=float,
                      help="G, an expert's share of the layer's width (default: 1/N)")
     mtu.add_argument("--expert-init", choices=("preserve", "literal"),
                      help="preserve equals the pretrained network at step 0, literal is the "
                      "paper's plain copy")
-    mtu.add_argument("--top-k", type=int, help="keep the k largest router weights (default: all)")
+    mtu.add_argument("--top-k", type=int,
+                     help="keep the k largest router weights (default: all)")
     mtu.set_defaults(**EXPERTS)
     mtu.add_argument("--train", choices=("list", "all", "self", "cross", "ffn"), help="what "
                      "trains: the paper's list (the default of an upcycled network), everything, or"
@@ -141,17 +144,17 @@ def get_args():
     dtr = parser.add_argument_group("DTR")
     dtr.add_argument("--routing", choices=routing.MODES, help="mask channels by timestep; random "
                      "masks are the paper's control, halves have a second window for skips")
-    dtr.add_argument("--alpha", type=float, default=4.0,
+    dtr.add_argument("--alpha", type=between(1e-6, 1e6, float), default=4.0,
                      help="exponent of the window's shift, (t / T)^alpha")
-    dtr.add_argument("--beta", type=float, default=0.8,
+    dtr.add_argument("--beta", type=between(1e-6, 1, float), default=0.8,
                      help="share of channels that a timestep sees")
 
     deme = parser.add_argument_group("DeMe")
     deme.add_argument("--t-range", type=int, nargs=2, metavar=("START", "END"),
                       help="fine-tune for timesteps START <= t < END")
-    deme.add_argument("--p-global", type=float, default=0.3, help="probability of drawing t from "
-                      "all timesteps instead of the range (official code: 0.3)")
-    deme.add_argument("--consistency", type=float, default=1.0,
+    deme.add_argument("--p-global", type=between(0, 1, float), default=0.3, help="probability of "
+                      "drawing t from all timesteps instead of the range (official code: 0.3)")
+    deme.add_argument("--consistency", type=between(0, 1e6, float), default=1.0,
                       help="weight of the consistency loss, Eq. 5's second term (paper: 1)")
     deme.add_argument("--projection", nargs="?", const="convolutions",
                       choices=("convolutions", "blocks"), help="channel projections: after "
@@ -164,53 +167,36 @@ def get_args():
     joint.add_argument("--input", choices=("z", "x"), default="z",
                        help="x: also concatenate the other picture to the input (-X); z: the "
                        "noisy latent only (-U)")
-    joint.add_argument("--drop", type=float, help="probability of hiding the other modality in "
-                       "training (default: 0.1, and 0 for translate with --input z)")
+    joint.add_argument("--drop", type=between(0, 0.999, float),
+                       help="probability of hiding the other modality in training (default: 0.1, "
+                       "and 0 for translate with --input z)")
     joint.add_argument("--schedule", choices=tuple(aggregation.SCHEDULES), default="vanishing",
                        help="weights w_t of the other modality; interpolating needs betas that "
                        "do not end in pure noise")
-    joint.add_argument("--k", type=float, default=1.0, help="scale of these weights")
-    joint.add_argument("--modality-weight", type=float, default=aggregation.LAMBDA,
+    joint.add_argument("--k", type=between(-1e6, 1e6, float), default=1.0,
+                       help="scale of these weights")
+    joint.add_argument("--modality-weight", type=between(0, 1e6, float), default=aggregation.LAMBDA,
                        help="lambda of Eq. 6")
 
     logging = parser.add_argument_group("logging")
-    logging.add_argument("--save-every", type=int, default=200, help="steps between checkpoints; "
-                         "0 saves none")
-    logging.add_argument("--sample-every", type=int, help="steps between sample grids, 0 for none "
-                         "(default: half way and at the end)")
-    logging.add_argument("--log-every", type=int, default=10, help="steps between lines of the log")
-    logging.add_argument("--eval-size", type=int, default=64,
+    logging.add_argument("--save-every", type=between(0, 1e9), default=200,
+                         help="steps between checkpoints; 0 saves none")
+    logging.add_argument("--sample-every", type=between(0, 1e9), help="steps between sample grids, "
+                         "0 for none (default: half way and at the end)")
+    logging.add_argument("--log-every", type=between(1, 1e9), default=10,
+                         help="steps between lines of the log")
+    logging.add_argument("--eval-size", type=between(1, 1e5), default=64,
                          help="held-out examples per task for the loss before and after")
-    logging.add_argument("--eval-every", type=int, default=0,
+    logging.add_argument("--eval-every", type=between(0, 1e9), default=0,
                          help="steps between held-out losses in the log; 0 for none")
     args = parser.parse_args()
-    refuse_idle(args, dtr, args.routing, "DTR masks channels with --routing")
-    refuse_idle(args, deme, args.t_range, "DeMe fine-tunes for a --t-range")
-    refuse_idle(args, joint, args.task in JOINT,
-                f"MT-Diffusion has the tasks {', '.join(JOINT)}")
+    if not args.routing:
+        refuse_idle(args, dtr, "DTR masks channels with --routing")
+    if not args.t_range:
+        refuse_idle(args, deme, "DeMe fine-tunes for a --t-range")
+    if args.task not in JOINT:
+        refuse_idle(args, joint, f"MT-Diffusion has the tasks {', '.join(JOINT)}")
     return args
-
-
-def refuse_idle(args, group, method, reason):
-    """Refuse the options of a method that was not asked for: ignored, they would mislead."""
-    for action in group._group_actions:
-        if not method and getattr(args, action.dest) != action.default:
-            raise UserError(f"{action.option_strings[0]} would do nothing here: {reason}")
-
-
-def check_args(args):
-    """Refuse numbers that mean nothing, before anything is read or computed."""
-    ranges = {"steps": (1, 1e9), "batch_size": (1, 1e6), "device_batch_size": (1, 1e6),
-              "log_every": (1, 1e9), "eval_size": (1, 1e5), "save_every": (0, 1e9),
-              "sample_every": (0, 1e9), "eval_every": (0, 1e9), "warmup": (0, 1e9),
-              "workers": (0, 256), "seed": (0, 2 ** 62), "lr": (1e-12, 1e3),
-              "weight_decay": (0, 1e3), "consistency": (0, 1e6), "drop": (0, 0.999),
-              "modality_weight": (0, 1e6), "k": (-1e6, 1e6), "p_global": (0, 1),
-              "num_experts": (1, 1000), "alpha": (1e-6, 1e6), "beta": (1e-6, 1)}
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: from {low:g} to {high:g}")
 
 
 def parse_tasks(args):
@@ -312,15 +298,21 @@ class Stop:
         return flag.item() > 0
 
 
+def differ(numbers):
+    """Say for each of some whole numbers, (N,), whether the processes have different ones."""
+    least = numbers.clone()
+    most = numbers.clone()
+    if dist.is_initialized():
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return (least != most).tolist()
+
+
 def check_same_start(step, device):
     """Raise a UserError where the processes found different checkpoints."""
-    if dist.is_initialized():
-        # The largest step, and the smallest one with its sign changed, in one exchange.
-        ends = torch.tensor([step, -step], device=device)
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-        if ends[0] != -ends[1]:
-            raise UserError("the processes found different checkpoints: --out must be on a disk "
-                            "that all machines share")
+    if any(differ(torch.tensor([step], device=device))):
+        raise UserError("the processes found different checkpoints: --out must be on a disk that "
+                        "all machines share")
 
 
 def check_same_weights(params):
@@ -328,14 +320,8 @@ def check_same_weights(params):
 
     Averaged gradients would hide it. A sum of the bits changes when any one bit does.
     """
-    if not dist.is_initialized():
-        return
     sums = [p.detach().contiguous().view(torch.int32).sum() for p in params.values()]
-    least = torch.stack(sums)
-    most = least.clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    different = [name for name, same in zip(params, (least == most).tolist()) if not same]
+    different = [name for name, differs in zip(params, differ(torch.stack(sums))) if differs]
     if different:
         raise UserError(f"the weights differ between the processes, {different[0]} first, "
                         f"{len(different)} of {len(params)} in all: a device or a library is at "
@@ -345,22 +331,24 @@ def check_same_weights(params):
 # -------------------------------------------------------------------------------------------------
 # The model
 
-def build_model(args, tasks):
-    """Make the model to train, with the methods that the arguments ask for.
+def build_model(args, tasks, device):
+    """Make the model to train, with the methods that the arguments ask for -> model, teacher.
 
-    Each method attaches to the network in place, and records itself in config.json.
+    Each method attaches to the network in place, and records itself in config.json. teacher: the
+    pretrained network of DeMe's Eq. 5, or None.
     """
     if args.model == "scratch":
         model = new_model(args, tasks)
         check_parts(model)
+    elif args.unet:
+        raise UserError("--unet goes with --model scratch")
     else:
-        if args.unet:
-            raise UserError("--unet goes with --model scratch")
         model = load_model(args.model)
-        # A folder may name another one as its base. What this run saves will be complete.
-        model.index.pop("base", None)
         prepare_loaded(args, tasks, model)
     network = model.unet
+    for module in model.modules:
+        if module is not network:
+            module.requires_grad_(False)  # autoencoder and text encoders are frozen
     if args.routing:
         routing.add_routing(network, args.alpha, args.beta, args.routing, model.diffusion.T,
                             args.seed)
@@ -369,18 +357,15 @@ def build_model(args, tasks):
     if unknown := [task for task in tasks if task not in model.tasks]:
         raise UserError(f"{args.model} does not know {', '.join(unknown)}; it knows "
                         f"{', '.join(model.tasks)}")
-    return model
-
-
-def name_own_classes(model):
-    """Name classes of our own in model_index.json where a method is attached.
-
-    diffusers would otherwise open the folder and draw wrong pictures.
-    """
-    name = model.unet.config.get("_class_name", "UNet")
-    if "moe" not in model.unet.config and name.startswith(("Routed", "Joint", "Projected")):
-        model.index["_class_name"] = name.replace("UNet", "Pipeline").replace("DiT", "DiTPipeline")
-        model.index[model.unet.folder] = ["diffusers", name]
+    model.to(device)
+    network.gradient_checkpointing = args.gradient_checkpointing
+    if device.type == "cuda":
+        channels_last(network)
+    teacher = None
+    if args.t_range and args.consistency > 0:
+        # The network before projections are attached to it.
+        teacher = copy.deepcopy(network).requires_grad_(False)
+    return model, teacher
 
 
 def new_model(args, tasks):
@@ -408,7 +393,7 @@ def new_text_model(args):
     network = UNet(config | dict(cross_attention_dim=width))
     model = Model(network, base.vae, base.text_encoder, base.tokenizer, SCHEDULER, {},
                   path="scratch")
-    model.index = pipeline_index(model) | {"_guidance": {"t2i": GUIDANCE["t2i"]}}
+    model.index["guidance"] = {"t2i": GUIDANCE["t2i"]}
     return model
 
 
@@ -436,7 +421,6 @@ def new_wordless_model(args, task):
     model = Model(network, vae, None, None, scheduler, {}, path="scratch")
     if by_class:
         model.index["id2label"] = {str(number): name for number, name in enumerate(classes)}
-    model.index = pipeline_index(model)
     return model
 
 
@@ -459,22 +443,14 @@ def prepare_loaded(args, tasks, model):
     if upcycles:
         moe.upcycle(network, tasks, args.num_experts, args.expert_init,
                     expert_width=args.expert_width, top_k=args.top_k)
-        index = {"_class_name": "UpcycledPipeline"}
-        if "force_zeros_for_empty_prompt" in model.index:
-            # SDXL's empty prompt must be encoded as in training, or guidance goes wrong.
-            index["force_zeros_for_empty_prompt"] = model.index["force_zeros_for_empty_prompt"]
         if is_miniature(model):
-            index["guidance"] = GUIDANCE
+            model.index["guidance"] = GUIDANCE
             if args.lr is None and args.train != "all":
                 # New experts bear larger steps than weights that have learned already.
                 args.lr = 1.6e-2
-        model.index = index
     elif given := [name for name, value in EXPERTS.items() if getattr(args, name) != value]:
         raise UserError(f"--{given[0].replace('_', '-')} shapes new experts, and {args.model} gets "
                         "none here")
-    elif "_class_name" not in network.config:
-        # An ordinary U-Net. Parts of the pipeline that are not written are not named either.
-        model.index = pipeline_index(model)
     if "moe" in network.config:
         moe.trainable(network, args.train or "list")
     elif args.train:
@@ -572,24 +548,26 @@ def averaged(params, ema):
 # -------------------------------------------------------------------------------------------------
 # What a run logs
 
-def count_flops(network, task=None, backward=False):
+def count_flops(network, backward=False):
     """Count the multiplications and additions of one sample of the model's own size.
 
-    task: the row of an upcycled network's task. backward: count a whole training step, in which
-    frozen weights need no gradient of their own, and not the forward pass alone.
+    backward: count a whole training step, in which frozen weights need no gradient of their own,
+    and not the forward pass alone. Every task of an upcycled network costs the same.
     """
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode
-    config = network.config
     # On the meta device tensors have only shapes, so nothing is computed and nothing allocated.
     empty = functools.partial(torch.empty, device="meta")
-    tensors = {name: torch.empty_like(p, device="meta").requires_grad_(p.requires_grad)
-               for name, p in network.named_parameters()}
-    tensors |= {name: torch.empty_like(b, device="meta") for name, b in network.named_buffers()}
-    channels, context, added, row = config["in_channels"], None, None, None
-    if task is not None:
-        channels = config["moe"]["in_channels"][config["moe"]["tasks"][task]]
-        row = empty(1, dtype=torch.long)
+    tensors = {name: torch.empty_like(x, device="meta").requires_grad_(x.requires_grad)
+               for name, x in (*network.named_parameters(), *network.named_buffers())}
+    config = network.config
+    channels = config["in_channels"]
+    task = None
+    context = None
+    added = None
+    if "moe" in config:
+        channels = max(config["moe"]["in_channels"].values())
+        task = empty(1, dtype=torch.long)
     if config.get("cross_attention_dim"):
         context = empty(1, 77, config["cross_attention_dim"])
     if config.get("addition_embed_type"):
@@ -599,7 +577,7 @@ def count_flops(network, task=None, backward=False):
     if getattr(network, "num_class_embeds", None):
         added = dict(class_labels=empty(1, dtype=torch.long))
     side = config["sample_size"]
-    inputs = (empty(1, channels, side, side), empty(1, dtype=torch.long), context, row, added)
+    inputs = (empty(1, channels, side, side), empty(1, dtype=torch.long), context, task, added)
     counter = FlopCounterMode(display=False)
     # What gradient checkpointing computes twice is not counted twice: MFU is about useful work.
     checkpointing = network.gradient_checkpointing
@@ -626,16 +604,6 @@ def peak_flops(device, precision):
         if re.search(rf"\b{key}\b", name) and not re.search("MIG|NVL|Laptop", name):
             return (bf16 if precision == "bf16" else tf32) * 1e12
     return None
-
-
-def peak_memory(device):
-    """Return GB: the most that CUDA had allocated, or that this process held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-    # The same call counts bytes on macOS and kilobytes on Linux.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def sum_losses(names, tasks, t, terms, num_timesteps):
@@ -672,12 +640,8 @@ class Meter:
     def __init__(self, names, num_timesteps):
         self.names = names                  # of the tasks, then of the heads
         self.num_timesteps = num_timesteps
-        self.reset()
-
-    def reset(self):
         self.records = []                   # of each micro-batch: tasks, timesteps, loss terms
-        self.busy = 0.0                     # seconds in training steps,
-        self.waiting = 0.0                  # of which the data were waited for
+        self.seconds = 0.0                  # in training steps
 
     def add(self, batch, terms):
         """terms: {name: (B,)}. They stay on the device until they are read: nothing waits."""
@@ -685,7 +649,8 @@ class Meter:
         self.records.append((batch["task"], batch["t"], terms))
 
     def read(self, device):
-        """Return what mean_losses returns, and the number of samples, of all processes together."""
+        """Return what mean_losses returns, and the samples a second, of all processes; start anew.
+        """
         sums = sum(sum_losses(self.names, *record, self.num_timesteps) for record in self.records)
         samples = sum(len(tasks) for tasks, _, _ in self.records)
         if dist.is_initialized():
@@ -694,7 +659,10 @@ class Meter:
             dist.all_reduce(numbers)
             *flat, samples = numbers.tolist()
             sums = np.reshape(flat, sums.shape)
-        return *mean_losses(self.names, sums), samples
+        speed = samples / self.seconds
+        self.records = []
+        self.seconds = 0.0
+        return *mean_losses(self.names, sums), speed
 
 
 def forget_after(path, step):
@@ -825,9 +793,7 @@ def fixed_settings(args):
 
 
 def check_folder(out):
-    """Raise a UserError where the run folder is a file, or a model that is no run of ours."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; it names a folder")
+    """Raise a UserError where the run folder holds a model that is no run of ours."""
     if (out / "model_index.json").exists() and not (out / "arguments.json").exists():
         raise UserError(f"{out} holds a model that train.py did not write; choose another --out")
 
@@ -859,67 +825,64 @@ def resume(out, args, params, ema, optimizer, loss_names):
     return scalars
 
 
-def save(out, args, model, params, ema, optimizer, scalars, unet_only):
+def save(out, args, model, params, ema, optimizer, scalars):
     """Write the averaged model, and then the state, which says that the model is there.
 
     The state comes last: a run that is killed in between resumes from the older state, and writes
-    the same model again. unet_only: the autoencoder and the text encoders have been written before.
+    the same model again. All processes come here, and the first one writes.
     """
-    if not all(average.isfinite().all() for average in ema.values()):
-        raise UserError(f"weights are not finite at step {scalars['step']}; the last checkpoint in "
-                        f"{out} is kept. Try a lower --lr")
+    check_same_weights(params)
+    if not is_first():
+        return
+    path = out / "state" / "state.safetensors"
     write_json(out / "arguments.json", vars(args))
     with averaged(params, ema):
         complete = model
         if args.projection == "convolutions":
             # The saved model is an ordinary one; the state keeps the projections apart.
             complete = replace(model, unet=merge.fold_projections(model.unet))
-        complete.save(out, unet_only=unet_only)
-    settings = fixed_settings(args)
-    save_state(out / "state" / "state.safetensors", params, ema, optimizer,
-               dict(scalars, settings=settings))
+        # With an earlier state the frozen parts were written, and they do not change.
+        complete.save(out, unet_only=path.exists())
+    save_state(path, params, ema, optimizer, dict(scalars, settings=fixed_settings(args)))
 
 
 # -------------------------------------------------------------------------------------------------
 # Training
 
+def print0(line):
+    """Print a line in the first process alone, above its progress bar."""
+    if is_first():
+        tqdm.write(line)
+
+
+def due(every, done, steps):
+    """Say whether something that comes every so many steps comes after step `done`, or the last."""
+    return every > 0 and (done % every == 0 or done == steps)
+
+
 def train(args, shares, device, rank, world):
     """Train a model, or go on with its training. shares: the tasks of samples 0, 1, .. in turn."""
     tasks = list(dict.fromkeys(shares))
     folder = Path(args.out)
-    print0 = tqdm.write if rank == 0 else lambda *_: None
     # The seed decides new weights; what a batch draws has generators of its own.
     torch.manual_seed(args.seed)
     # TF32 keeps fp32's range and multiplies several times as fast on recent GPUs.
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
 
-    # The model. Autoencoder and text encoders are frozen; build_model says what else is.
-    model = build_model(args, tasks).to(device)
+    # The model: `unet` is its network, and `net` holds that and whatever else trains.
+    model, teacher = build_model(args, tasks, device)
     fill_defaults(args, model, device)
     per_rank, micro_size, accumulation = split_batch(args, shares, world)
+    unet = model.unet
     diffusion = model.diffusion.to(device)
-    for module in model.modules:
-        if module is not model.unet:
-            module.eval().requires_grad_(False)
-    unet = model.unet.train()
-    unet.gradient_checkpointing = args.gradient_checkpointing
-    if device.type == "cuda":
-        channels_last(unet)
-    teacher = None
-    if args.t_range and args.consistency > 0:
-        # DeMe Eq. 5: the pretrained network, copied before anything is attached to it.
-        teacher = copy.deepcopy(unet).requires_grad_(False)
-    task_row = model.tasks.index(tasks[0]) if "moe" in unet.config else None
-    flops = count_flops(unet, task_row, backward=True)  # every task costs the same
+    flops = count_flops(unet, backward=True)
     if args.projection:
         merge.add_projections(unet, args.projection)
-    name_own_classes(model)
+    model.index = pipeline_index(model)  # what this run saves is complete, and names no base
     uncertainty = UncertaintyWeight(diffusion.T).to(device) if args.loss_weight == "uw" else None
-
-    # What trains, its moving average, and the optimiser. `unet` is the U-Net; `net` holds it and
-    # whatever else trains, and is what will be compiled and wrapped.
     net = Net(unet, uncertainty)
+
+    # What trains, its moving average, and the optimiser.
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in params.items()}
     # The fused AdamW passes over memory once, several times as fast on the CPU too.
@@ -930,8 +893,8 @@ def train(args, shares, device, rank, world):
     print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, "
            f"on {world} x {device}")
 
-    # The data: fixed examples for the held-out loss, and a stream of micro-batches.
-    examples, eval_sets, eval_examples, encoded = open_data(args, model, tasks, shares, print0)
+    # The data: fixed examples for the held-out loss, and a stream of examples to train on.
+    examples, eval_sets, eval_examples, encoded = open_data(args, model, tasks, shares)
     encoder = encoder_of(model.vae)
     encode_text = text_encoding(model, device, encoded)
     loss_names = [*tasks, *(f"{modality} head" for modality in unet.heads or ())]
@@ -964,8 +927,12 @@ def train(args, shares, device, rank, world):
             progress["before"], _ = held_out_means()
         if rank == 0:
             forget_after(folder / "log.jsonl", start)
-        numbers = micro_batches(start, args.steps, args.batch_size, rank * per_rank, per_rank,
-                                micro_size)
+
+        # The numbers of the examples of each micro-batch of this process, in order.
+        first = rank * per_rank
+        numbers = (range(step * args.batch_size + i, step * args.batch_size + i + micro_size)
+                   for step in range(start, args.steps)
+                   for i in range(first, first + per_rank, micro_size))
         batches = iter(DataLoader(examples, batch_sampler=numbers, collate_fn=collate,
                                   num_workers=args.workers, persistent_workers=args.workers > 0))
 
@@ -979,7 +946,6 @@ def train(args, shares, device, rank, world):
         autocast = functools.partial(torch.autocast, device.type, torch.bfloat16,
                                      enabled=args.precision == "bf16")
         meter = Meter(loss_names, diffusion.T)
-        frozen_parts_written = False
 
         for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
                          desc=args.task, disable=rank > 0):
@@ -989,9 +955,7 @@ def train(args, shares, device, rank, world):
                 group["lr"] = group["peak_lr"] * factor
 
             for micro in range(accumulation):
-                waited = time.time()
                 batch = next_batch(batches)     # a function of (seed, step, index in the batch)
-                meter.waiting += time.time() - waited
                 t, noise = batch["t"].to(device), batch["noise"].to(device)
                 task = task_rows(model, batch, device)
                 # The encoders are frozen. source: what the network reads beside z_t, or None.
@@ -1044,37 +1008,31 @@ def train(args, shares, device, rank, world):
                 progress["skipped"] += 1
                 progress["in_a_row"] += 1
                 if progress["in_a_row"] == 3:
-                    bad = first_bad(meter.records[-accumulation:])
                     raise UserError(f"the loss or its gradient is not finite at step {step}, nor "
-                                    f"at the two before{bad}; the last checkpoint in {folder} is "
-                                    "kept. Try a lower --lr")
-            optimizer.zero_grad(set_to_none=True)
+                                    f"at the two before; the last checkpoint in {folder} is kept. "
+                                    "Try a lower --lr")
+            optimizer.zero_grad()
             stopping = stop.on_any_rank(device)
-            meter.busy += time.time() - began
+            meter.seconds += time.time() - began
             progress["step"] = done = step + 1
-            last = done == args.steps
 
             # Logging, held-out losses, checkpoints, pictures: none of it changes the step.
-            if done % args.log_every == 0 or last:
+            if due(args.log_every, done, args.steps):
                 log_line(args, meter, progress, norm, lr=args.lr * factor, flops=flops / world,
-                         device=device, write=rank == 0, print0=print0)
-            if rank == 0 and args.eval_every and (done % args.eval_every == 0 or last):
+                         device=device)
+            if rank == 0 and due(args.eval_every, done, args.steps):
                 mean, by_range = held_out_means()
                 append_line(folder / "log.jsonl",
                             dict(step=done, held_out=mean, held_out_by_t=by_range))
-            if args.save_every and (done % args.save_every == 0 or last or stopping):
-                check_same_weights(params)
-                if rank == 0:
-                    save(folder, args, model, params, ema, optimizer, progress,
-                         unet_only=frozen_parts_written)
-                    frozen_parts_written = True
+            if due(args.save_every, done, args.steps) or (stopping and args.save_every):
+                save(folder, args, model, params, ema, optimizer, progress)
             if stopping:
                 if world > 1:
                     dist.barrier()
                 goes_on = f"; the same command goes on from the checkpoint in {folder}"
                 print0(f"stopped at step {done}{goes_on if args.save_every else ''}")
                 raise KeyboardInterrupt
-            if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
+            if rank == 0 and due(args.sample_every, done, args.steps):
                 with averaged(params, ema):
                     path = folder / "samples" / f"{done:06d}.png"
                     sample_grid(model, eval_sets, 6, args.seed, path)
@@ -1113,7 +1071,7 @@ def split_batch(args, shares, world):
     return per_rank, micro_size, per_rank // micro_size
 
 
-def open_data(args, model, tasks, shares, print0):
+def open_data(args, model, tasks, shares):
     """Open the data -> training examples, held-out data sets, fixed held-out examples, Encoded."""
     size = model.native_size
     if not args.data and model.texts and size != 64 and tasks[0] not in JOINT:
@@ -1149,13 +1107,6 @@ def open_data(args, model, tasks, shares, print0):
     return examples, held_out, examples.held_out(held_out, args.eval_size), encoded
 
 
-def micro_batches(start, steps, batch_size, first, per_rank, micro_size):
-    """Yield the numbers of the examples of each micro-batch of this process, in order."""
-    for step in range(start, steps):
-        for offset in range(first, first + per_rank, micro_size):
-            yield range(step * batch_size + offset, step * batch_size + offset + micro_size)
-
-
 def draw_timestep(t_range, num_timesteps, p_global, rng):
     """Draw the timestep of one sample: DeMe Eq. 6."""
     return int(merge.sample_timesteps(t_range, num_timesteps, p_global, rng, 1)[0])
@@ -1170,44 +1121,29 @@ def next_batch(batches):
         raise UserError(message.removeprefix("hub.UserError: ")) from None
 
 
-def first_bad(records):
-    """Name the first sample whose loss is not finite. records: of a Meter, one a micro-batch."""
-    for tasks, timesteps, terms in records:
-        for task, t, value in zip(tasks, timesteps.tolist(), terms["denoising"].tolist()):
-            if not np.isfinite(value):
-                return f" ({task} at timestep {t} first)"
-    return ""
-
-
-def log_line(args, meter, progress, norm, *, lr, flops, device, write, print0):
-    """Print the losses since the last line, and append them to log.jsonl if `write`.
+def log_line(args, meter, progress, norm, *, lr, flops, device):
+    """Print the losses since the last line, and append them to log.jsonl.
 
     flops: of one sample, divided by the number of devices that share the samples. MFU is FLOP/s
     over what a device can do at its best; the frozen encoders, a teacher and the optimiser do not
     count.
     """
-    mean, by_range, samples = meter.read(device)
-    speed = samples / meter.busy
+    mean, by_range, speed = meter.read(device)
     peak = peak_flops(device, args.precision)
     losses = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
     skipped = f", {progress['skipped']} steps skipped" if progress["skipped"] else ""
     print0(f"step {progress['step']}: {losses}; lr {lr:.2e}, {speed:.1f} images/s{skipped}")
-    if write:
+    if is_first():
         append_line(Path(args.out) / "log.jsonl", dict(
             step=progress["step"], loss=mean, loss_by_t=by_range, lr=lr,
             skipped=progress["skipped"],
             grad_norm=None if progress["in_a_row"] else norm.item(),
             images_per_s=round(speed, 2),
-            tflops=round(speed * flops / 1e12, 4),
-            mfu=peak and round(speed * flops / peak, 4),
-            data_share=round(meter.waiting / meter.busy, 4),
-            memory_gb=round(peak_memory(device), 3)))
-    meter.reset()
+            mfu=peak and round(speed * flops / peak, 4)))
 
 
 def main():
     args = get_args()
-    check_args(args)
     shares = parse_tasks(args)
     device, rank, world = join_processes(args)
     train(args, shares, device, rank, world)

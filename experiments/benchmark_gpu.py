@@ -81,7 +81,7 @@ def step_flops(kind):
     with torch.device("meta"):
         net = UNet(CONFIGS["sd15"])
     if kind == "upcycled":
-        return train.count_flops(moe.upcycle(net), task=0, backward=True)
+        return train.count_flops(moe.upcycle(net), backward=True)
     return train.count_flops(net, backward=True)
 
 

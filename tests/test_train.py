@@ -391,7 +391,7 @@ def test_what_train_py_cannot_go_on_from_is_named_and_nothing_is_written(straigh
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     refused("state.safetensors cannot be read", out, *FOUR_TASKS)
     refused(f"{foreign.parent} holds a model", foreign.parent, *FOUR_TASKS)
-    refused("is a file", foreign, *FOUR_TASKS)
+    refused("cannot be written", foreign, *FOUR_TASKS)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
@@ -479,7 +479,7 @@ def test_steps_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run
     if bad == [2]:
         assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1]
     else:
-        assert "at step 3" in done.stderr and "edit at timestep" in done.stderr and len(rows) == 3
+        assert "at step 3" in done.stderr and len(rows) == 3
         assert {int(v) for k, v in state.items() if k.startswith("adam/step/")} == {1}
 
 
@@ -660,16 +660,17 @@ def test_flops_are_those_of_a_step(kind):
     """They are those of a real step; the network is as it was afterwards."""
     network = NETWORKS[kind](CONFIGS["tiny"])
     network.gradient_checkpointing = kind == "checkpointed"
-    task = 1 if kind == "upcycled" else None
+    task = torch.tensor([1]) if kind == "upcycled" else None
     trained = [p.requires_grad for p in network.parameters()]
-    counted = [train.count_flops(network, task, backward) for backward in (False, True)]
+    counted = [train.count_flops(network, backward) for backward in (False, True)]
     assert network.gradient_checkpointing == (kind == "checkpointed")
     assert [p.requires_grad for p in network.parameters()] == trained
     assert all(p.grad is None and p.device.type == "cpu" for p in network.parameters())
     network.gradient_checkpointing = False
-    channels, side = 8 if task else network.config["in_channels"], network.config["sample_size"]
+    channels = network.config["in_channels"] if task is None else 8
+    side = network.config["sample_size"]
     inputs = (torch.zeros(1, channels, side, side), torch.zeros(1, dtype=torch.long),
-              None if kind == "pixels" else torch.zeros(1, 77, 128), task and torch.tensor([1]),
+              None if kind == "pixels" else torch.zeros(1, 77, 128), task,
               dict(text_embeds=torch.zeros(1, 1280), time_ids=torch.zeros(1, 6)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs = tree_leaves(network(*inputs))
@@ -680,15 +681,15 @@ def test_flops_are_those_of_a_step(kind):
 
 
 def test_the_log_says_the_speed(tmp_path, monkeypatch):
-    """By a clock that ticks at each look: a step begins, waits twice for data, and ends."""
+    """By a clock that ticks at each look, when a step begins and when it ends."""
     ticks = iter(range(10 ** 6))
     monkeypatch.setattr(train.time, "time", lambda: next(ticks))
+    monkeypatch.setattr(train, "peak_flops", lambda device, precision: 1e9)
     run(tmp_path, "--task", "sr", "--steps", 4, "--log-every", 2, "--device-batch-size", 2)
-    flops = train.count_flops(load_model(tmp_path).unet, 0, backward=True)
+    flops = train.count_flops(load_model(tmp_path).unet, backward=True)
     assert len(log(tmp_path)) == 2
     for row in log(tmp_path):
-        assert (row["images_per_s"], row["data_share"], row["mfu"]) == (4 / 5, 0.4, None)
-        assert row["tflops"] == round(4 / 5 * flops / 1e12, 4) and 0.1 < row["memory_gb"] < 50
+        assert row["images_per_s"] == 4 and row["mfu"] == pytest.approx(4 * flops / 1e9, rel=1e-3)
 
 
 def test_the_peak_is_that_of_the_device(monkeypatch):
@@ -714,11 +715,12 @@ def test_means_per_task_and_range_of_timesteps():
         batch = dict(task=[e["task"] for e in examples[half]],
                      t=torch.tensor([e["t"] for e in examples[half]]))
         meter.add(batch, {name: torch.tensor(values[half]) for name, values in terms.items()})
-    *logged, count = meter.read("cpu")
+    meter.seconds = 2.0
+    *logged, speed = meter.read("cpu")
     sums = train.sum_losses(names, [e["task"] for e in examples], [e["t"] for e in examples],
                             terms, 1000)
     for mean, by_range in (train.mean_losses(names, sums), logged):
-        assert mean == {"edit": 4.0, "sr": 40.0, "label head": 3.0} and count == 8
+        assert mean == {"edit": 4.0, "sr": 40.0, "label head": 3.0} and speed == 4
         assert by_range == {"edit": [2.0, 5.0, None, 7.0], "sr": [20.0, 50.0, None, 70.0],
                             "label head": [3.0, None, None, None]}
 
