@@ -157,14 +157,17 @@ def needed_columns(task):
     return ["file_name", *TASKS[task].columns]
 
 
-def missing_columns(task, rows):
+def missing_columns(task, rows, layout):
     """The columns that a task reads and that not every row has."""
-    return [column for column in needed_columns(task) if column not in (rows.columns or ())]
+    columns = set(rows.columns or ())
+    if layout.words not in (None, task):
+        columns.discard("text")  # an instruction to edit a picture is no caption of it
+    return [column for column in needed_columns(task) if column not in columns]
 
 
-def served_tasks(rows):
+def served_tasks(rows, layout):
     """The tasks for which every row has what they read."""
-    return [task for task in TASKS if not missing_columns(task, rows)]
+    return [task for task in TASKS if not missing_columns(task, rows, layout)]
 
 
 def served_folders(root, tasks):
@@ -173,8 +176,10 @@ def served_folders(root, tasks):
     if any(folder != Path(root) for folder in folders.values()):
         # Otherwise the folders of tasks would count as classes of pictures in the root.
         folders = {task: folder for task, folder in folders.items() if folder != Path(root)}
-    served = {folder: served_tasks(read_rows(folder)[0])
-              for folder in set(folders.values()) if find_layout(folder)}
+    served = {}
+    for folder in set(folders.values()):
+        if layout := find_layout(folder):
+            served[folder] = served_tasks(read_rows(folder)[0], layout)
     folders = {task: folder for task, folder in folders.items() if task in served.get(folder, ())}
     if not folders:
         raise UserError(f"{root} serves none of {', '.join(tasks)}; see readers.py for what a "
@@ -206,10 +211,10 @@ class Folder(ItemDataset):
         self.augment = split == "train"
         self.record = None  # see record_skipped
         rows, _ = read_rows(root)
-        if missing := missing_columns(task, rows):
-            raise UserError(f"{root} serves {', '.join(served_tasks(rows)) or 'no task'}; for "
-                            f"{task} every picture needs {' and '.join(missing)}, in a "
-                            "metadata.jsonl or as readers.py says")
+        if missing := missing_columns(task, rows, self.layout):
+            served = ", ".join(served_tasks(rows, self.layout)) or "no task"
+            raise UserError(f"{root} serves {served}; for {task} every picture needs "
+                            f"{' and '.join(missing)}, in a metadata.jsonl or as readers.py says")
         self.items = Rows(row for row in usable_rows(root) if row["split"] == split)
         self.classes = class_names(root) if task == "label" else None
 
@@ -349,8 +354,9 @@ def check_folder(root):
     for reason in broken.values():
         print(reason)
     if broken:
-        raise UserError(f"{len(broken)} of {len(paths)} pictures in {root} cannot be read")
-    print(f"all {len(paths)} pictures in {root} can be read")
+        raise UserError(f"{len(broken)} of {len(paths)} pictures and texts in {root} cannot be "
+                        "read")
+    print(f"all {len(paths)} pictures and texts in {root} can be read")
 
 
 def draw_example(example):

@@ -368,8 +368,8 @@ def measure_labels(model, dataset, numbers, args):
 # -------------------------------------------------------------------------------------------------
 # The command
 
-HEADER = (f"{'score':<28}{'task':<9}{'count':>6}{'value':>9}{'+-':>9}{'nothing':>9}{'ceiling':>9}"
-          "  better")
+HEADER = (f"{'score':<28}{'task':<9}{'count':>6}{'value':>11}{'+-':>11}{'nothing':>11}"
+          f"{'ceiling':>11}  better")
 
 
 def print_scores(task, scores):
@@ -378,7 +378,7 @@ def print_scores(task, scores):
         star = "*" if TABLE_2.get(task) == name else ""
         numbers = ["" if r[key] is None else format(r[key], ".4g")
                    for key in ("value", "margin", "nothing", "ceiling")]
-        cells = "".join(f"{number:>9}" for number in numbers)
+        cells = "".join(f"{number:>11}" for number in numbers)
         print(f"{name + star:<28}{task:<9}{r['count']:>6}{cells}  {r['better']}", flush=True)
 
 

@@ -35,7 +35,9 @@ folders of classes  train/CLASS/, or CLASS/       class                   yours
 [8] github.com/fyu/lsun. Where no licence stands here, the source has to be asked.
 
 "class" stands for class and label. uncond, sr and masked read each of these, and any other folder
-of pictures; repr what t2i reads. Counts are of training and validation together.
+of pictures; repr what t2i reads, and translate each that has pairs. Where some pictures lie in
+folders, as classes do, those beside the folders are left out. Counts are of training and validation
+together.
 
 Split: COCO's val is held out. Of the positions in seeds.json 90 % train, 5 % are held out and 5 %
 are the test set. Folders and files named train, val and test mean what they say. Where nothing is
@@ -532,6 +534,7 @@ class Layout(NamedTuple):
     count: int | None = None     # examples of a full copy
     enlarge: tuple = (1.0, 1.0)  # training resizes by a factor in this range and cuts at random
     mirror: bool = False         # and mirrors half of the pictures
+    words: str | None = None     # the one task that its texts are for; None: whichever
 
 
 # InstructPix2Pix's paper resizes to 256 to 288 pixels and cuts 256, and mirrors; its released code
@@ -546,12 +549,12 @@ LAYOUTS = (
     Layout("metadata.csv", "metadata.csv", read_csv),
     Layout("COCO captions", "annotations/captions_*.json", read_coco, 123_287),
     Layout("InstructPix2Pix", "seeds.json */prompt.json", read_instructpix2pix, 313_010,
-           (1.0, 288 / 256), True),
+           (1.0, 288 / 256), True, "edit"),
     Layout("InstructPix2Pix in parquet", "*.parquet data/*.parquet", read_parquet, 313_010,
-           (1.0, 288 / 256), True),
-    Layout("GQA-Inpaint", "*_scenes.json", read_gqa, 105_651),
+           (1.0, 288 / 256), True, "edit"),
+    Layout("GQA-Inpaint", "*_scenes.json", read_gqa, 105_651, words="inpaint"),
     Layout("Real-ESRGAN", "meta_info*.txt meta_info/*.txt", read_meta_info, mirror=True),
-    Layout("pictures with masks", "masks/../images/", read_masks),
+    Layout("pictures with masks", "masks/../images/", read_masks, words="inpaint"),
     Layout("CIFAR-10", "data_batch_*.bin cifar-10-batches-bin/", read_cifar, 60_000, mirror=True),
     Layout("MNIST's format", "*-idx3-ubyte* *.idx3-ubyte*", read_idx, 70_000),
     # Classes may be letters.

@@ -151,7 +151,7 @@ def test_metadata_csv_has_the_columns_of_metadata_jsonl(tmp_path):
     # An empty cell is no column, but an empty text is a text.
     write(tmp_path / "metadata.csv", "file_name,source_file_name,text\n0.png,,\n1.png,,b\n")
     assert [set(row) for row in rows_of(tmp_path)] == [{"file_name", "text", "split"}] * 2
-    assert data.served_tasks(read_rows(tmp_path)[0])[:2] == ["t2i", "sr"]
+    assert list(data.served_folders(tmp_path, data.TASKS))[:2] == ["t2i", "sr"]
     write(tmp_path / "metadata.csv", "file_name,text\n0.png,a\n../x.png,b\n")
     read_rows.cache_clear()
     with pytest.raises(UserError, match="metadata.csv line 3: ../x.png lies outside"):
@@ -248,6 +248,17 @@ def test_instructpix2pix_resizes_crops_and_mirrors_both_pictures_alike(tmp_path,
     # Nothing is random about what is held out, but for the seed.
     held = Folder(tmp_path, "edit", "heldout", 32)
     assert len({held.get(0, rng(seed))["target"].numpy().tobytes() for seed in range(40)}) <= 4
+
+
+@pytest.mark.parametrize("task, other", [("edit", "inpaint"), ("inpaint", "edit")])
+def test_an_instruction_serves_the_task_that_it_was_written_for(tmp_path, task, other):
+    """`--task all` with such a folder must not learn captions from instructions."""
+    (instructpix2pix if task == "edit" else gqa)(tmp_path)
+    assert set(data.served_folders(tmp_path, data.TASKS)) == {task, "sr", "uncond", "translate",
+                                                              "masked"}
+    for wrong in ("t2i", other):
+        with pytest.raises(UserError, match=f"serves .*{task}.*for {wrong} every .* needs text"):
+            Folder(tmp_path, wrong, "train", 32)
 
 
 def test_instructpix2pix_without_a_prompt_or_a_picture_goes_on(tmp_path):
