@@ -715,14 +715,13 @@ def encoder_of(vae):
 
 @torch.no_grad()
 def held_out_terms(model, net, examples, device, batch_size, encode_text=None):
-    """Compute the terms of the loss of M examples -> {"denoising" or modality: (M,) in NumPy}.
+    """Yield the examples in batches, each with its terms of the loss, as training has them.
 
     encode_text: what text_encoding returns, or the same with a memory; prompts come as a tuple.
     """
     diffusion = model.diffusion.to(device)
     encoder = encoder_of(model.vae)
     encode_text = encode_text or text_encoding(model, device)
-    parts = {}
     for first in range(0, len(examples), batch_size):
         batch = collate(examples[first:first + batch_size])
         t, noise = batch["t"].to(device), batch["noise"].to(device)
@@ -738,15 +737,13 @@ def held_out_terms(model, net, examples, device, batch_size, encode_text=None):
             z = z_t if source is None else torch.cat([z_t, source], dim=1)
             out = net(z, t, context, task_rows(model, batch, device), added)
             terms = {"denoising": diffusion.error(out, x0, noise, t)}
-        for name, values in terms.items():
-            parts.setdefault(name, []).append(values.float().cpu().numpy())
-    return {name: np.concatenate(values) for name, values in parts.items()}
+        yield batch, terms
 
 
 def held_out_losses(model, net, examples, device, batch_size, encode_text=None):
     """Compute the denoising loss of each of M examples -> (M,) in NumPy."""
-    terms = held_out_terms(model, net, examples, device, batch_size, encode_text)
-    return terms["denoising"]
+    batches = held_out_terms(model, net, examples, device, batch_size, encode_text)
+    return torch.cat([terms["denoising"] for _, terms in batches]).cpu().numpy()
 
 
 def text_encoding(model, device, encoded=None):
@@ -901,14 +898,14 @@ def train(args, shares, device, rank, world):
 
     def held_out_means():
         """Measure the averaged weights -> {name: mean}, {name: [mean in each range of t]}."""
+        sums = 0
         with averaged(params, ema):
-            terms = held_out_terms(model, unet, eval_examples, device, args.batch_size, encode_text)
-        if not np.isfinite(terms["denoising"]).all():
-            raise UserError(f"{args.data if encoded else args.model} gives losses that are not "
-                            "finite: it is damaged, or too large for --precision")
-        sample_tasks = [example["task"] for example in eval_examples]
-        timesteps = [example["t"] for example in eval_examples]
-        sums = sum_losses(loss_names, sample_tasks, timesteps, terms, diffusion.T)
+            for batch, terms in held_out_terms(model, unet, eval_examples, device, args.batch_size,
+                                               encode_text):
+                if not terms["denoising"].isfinite().all():
+                    raise UserError(f"{args.data if encoded else args.model} gives losses that are "
+                                    "not finite: it is damaged, or too large for --precision")
+                sums = sums + sum_losses(loss_names, batch["task"], batch["t"], terms, diffusion.T)
         return mean_losses(loss_names, sums)
 
     # Arguments and data have been checked. From here on, files are written.

@@ -749,7 +749,8 @@ def test_the_loss_is_that_of_a_batch_made_by_hand(models):
         v, outputs = model.unet(z, t, model.encode_text([""] * 4)[0])
     denoising = (v - (ab.sqrt() * noise - (1 - ab).sqrt() * z0)).square().mean((1, 2, 3))
     head = (outputs["source"] - x).square().mean((1, 2, 3))
-    held_out = train.held_out_terms(model, model.unet, examples, "cpu", batch_size=3)
+    parts = [part for _, part in train.held_out_terms(model, model.unet, examples, "cpu", 3)]
+    held_out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for ours, by_hand in ((terms["denoising"], denoising), (terms["source"], head),
                           (loss, denoising + 0.3 * head), (uw, denoising / 2 + 0.3 * head),
                           (p2, denoising * model.diffusion.weight(t, "p2") + 0.3 * head),
