@@ -536,12 +536,16 @@ def encode_folder(model, root, out, device):
     """
     if out.resolve() == root.resolve() or (out / "metadata.jsonl").exists():
         raise UserError(f"{out} is a folder of pictures; choose another folder with --out")
+    if not model.texts:
+        raise UserError(f"{model.path} reads no text; only {', '.join(ALL)} train from latents")
     folders = served_folders(root, ALL)
     paths, texts, tasks = number_rows(folders)
     size = model.native_size
     index = dict(model=str(model.path), fingerprint=fingerprint(model), size=size, tasks=tasks,
                  texts=texts, files=fingerprint_files(paths))
-    if (out / "encoded.json").is_file() and read_json(out / "encoded.json") != index:
+    recorded = read_json(out / "encoded.json") if (out / "encoded.json").is_file() else None
+    # Without a record nobody knows what shards hold, and they would not be written again.
+    if recorded != index and (recorded is not None or any(out.glob("*.safetensors"))):
         raise UserError(f"{out} was made with another model or from other data; delete it, or name "
                         "another --out")
     # The index comes first: it reserves the folder for this model and these data.

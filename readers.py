@@ -693,8 +693,9 @@ def check_row(root, row):
     if not isinstance(row, dict):
         raise ValueError("it is no JSON object")
     text = row.get("text", "")
-    if not isinstance(row.get("label", ""), str):
-        raise ValueError("label is no text")
+    for column in ("label", "group"):
+        if not isinstance(row.get(column, ""), str):
+            raise ValueError(f"{column} is no text")
     if not is_form(text) and not (isinstance(text, dict) and isinstance(text.get("file"), str)):
         raise ValueError("text is no text")
     counts = {len(row[column]) if isinstance(row[column], list) else -1
@@ -802,7 +803,8 @@ def read_rows(root):
             if row is not None:
                 check_row(absolute, row)
             rows.append(row)
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError,
+            csv.Error) as error:
         # Files from elsewhere may be wrong in any way. The rows read so far tell which line is.
         unit = "line" if layout.name.startswith("metadata") else "example"
         raise UserError(f"{root}: {layout.name} {unit} {len(rows) + 1}: {error}") from None

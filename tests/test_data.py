@@ -111,6 +111,7 @@ def test_a_folder_with_some_splits_holds_out_only_those(tmp_path):
     ('{"file_name": "a.png"}', "text"),
     ("[1]", "line 1"),
     ('{"file_name": "a.png", "text": 3}', "text"),
+    ('{"file_name": "a.png", "text": "x", "group": 3}', "group is no text"),
     ('{"file_name": "../a.png", "text": "x"}', "outside"),
     ('{"file_name": "/etc/passwd", "text": "x"}', "outside"),
     ('{"file_name": "link.png", "text": "x"}', "outside")])
@@ -673,6 +674,19 @@ def test_a_folder_that_was_made_from_other_data_is_not_overwritten(pictures, enc
     done = call("data.py", "encode", "--data", tmp_path / "other", "--out", encoded)
     assert done.returncode == 2 and "another model or from other data" in done.stderr
     assert (encoded / "encoded.json").read_bytes() == before
+    copy = shutil.copytree(encoded, tmp_path / "copy")
+    (copy / "encoded.json").unlink()
+    with pytest.raises(UserError, match="copy was made with another model or from other data"):
+        data.encode_folder(load_model(ASSETS / "tiny"), pictures, copy, "cpu")
+    assert not (copy / "encoded.json").exists()
+
+
+def test_only_a_model_that_reads_texts_encodes(pictures, tmp_path):
+    model = load_model(ASSETS / "tiny")
+    model.text_encoder = None
+    with pytest.raises(UserError, match="tiny reads no text"):
+        data.encode_folder(model, pictures, tmp_path / "out", "cpu")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["latents-00000.safetensors", "texts-00000.safetensors",

@@ -703,7 +703,7 @@ def test_every_layout_can_be_encoded(tmp_path):
     ("meta_info.txt", "../../etc/passwd\n"), ("meta_info.txt", ""), ("data_batch_1.bin", "xyz"),
     ("train-images-idx3-ubyte", "xyz"), ("train-images-idx3-ubyte.gz", "\x1f\x8b"),
     ("seeds.json", '[["a", []]]'), ("metadata.csv", ""), ("metadata.csv", "a,b\n1,2\n"),
-    ("metadata.csv", "file_name\n\udc80"),
+    ("metadata.csv", "file_name\n\udc80"), ("metadata.csv", "file_name\n" + "x" * 200_000),
     ("images/x", ""), ("x.parquet", "x"), ("trainA/x", "x"), ("train/x.jpg", "x")])
 def test_whatever_is_wrong_ends_in_one_line(tmp_path, name, content):
     root = tmp_path / "data"
