@@ -566,7 +566,7 @@ def warn(task, scores, count):
 def main():
     args = get_args()
     rank, world, device = 0, 1, None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         from train import join_processes  # here, because one process needs none of train.py
         device, rank, world = join_processes(args)
     model = load_model(args.model, device=device or pick_device(args.device))

@@ -554,24 +554,25 @@ def replacing(path):
     and the next writer removes the folders of processes that are gone.
     """
     # A link stays, and what it leads to is written.
-    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    place = Path(os.path.realpath(path))
+    part = place.parent / f"{place.name}.part-{os.getpid()}"
+    beside = part / place.name
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             # A process that was killed could not remove its own folder.
-            for old in path.parent.glob(f"{path.name}.part-*"):
+            for old in place.parent.glob(f"{place.name}.part-*"):
                 if not is_running(old.name.rpartition("-")[2]):
                     shutil.rmtree(old, ignore_errors=True)
             part.mkdir(exist_ok=True)
-            yield part / path.name
-            if (part / path.name).is_file():
+            yield beside
+            if beside.is_file():
                 # Without fsync, a power cut after the rename may leave an empty file.
-                with open(part / path.name, "rb+") as file:
+                with open(beside, "rb+") as file:
                     os.fsync(file.fileno())
                 # save_file makes a file that only its owner may read.
-                (part / path.name).chmod(0o644)
-            (part / path.name).replace(path)
+                beside.chmod(0o644)
+            beside.replace(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -58,6 +58,16 @@ def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
     assert all((tmp_path / name).is_symlink() for name in ("a.txt", "folder"))
 
 
+@pytest.mark.parametrize("path", [".", "..", "folder", "folder/", "/", "file/a.txt", "a" * 300])
+def test_a_place_where_nothing_can_be_written_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "folder/inside", "file")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=f"^{path.rstrip('/') or '/'}/? cannot be written"):
+        hub.write_text(path, "text")
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("error, raised", [
     (KeyboardInterrupt(), KeyboardInterrupt), (RuntimeError("a bug"), RuntimeError),
     (OSError(28, "No space left on device"), UserError), (SafetensorError("broken"), UserError)])
