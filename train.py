@@ -73,9 +73,8 @@ WORDLESS = ("uncond", "class")  # these networks read no text
 def get_args():
     parser = Parser("Train on one task or on several at once.")
     run = parser.add_argument_group("run")
-    run.add_argument("--task", help=f"tasks with commas between them; all means {', '.join(ALL)}; "
-                     f"{', '.join([*WORDLESS, *JOINT])} train alone (default: all; with "
-                     "--t-range the tasks of the model)")
+    run.add_argument("--task", default="all", help="tasks with commas between them; all means "
+                     f"{', '.join(ALL)}; {', '.join([*WORDLESS, *JOINT])} train alone")
     run.add_argument("--model", help="model folder or hub id to start from, or scratch (default: "
                      f"assets/tiny; scratch for {' and '.join(WORDLESS)})")
     run.add_argument("--data", help="folder of pictures, whose layouts readers.py lists, or one "
@@ -203,20 +202,13 @@ def parse_tasks(args):
     """Read --task -> the tasks of samples 0, 1, .. in turn. Name the base and the run's folder."""
     if args.model is None:
         args.model = "scratch" if args.task in WORDLESS else str(ASSETS / "tiny")
-    if args.task is None:
-        # DeMe tunes a model that knows its tasks, so all of them are meant.
-        tuned = args.t_range and args.model != "scratch"
-        args.task = ",".join(load_model(args.model).tasks) if tuned else "all"
     shares = list(ALL) if args.task == "all" else args.task.split(",")
     if unknown := [task for task in shares if task not in TASKS]:
         raise UserError(f"--task: {', '.join(unknown)} is unknown; the tasks are "
                         f"{', '.join(TASKS)}, and all means {', '.join(ALL)}")
     if len(shares) > 1 and (alone := {*WORDLESS, *JOINT} & set(shares)):
         raise UserError(f"--task {args.task}: {min(alone)} trains alone")
-    if args.out is None:
-        # A new base is not runs/t2i, which is where tuning an old one leads.
-        new_base = args.model == "scratch" and args.task == "t2i"
-        args.out = "runs/tiny" if new_base else f"runs/{args.task.replace(',', '-')}"
+    args.out = args.out or f"runs/{args.task.replace(',', '-')}"
     return shares
 
 
@@ -438,7 +430,7 @@ def prepare_loaded(args, tasks, model):
     # A text-to-image model is upcycled as soon as it is to do anything else.
     upcycles = "moe" not in network.config and not plain
     if args.t_range and (upcycles or args.routing):
-        raise UserError("--t-range fine-tunes a model that knows its tasks and has its masks "
+        raise UserError("--t-range fine-tunes a model that knows its --task and has its masks "
                         "already: train that first, and then name it with --model")
     if upcycles:
         moe.upcycle(network, tasks, args.num_experts, args.expert_init,

@@ -197,8 +197,8 @@ def test_grids_show_pictures_also_where_they_were_encoded_once(tmp_path, monkeyp
 
 
 def test_a_range_is_trained_and_saved_without_projections(tmp_path):
-    """The folder is an ordinary Stable Diffusion. Without --task it is the model's own task."""
-    run(tmp_path, "--t-range", 0, 250, "--p-global", 0, "--projection", "--steps", 2)
+    """The folder is an ordinary Stable Diffusion."""
+    run(tmp_path, "--task", "t2i", "--t-range", 0, 250, "--p-global", 0, "--projection", "--steps", 2)
     assert all(row["loss_by_t"]["t2i"][1:] == [None] * 3 for row in log(tmp_path))
     before, after, state = tensors(ASSETS / "tiny"), tensors(tmp_path), tensors(tmp_path, "state")
     assert before.keys() == after.keys() and load_model(tmp_path).tasks == ["t2i"]
