@@ -1023,7 +1023,7 @@ def draw_pictures(args, model, bar):
         if args.trajectory and not pictures:
             frames.append(torch.cat([x[:1], x0[:1]]))
 
-    bar.reset(args.steps * math.ceil(len(prompts) / BATCH))
+    bar.total = args.steps * math.ceil(len(prompts) / BATCH)
     for first in range(0, len(prompts), BATCH):
         chunk = prompts[first:first + BATCH]
         pictures += generate(
@@ -1060,7 +1060,7 @@ def draw_joint(args, model, bar):
         known, height, width = read_given(model, word, height, width)
     pictures = []
     lines = []
-    bar.reset(args.steps * math.ceil(args.num_images / BATCH))
+    bar.total = args.steps * math.ceil(args.num_images / BATCH)
     for first in range(0, args.num_images, BATCH):
         count = min(BATCH, args.num_images - first)
         chunk = {name: value.expand(count, *value.shape) for name, value in known.items()}

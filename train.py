@@ -798,10 +798,11 @@ def resume(out, args, params, ema, optimizer, loss_names):
     with blaming(f"{path} ({ADVICE})"):
         # A damaged number is named here, before any training.
         for key in ("step", "skipped", "in_a_row"):
-            if operator.index(scalars[key]) < 0:  # raises TypeError unless it is a whole number
-                raise ValueError(f"{key} is below 0")
+            if not 0 <= operator.index(scalars[key]) <= 1e9:  # TypeError for what is no number
+                raise ValueError(f"{key} is no count of steps")
         before = scalars["before"]
-        if before.keys() != set(loss_names) or not np.isfinite(list(before.values())).all():
+        losses = list(map(float, before.values()))
+        if before.keys() != set(loss_names) or not np.isfinite(losses).all():
             raise ValueError("the losses before the run are others, or not finite")
         # Options that were added after the checkpoint was written count as off.
         recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]

@@ -395,12 +395,15 @@ def test_what_train_py_cannot_go_on_from_is_named_and_nothing_is_written(straigh
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("before", [
-    dict(t2i=1.0), dict.fromkeys([*ALL, "label head"], 1.0), None, 3, dict.fromkeys(ALL, np.inf)])
-def test_losses_before_the_run_are_of_this_run(straight, tmp_path, before):
+@pytest.mark.parametrize("change", [
+    *[dict(before=before) for before in (
+        dict(t2i=1.0), dict.fromkeys([*ALL, "label head"], 1.0), None, 3,
+        dict.fromkeys(ALL, np.inf), dict.fromkeys(ALL, [1.0]))],
+    dict(step=10 ** 30), dict(step=2.0), dict(skipped=-1), dict(settings=[])], ids=str)
+def test_numbers_of_a_state_that_no_run_wrote_are_named(straight, tmp_path, change):
     out = shutil.copytree(straight[0], tmp_path / "a")
     path = out / "state" / "state.safetensors"
-    scalars = hub.read_scalars(path) | dict(before=before)
+    scalars = hub.read_scalars(path) | change
     save_file(load_file(path), tmp_path / "b", metadata=dict(scalars=json.dumps(scalars)))
     (tmp_path / "b").rename(path)
     refused("delete it to begin again", out, *FOUR_TASKS)
