@@ -180,7 +180,7 @@ def open_square(path, size, frame=Frame()):
     side = int(short / frame.enlarge)
     left = round((width - short) / 2 + frame.left * (short - side))
     top = round((height - short) / 2 + frame.top * (short - side))
-    picture = picture.convert("RGB").crop((left, top, left + side, top + side))
+    picture = picture.crop((left, top, left + side, top + side)).convert("RGB")
     if side != size:
         # Pillow's bicubic filter, computed by torch in a third of the time or less.
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
