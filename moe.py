@@ -4,28 +4,31 @@ Chavhan et al., ICML 2025, arXiv 2503.11905. Every feed-forward layer is cut int
 router mixes them by task:
 
     Eq. 1    w_i = softmax(g(e_task; theta_r))_i      FFN(x) = sum_i w_i E_i(x)      i = 1..N
-    Eq. 2    L = sum over tasks of E || eps - f_theta(Psi_C^task([z_t, E(c_I)]), c_T, t) ||^2
+    Eq. 2    L = sum over tasks of the mean of
+                 || eps - f_theta(Psi_C^task([z_t, enc(c_I)]), c_T, t) ||^2
 
 e_task is a learned vector of the task, the same for all layers: a row of unet.task_embedding, which
 reaches the layers as cond.task_emb. Each layer has a router g of its own, two linear maps with a
 ReLU between them. Each task also has its own layer norms before the experts (Psi_L) and its own
 input convolution (Psi_C). All of these train. Attention, residual blocks, time embedding and output
-convolution are shared by the tasks and stay frozen. Eq. 2, where E(c_I) is the encoded source
-picture and c_T the text, is the training step in train.py (the paper lists E(c_I) as a separate
-input; its text says that it is concatenated with z_t). The squared norm for one sample, averaged
-over C, H and W, is Diffusion.error.
+convolution are shared by the tasks and stay frozen. Eq. 2, where enc(c_I) is the latent of the
+source picture and c_T the text, is the training step in train.py (the paper lists the former as a
+separate input; its text says that it is concatenated with z_t). The mean is over examples, noise
+eps and timesteps t. The squared norm for one sample, averaged over C, H and W, is Diffusion.error.
 
 No loop over experts is needed. Expert E_i(x) = V_i h_i(x) + b_i owns slice i of the inner
-activations h of the dense layer and the matching columns of its output matrix V, so that
+activations h of the dense layer (with GEGLU, h is value times gelu(gate)) and the matching columns
+of its output matrix V, so that
 
     sum_i w_i E_i(x) = V [w_1 h_1(x), ..., w_N h_N(x)] + sum_i w_i b_i
 
 which is the pretrained layer with its inner activations multiplied by w. For a fixed task w is
 constant and can be multiplied into V, and an ordinary U-Net remains: `fold`.
 
-At the start the routers end in zeros, so every w_i is 1/N, and every b_i is the pretrained b. N
-experts of G d_FFN units hold each pretrained unit N G times, in copies whose output weights have
-the pretrained ones as their mean. With h and V of the pretrained layer from here on,
+At the start the routers end in zeros, so every w_i is 1/N, and every b_i is the pretrained b. An
+expert has the share G of the layer's d_FFN units, so that N experts hold each pretrained unit N G
+times, in copies whose output weights have the pretrained ones as their mean, and N G times them as
+their sum. With h and V of the pretrained layer from here on,
 
     sum_i w_i E_i(x) = 1/N sum_i V_i h_i(x) + sum_i w_i b
                      = 1/N (N G) V h(x) + b                         since sum_i w_i = 1

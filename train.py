@@ -8,10 +8,10 @@
         --model stable-diffusion-v1-5/stable-diffusion-v1-5
 
 Every batch holds every task: MTU Eq. 2 is a sum over tasks of each task's mean loss. The samples of
-a batch take the tasks that --task lists in turn; list a task twice to double its share of the
-batch and its weight.
-Data, noise and timesteps follow from (seed, step, k) alone, so the same command again resumes a
-run exactly, on any number of processes.
+a batch take the tasks that --task lists in turn. A task that is listed twice has twice the samples,
+and so twice the weight of another; the weights still sum to the number of tasks.
+Data, noise and timesteps follow from (seed, step, place in the batch) alone. So the same command
+again resumes a run, bit for bit on a CPU, and another number of processes changes only rounding.
 
 Letters: B batch, C channels, h w latent, S text length, D text width.
 """
@@ -949,18 +949,20 @@ def train(args, shares, device, rank, world):
                 t, noise = batch["t"].to(device), batch["noise"].to(device)
                 task = task_rows(model, batch, device)
                 # The encoders are frozen. source: what the network reads beside z_t, or None.
+                # added: SDXL's pooled text and sizes, or class labels, or None.
                 # known: the other modality of MT-Diffusion, and empty for every other method.
                 with torch.no_grad(), autocast():
                     x0, source = encoder(batch, device)              # (B, C, h, w)
                     context, added = encode_text(batch["prompt"])    # (B, S, D)
                     known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:], device)
-                # Gradients are averaged over the processes with the last micro-batch only.
+                # DDP reads this: it averages gradients with the last micro-batch only.
                 net.require_backward_grad_sync = micro == accumulation - 1
                 with autocast():
                     if not known:
                         z_t = diffusion.add_noise(x0, noise, t)      # DDPM Eq. 4
+                        # MTU Eq. 2: [z_t, E(c_I)]
                         z = z_t if source is None else torch.cat([z_t, source], dim=1)
-                        out = net(z, t, context, task, added)        # MTU Eq. 2: [z_t, E(c_I)]
+                        out = net(z, t, context, task, added)
                         # One number a sample, (B,), so that each task has its own mean.
                         loss = diffusion.loss(out, x0, noise, t, args.loss_weight, uncertainty)
                         terms = {"denoising": diffusion.error(out.detach(), x0, noise, t)}
@@ -977,8 +979,8 @@ def train(args, shares, device, rank, world):
                             unet.heads, predict, x0, known, noise, t,
                             head_weight=args.modality_weight, weighting=args.loss_weight,
                             uncertainty=uncertainty)
-                # MTU Eq. 2: the sum over tasks of each task's mean, where all tasks have equally
-                # many samples. This micro-batch, on this process, has its share of that sum.
+                # MTU Eq. 2: the sum over tasks of each task's mean, if each is listed once and so
+                # has equally many samples. This micro-batch has its share of that sum.
                 share = loss.sum() * len(tasks) / args.batch_size
                 # DDP averages the gradients of the processes, and a sum is wanted.
                 (share * world).backward()
@@ -986,7 +988,7 @@ def train(args, shares, device, rank, world):
 
             # Clip the gradient, take the step, and let the average follow the weights.
             norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
-            if torch.isfinite(norm):  # here the device finishes the step, so its time counts
+            if torch.isfinite(norm):  # reading it waits for the device, so the clock counts it
                 optimizer.step()
                 # A smaller decay in the first steps, or the average keeps the initial weights.
                 decay = min(EMA_DECAY, (1 + step) / (10 + step))

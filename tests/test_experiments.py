@@ -54,7 +54,7 @@ def in_one_process(monkeypatch):
 # common.py
 
 def test_a_run_that_fails_is_named(in_one_process, tmp_path):
-    with pytest.raises(UserError, match="bad-0.txt: error: .*--lr -1"):
+    with pytest.raises(UserError, match="bad-0.txt: error: .*--lr: -1 is not"):
         common.train([*shlex.split(TINY), "--steps", "6", "--lr", "-1"], tmp_path / "bad-0")
 
 

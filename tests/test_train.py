@@ -528,7 +528,7 @@ def test_a_base_takes_the_encoders_of_a_model_that_has_one_of_each(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "load_model", lambda path: base)
             with pytest.raises(hub.UserError, match=f"--encoders there has {count} text encoders"):
-                train.build_model(options, ["t2i"])
+                train.build_model(options, ["t2i"], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("env, words", [
