@@ -1054,10 +1054,10 @@ def draw_joint(args, model, bar):
     The picture has all modalities side by side, one row a sample.
     """
     known = {}
-    height, width = args.height, args.width
+    height, width = picture_size(model, None, args.height, args.width)
     # There is at most one such word.
     for word in args.given:
-        known, height, width = read_given(model, word, height, width)
+        known, height, width = read_given(model, word, args.height, args.width)
     pictures = []
     lines = []
     bar.total = args.steps * math.ceil(args.num_images / BATCH)

@@ -12,6 +12,7 @@ Letters: B batch, C channels, H W picture, h w latent (H/f, W/f).
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from hub import UserError, complete, fetch, load_module, older_attention_names, per_level
 from hub import save_weights
@@ -244,13 +245,21 @@ def tiled(network, x, size, out_size):
 # -------------------------------------------------------------------------------------------------
 # The autoencoder
 
+def in_fp32(network):
+    """Make a function that computes network(x) in fp32, in spite of its weights and of autocast."""
+    # Copies, but gradients flow through them to the network's own weights.
+    weights = {name: p.float() for name, p in network.named_parameters()}
+
+    def run(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return functional_call(network, weights, x)
+    return run
+
+
 class VAE(nn.Module):
     """diffusers' AutoencoderKL. config: its keys, as far as they differ from the defaults.
 
-    Weights and inputs may differ in floating dtype; the output has the input's, or autocast's. Half
-    precision means bf16: SDXL's activations exceed 65504, the largest fp16 (diffusers' issues 7188
-    and 9844), and its "force_upcast", by which diffusers then takes fp32, is only passed on.
-
+    Weights and inputs may differ in floating dtype; the output has the input's, or autocast's.
     `tile` is the side of a tile in latents, a multiple of 4 since a quarter of it overlaps the next
     one, and bounds the memory that a large picture takes. Each tile is normalised by itself, so
     colours may differ a little from the whole's. config["sample_size"] // factor, the size of
@@ -273,19 +282,27 @@ class VAE(nn.Module):
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def run(self, network, x, tile, *, scale, out_scale):
-        """Compute network(x), whole or in tiles.
+        """Compute network(x), whole or in tiles, in a dtype that does not overflow.
 
         scale, out_scale: pixels of input and output for one of the latent, f and 1 or 1 and f.
         """
         if not x.is_floating_point():
             raise UserError(f"the autoencoder takes floats, pictures in [-1, 1], not {x.dtype}")
-        y = x.to(self.quant_conv.weight.dtype)
+        device = x.device.type
+        dtype = self.quant_conv.weight.dtype
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        if self.config["force_upcast"] and torch.float16 in (dtype, autocast):
+            # SDXL's activations exceed 65504, the largest fp16, and pictures turn black
+            # (diffusers' issues 7188 and 9844). bf16 would not overflow, but has only 8 bits.
+            dtype = torch.float32
+            network = in_fp32(network)
+        y = x.to(dtype)
         # A picture of one tile passes whole.
         if tile is None or max(x.shape[2:]) <= tile * scale:
             y = network(y)
         else:
             y = tiled(network, y, tile * scale, tile * out_scale)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y if autocast else y.to(x.dtype)
 
     def encode(self, images, tile=None):
         """Encode pictures (B, 3, H, W) in [-1, 1] -> mean and log-variance of q(z | picture).

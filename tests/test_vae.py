@@ -28,6 +28,15 @@ def ours(config, weights=None):
     return vae
 
 
+def overflowing(dtype, **config):
+    """Residual streams of 1e5 to 1e6, beyond fp16, though fp16 holds every weight exactly."""
+    torch.manual_seed(0)
+    vae = ours({**SMALL, **config})
+    for level in (vae.encoder.down_blocks[0], vae.decoder.up_blocks[0]):
+        level.resnets[0].conv2.weight.mul_(4e5)
+    return vae.half().to(dtype)
+
+
 def inputs(h, w, f=4):
     return torch.randn(2, 4, h, w), torch.rand(2, 3, f * h, f * w) * 2 - 1
 
@@ -118,6 +127,30 @@ def test_what_is_no_picture_is_refused():
         vae.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("tile", [None, 8])
+def test_fp16_does_not_overflow(tile):
+    z, images = (x.half() for x in inputs(12, 12))
+    unsafe = overflowing(torch.float16, force_upcast=False)
+    assert not unsafe.decode(z, tile).isfinite().all()
+    assert not unsafe.encode(images, tile)[0].isfinite().all()
+    safe = overflowing(torch.float16)
+    assert all(p.dtype == torch.float16 for p in safe.parameters())
+    exact = outputs(overflowing(torch.float32), z.float(), images.float(), tile)
+    output = outputs(safe, z, images, tile)
+    assert output.dtype == torch.float16
+    assert torch.allclose(output.float(), exact, atol=2e-3, rtol=1e-3)
+    # It is fp32 inside, not bf16.
+    assert torch.allclose(outputs(safe, z.float(), images.float(), tile), exact, atol=1e-5)
+
+
+def test_fp16_autocast_does_not_overflow():
+    z, _ = inputs(12, 12)
+    with torch.autocast("cpu", torch.float16):
+        assert not overflowing(torch.float32, force_upcast=False).decode(z).isfinite().all()
+        picture = overflowing(torch.float32).decode(z)
+    assert torch.allclose(picture, overflowing(torch.float32).decode(z), atol=1e-5)
+
+
 def test_bf16_autocast_is_left_alone():
     vae = ours(SMALL)
     z, _ = inputs(8, 8)
@@ -127,13 +160,19 @@ def test_bf16_autocast_is_left_alone():
     assert picture.dtype == torch.bfloat16
 
 
+def test_gradients_reach_fp16_weights():
+    vae = VAE(SMALL).half()
+    vae.decode(torch.randn(1, 4, 8, 8)).square().mean().backward()
+    for p in vae.decoder.conv_in.parameters():
+        assert p.grad.isfinite().all() and p.grad.abs().sum() > 0
+
+
 @DTYPES
 @pytest.mark.parametrize("weights", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_of_any_dtype_give_pictures_of_the_inputs_dtype(weights, dtype):
     z, images = (x.to(dtype) for x in inputs(8, 8))
-    exact = ours(SMALL)
-    vae = ours(SMALL, exact).to(weights)
-    output = vae.decode(z), vae.encode(images)[0]
+    output = overflowing(weights).decode(z), overflowing(weights).encode(images)[0]
+    exact = overflowing(torch.float32)
     for x, expected in zip(output, (exact.decode(z.float()), exact.encode(images.float())[0])):
         assert x.dtype == dtype
         assert (x.float() - expected).norm() < 0.05 * expected.norm()
