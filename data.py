@@ -37,7 +37,7 @@ import emoji
 from emoji import ASSETS, DEGRADATIONS, ItemDataset, on_white, patched, to_pil, to_tensor
 from hub import Parser, UserError, blaming, command, open_weights, pick_device, read_json
 from hub import replacing, write_json, writing
-from readers import PICTURES, Frame, Rows, as_list, choose, decode, draw_text
+from readers import MAX_PIXELS, PICTURES, Frame, Rows, as_list, choose, decode, draw_text
 from readers import file_names, find_broken, find_layout, open_image, open_square, read_rows
 from readers import split_part, usable_rows
 

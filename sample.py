@@ -34,7 +34,7 @@ import merge
 import moe
 import routing
 from clip import CLIPText, Tokenizer
-from data import ALL, ASSETS, EXAMPLES, SDXL_GUIDANCE, TASKS
+from data import ALL, ASSETS, EXAMPLES, MAX_PIXELS, SDXL_GUIDANCE, TASKS
 from data import on_white, open_image, to_pil, to_tensor
 from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
 from hub import LARGEST_NUMBER, Parser, UserError, between, blaming, command, fetch, find_index
@@ -54,7 +54,7 @@ BATCH = 16
 JOINT = [task for task, rule in TASKS.items() if rule.modality]  # MT-Diffusion's tasks
 # The command's options that `generate` has under the same name.
 PASSED_ON = ("negative_prompt", "guidance", "image_guidance", "guidance_rescale", "steps",
-             "sampler", "strength", "height", "width")
+             "sampler", "strength")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -922,7 +922,7 @@ def get_args():
     group.add_argument("--task", default="t2i", help="a task that the model knows")
     group.add_argument("--model", help="model folder or hub id (default: assets/tiny-mtu, or "
                        "runs/TASK for a task that it does not know)")
-    group.add_argument("--num-images", type=between(1, 1000), default=1,
+    group.add_argument("--num-images", type=between(1, 10_000), default=1,
                        help="pictures of each prompt")
     group.add_argument("--height", type=int, help="in pixels (default: the model's, with the shape "
                        "of --image)")
@@ -993,6 +993,14 @@ def check_args(args):
                             "one, or name another with --model")
 
 
+def check_sheet(count, height, width):
+    """Raise a UserError where the sheet of all pictures would be larger than one can open."""
+    if count * height * width > MAX_PIXELS:
+        raise UserError(f"--num-images: {count} pictures of {width} x {height} make a sheet of "
+                        f"more than {MAX_PIXELS:,} pixels; at most "
+                        f"{MAX_PIXELS // (height * width)} fit on one")
+
+
 def load_ensemble(args, model):
     """DeMe's copies before merging, in the order of their timestep ranges -> their U-Nets."""
     if not args.ensemble:
@@ -1013,6 +1021,9 @@ def draw_pictures(args, model, bar):
     image = args.image or (image and str(ASSETS / "examples" / image))
     prompts = [prompt for prompt in args.prompt or [example] for _ in range(args.num_images)]
     source = open_image(image) if image else None
+    # Before the copies of an ensemble are loaded and minutes go into drawing.
+    height, width = picture_size(model, source, args.height, args.width)
+    check_sheet(len(prompts), height, width)
     ensemble = load_ensemble(args, model)
 
     frames = []     # of the first picture
@@ -1027,8 +1038,9 @@ def draw_pictures(args, model, bar):
     for first in range(0, len(prompts), BATCH):
         chunk = prompts[first:first + BATCH]
         pictures += generate(
-            model, args.task, chunk, source and [source] * len(chunk), seed=args.seed + first,
-            ensemble=ensemble, callback=watch, **{name: getattr(args, name) for name in PASSED_ON})
+            model, args.task, chunk, source and [source] * len(chunk), height=height, width=width,
+            seed=args.seed + first, ensemble=ensemble, callback=watch,
+            **{name: getattr(args, name) for name in PASSED_ON})
 
     # One prompt makes a square of pictures, several make a row each.
     columns = round(len(pictures) ** 0.5)
@@ -1058,6 +1070,7 @@ def draw_joint(args, model, bar):
     # There is at most one such word.
     for word in args.given:
         known, height, width = read_given(model, word, args.height, args.width)
+    check_sheet(2 * args.num_images, height, width)
     pictures = []
     lines = []
     bar.total = args.steps * math.ceil(args.num_images / BATCH)
