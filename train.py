@@ -312,6 +312,8 @@ def check_same_weights(params):
 
     Averaged gradients would hide it. A sum of the bits changes when any one bit does.
     """
+    if not dist.is_initialized():
+        return
     sums = [p.detach().contiguous().view(torch.int32).sum() for p in params.values()]
     different = [name for name, differs in zip(params, differ(torch.stack(sums))) if differs]
     if different:
@@ -800,10 +802,6 @@ def resume(out, args, params, ema, optimizer, loss_names):
         for key in ("step", "skipped", "in_a_row"):
             if not 0 <= operator.index(scalars[key]) <= 1e9:  # TypeError for what is no number
                 raise ValueError(f"{key} is no count of steps")
-        before = scalars["before"]
-        losses = list(map(float, before.values()))
-        if before.keys() != set(loss_names) or not np.isfinite(losses).all():
-            raise ValueError("the losses before the run are others, or not finite")
         # Options that were added after the checkpoint was written count as off.
         recorded = {key: value and None for key, value in settings.items()} | scalars["settings"]
     changed = [f"--{key.replace('_', '-')} was {recorded[key]!r} and is now {value!r}"
@@ -811,6 +809,12 @@ def resume(out, args, params, ema, optimizer, loss_names):
     if changed:
         raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give those, "
                         "or another --out")
+    with blaming(f"{path} ({ADVICE})"):
+        # With the same settings the run has the same losses.
+        before = scalars["before"]
+        losses = list(map(float, before.values()))
+        if before.keys() != set(loss_names) or not np.isfinite(losses).all():
+            raise ValueError("the losses before the run are others, or not finite")
     load_state(path, params, ema, optimizer)
     return scalars
 

@@ -62,6 +62,8 @@ def completed(config):
     for key in ("down_block_types", "up_block_types"):
         # All levels are of one type, but diffusers wants to read it for each of them.
         c[key] = per_level(c, key, "vae config")
+    if c["scaling_factor"] == 0:
+        raise UserError("vae config: scaling_factor = 0, by which latents are divided")
     return c
 
 
@@ -288,6 +290,9 @@ class VAE(nn.Module):
         """
         if not x.is_floating_point():
             raise UserError(f"the autoencoder takes floats, pictures in [-1, 1], not {x.dtype}")
+        if tile is not None and (tile < 4 or tile % 4):
+            # A tile's last quarter is faded into the next one.
+            raise UserError(f"tile = {tile} is not a positive multiple of 4 (a quarter overlaps)")
         device = x.device.type
         dtype = self.quant_conv.weight.dtype
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)

@@ -1,7 +1,7 @@
 """Train the miniature's text tower on the built-in captions.
 
     python experiments/train_text_tower.py --out runs/clip
-    python train.py --task t2i --model scratch --encoders runs/clip
+    python train.py --task t2i --model scratch --encoders runs/clip --out runs/tiny
 
 Stable Diffusion's text tower was trained beside an image tower on 400 million captions. Here the
 image tower is fixed, as in LiT (Zhai et al. 2022, arXiv 2111.07991), and very simple: the principal

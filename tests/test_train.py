@@ -379,6 +379,8 @@ def test_a_finished_run_says_so_and_a_changed_setting_is_refused(straight, tmp_p
     assert "is finished" in run(out, *FOUR_TASKS, "--model", tmp_path / "link").stdout
     refused("--lr was 0.001 and is now 0.5", out, *FOUR_TASKS, "--lr", 0.5)
     refused("--top-k was None and is now 2", out, *FOUR_TASKS, "--top-k", 2)
+    # Other tasks have other losses, but that is not what is wrong.
+    refused("--task was 'all' and is now 'edit'", out, *FOUR_TASKS, "--task", "edit")
     assert (out / "log.jsonl").read_text() == before
 
 

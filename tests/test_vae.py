@@ -119,12 +119,15 @@ def test_a_picture_of_one_tile_is_not_cut():
     assert torch.equal(vae.decode(z, tile=16), vae.decode(z))
 
 
-def test_what_is_no_picture_is_refused():
+def test_what_is_no_picture_or_no_tile_is_refused():
     vae = ours(SMALL)
     with pytest.raises(UserError, match="multiples of 4"):
         vae.encode(torch.zeros(1, 3, 32, 30))
     with pytest.raises(UserError, match="uint8"):
         vae.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    for tile in (0, -4, 6):
+        with pytest.raises(UserError, match=f"tile = {tile}"):
+            vae.decode(torch.randn(1, 4, 16, 16), tile)
 
 
 @pytest.mark.parametrize("tile", [None, 8])
@@ -198,7 +201,7 @@ def test_every_config_key_of_diffusers_has_its_default_here():
 @pytest.mark.parametrize("key, value", [
     ("act_fn", "relu"), ("shift_factor", 0.1), ("latents_mean", [0.0] * 4), ("surprise", 1),
     ("latents_std", [1.0] * 4), ("use_quant_conv", False), ("use_post_quant_conv", False),
-    ("mid_block_add_attention", False), ("mid_block_add_attention", None),
+    ("mid_block_add_attention", False), ("mid_block_add_attention", None), ("scaling_factor", 0),
     ("down_block_types", ["AttnDownEncoderBlock2D"] * 3), ("down_block_types", None),
     ("down_block_types", ["DownEncoderBlock2D"] * 2), ("up_block_types", ["UpDecoderBlock2D"] * 4),
     ("up_block_types", ["AttnUpDecoderBlock2D"] * 3)])
@@ -210,7 +213,7 @@ def test_what_is_not_implemented_is_named(key, value):
 @pytest.mark.parametrize("key, value, message", [
     ("_class_name", "AutoencoderKLTemporalDecoder", "AutoencoderKLTemporalDecoder"),
     ("norm_num_groups", 7, "config.json"), ("block_out_channels", 8, "config.json"),
-    ("scaling_factor", "x", "config.json.*scaling_factor"),
+    ("scaling_factor", "x", "config.json.*scaling_factor"), ("scaling_factor", 0, "config.json"),
     ("layers_per_block", None, "config.json"), ("sample_size", None, "config.json.*sample_size"),
     ("scaling_factor", float("nan"), "config.json"), ("layers_per_block", 10 ** 9, "config.json"),
     ("latent_channels", 4.0, "config.json"), ("force_upcast", [[{}]], "config.json")])
