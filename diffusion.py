@@ -771,7 +771,7 @@ def draw_paths(time, size):
     density = sum(torch.exp(-(x - mean) ** 2 / (2 - 2 * diffusion.alpha_bar))
                   for mean in (signal, -signal))                                    # (240, T)
     shade = 255 - 130 * density / density.amax(0)
-    return plot("sampling, from right to left, over the density of x_t (grey); x_0 is -1 or 1", time,
+    return plot("sampling, from right to left, on the density of x_t; x_0 is -1 or 1", time,
                 numbers("x_t", -3, -1, 1, 3), curves, Image.fromarray(shade.byte().numpy()), size)
 
 
