@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import unet
 from chart import Box, diagram, output_shapes
-from hub import MissingFolder, Parser, UserError, command, fetch, older_attention_names, replacing
+from hub import MissingFolder, Parser, UserError, command, fetch, older_attention_names, write_png
 from unet import Cond, UNet
 
 # -------------------------------------------------------------------------------------------------
@@ -392,9 +392,7 @@ def main():
     parser = Parser("Draw ADM's layers, the shapes after them and where DTR's masks attach.")
     parser.add_argument("--out", default="samples/adm.png", help="file for the picture")
     args = parser.parse_args()
-    picture = diagram(*network_boxes(CONFIGS["adm"]), NOTES)
-    with replacing(args.out) as file:
-        picture.save(file, format="PNG")
+    write_png(args.out, diagram(*network_boxes(CONFIGS["adm"]), NOTES))
     print(args.out)
 
 

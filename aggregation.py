@@ -61,7 +61,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion import posterior, randn, seeded
-from hub import Parser, UserError, command, replacing
+from hub import Parser, UserError, command, write_png
 from unet import Cond, sinusoidal
 
 # lambda of Eq. 6, the weight of the heads, as the paper has it. `loss` takes another one as
@@ -790,8 +790,7 @@ def main():
     processes = {name: Aggregation(alpha_bar, [SCHEDULES[name]])
                  for name in ("zero", "vanishing", "interpolating")}
     sheet = draw_processes(processes, z0, x, randn(z0.shape, seeded([0])))
-    with replacing(args.out) as beside:
-        sheet.save(beside, format="PNG")
+    write_png(args.out, sheet)
     print(f"z_t = sqrt(ab_t) z_0 + c_t x + std_t noise, with DDPM's linear betas -> {args.out}")
 
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import emoji
 from emoji import ASSETS, DEGRADATIONS, ItemDataset, on_white, patched, to_pil, to_tensor
 from hub import Parser, UserError, blaming, command, open_weights, pick_device, read_json
-from hub import replacing, write_json, writing
+from hub import replacing, write_json, write_png, writing
 from readers import MAX_PIXELS, PICTURES, Frame, Rows, as_list, choose, decode, draw_text
 from readers import file_names, find_broken, find_layout, open_image, open_square, read_rows
 from readers import split_part, usable_rows
@@ -380,7 +380,7 @@ def draw_example(example):
 
 def show_folder(args):
     """Draw a sheet of examples as a training run sees them."""
-    from sample import grid, save_png  # here, because sample.py imports this file
+    from sample import grid  # here, because sample.py imports this file
     if not 8 <= args.size <= 4096:
         raise UserError(f"--size {args.size} must be from 8 to 4096")
     dataset = open_dataset(args.task, "train", args.size, args.data,
@@ -391,7 +391,7 @@ def show_folder(args):
     count = min(16, len(dataset))
     cells = [draw_example(dataset[i * len(dataset) // count]) for i in range(count)]
     path = Path(args.out or f"samples/{args.task}-data.png")
-    save_png(grid(cells, 4), path, vars(args))
+    write_png(path, grid(cells, 4), vars(args))
     print(f"{path}: examples of {args.task} as training sees them")
 
 
@@ -614,8 +614,7 @@ def encode_pictures(encoder, pictures, *, size, device):
     squares = [open_square(path, size) for path, _ in pictures]
     for square, (_, copy) in zip(squares, pictures):
         if copy is not None:
-            with replacing(copy) as beside:
-                square.save(beside, format="PNG")
+            write_png(copy, square)
     latents = encoder.encode([to_tensor(square) for square in squares], device)
     return dict(latents=torch.stack(latents))
 

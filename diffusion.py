@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from chart import arrange, numbers, plot
-from hub import Parser, UserError, blaming, command, is_number, replacing
+from hub import Parser, UserError, blaming, command, is_number, write_png
 
 # -------------------------------------------------------------------------------------------------
 # The schedule
@@ -794,8 +794,7 @@ def main():
         plot("weight of the error of predicted noise, scaled_linear", time,
              numbers("weight", 0.001, 0.1, 1, 10, 1000, log=True), weights, size=size),
         draw_paths(time, size)])
-    with replacing(args.out) as file:
-        sheet.save(file, format="PNG")
+    write_png(args.out, sheet)
     print(args.out)
 
 

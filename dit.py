@@ -41,7 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from chart import Box, diagram, output_shapes
-from hub import Parser, UserError, command, complete, fetch, load_module, replacing, save_weights
+from hub import Parser, UserError, command, complete, fetch, load_module, save_weights, write_png
 from unet import Attention, Cond, TimestepEmbedding, call, recompute, sinusoidal
 
 # -------------------------------------------------------------------------------------------------
@@ -410,9 +410,7 @@ def main():
         print(f"{name:<8}{c['num_layers']:>8}{dit.proj_out_1.in_features:>7}"
               f"{c['num_attention_heads']:>7}{dit.pos_embed.base ** 2:>8}{parameters:>13,}"
               f"{gmacs:>9.2f}")
-    picture = diagram(*network_boxes(CONFIGS["dit-xl"]), NOTES)
-    with replacing(args.out) as file:
-        picture.save(file, format="PNG")
+    write_png(args.out, diagram(*network_boxes(CONFIGS["dit-xl"]), NOTES))
     print(args.out)
 
 

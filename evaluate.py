@@ -34,8 +34,8 @@ import emoji
 import measures
 from data import ALL, ASSETS, TASKS, to_pil, to_tensor
 from hub import Parser, UserError, command, is_first, pick_device, print_once, read_json
-from hub import write_json
-from sample import draw_modalities, generate, grid, load_model, save_png, scales
+from hub import write_json, write_png
+from sample import draw_modalities, generate, grid, load_model, scales
 
 # What the columns and the scores mean. Only lines that the table needs are printed below it.
 LEGEND = {
@@ -239,7 +239,7 @@ def draw(model, task, dataset, numbers, args, rank=0, world=1):
                          image_guidance=args.image_guidance)
         for picture, path, request in zip(drawn, paths[chosen], requests):
             # The request is written into the PNG, and `is_drawn` reads it there.
-            save_png(picture, path, dict(request=request))
+            write_png(path, picture, dict(request=request))
     return paths
 
 
@@ -425,7 +425,7 @@ def save_grid(dataset, numbers, paths, args, columns=12):
     examples += [blank] * (-len(examples) % columns)
     pictures = [to_pil(example[key]) for first in range(0, len(examples), columns) for key in keys
                 for example in examples[first:first + columns]]
-    save_png(grid(pictures, columns), args.grid, vars(args))
+    write_png(args.grid, grid(pictures, columns), vars(args))
 
 
 def get_args():

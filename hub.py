@@ -22,6 +22,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -585,6 +586,16 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_png(path, picture, arguments=None):
+    """Write a Pillow picture, with a command's arguments in its metadata if they are given."""
+    info = PngInfo()
+    if arguments is not None:
+        # Beside the pixels, a PNG file holds texts; viewers show them and Pillow reads them back.
+        info.add_text("arguments", json.dumps(arguments))
+    with replacing(path) as beside:
+        picture.save(beside, format="PNG", pnginfo=info)
 
 
 def append_line(path, row):

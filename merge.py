@@ -49,7 +49,8 @@ from chart import arrange, cells, table
 from clip import Tokenizer
 from diffusion import Diffusion
 from hub import (Parser, UserError, blaming, command, fetch, find_index, older_attention_names,
-                 open_weights, pick_device, read_json, replacing, weight_files, write_json)
+                 open_weights, pick_device, read_json, replacing, weight_files, write_json,
+                 write_png)
 
 # Keys of a U-Net's config.json that record an attached method; absent or null: it is not attached.
 METHODS = dict(moe=None, routing=None, aggregation=None)
@@ -616,8 +617,7 @@ def demonstrate(path="samples/merge.png"):
     ranges = timestep_ranges(model.diffusion.T, 2)
     unets = [tune(model, x0, context, t_range) for t_range in ranges]
     names = [f"t = {low} to {high - 1}" for low, high in ranges]
-    with replacing(path) as file:
-        draw_copies(model, unets, examples, names).save(file, format="PNG")
+    write_png(path, draw_copies(model, unets, examples, names))
     print(f"{path}: two copies after ten steps each, and losses on the four pictures that they "
           "learned.\nEach range of timesteps has its lowest loss elsewhere, and a merged network "
           "is one point for both.")

@@ -64,7 +64,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from chart import Axis, arrange, cells, table
-from hub import Parser, UserError, blaming, command, read_json, replacing, write_text
+from hub import Parser, UserError, blaming, command, read_json, replacing, write_png, write_text
 from unet import CONFIGS, BasicTransformerBlock, Conv2d, FeedForward, LayerNorm, UNet
 
 TASKS = ("t2i", "edit", "sr", "inpaint")  # the names in data.TASKS
@@ -476,9 +476,8 @@ def draw_experts(model, path):
              {task: (N + 1) * i + N / 2 for i, task in enumerate(model.tasks)})
     y = cells("layer", expert_layers(model.unet))
     title = "per cent by which a task's held-out loss rises without the expert"
-    with replacing(path) as file:
-        arrange([table("weights w of Eq. 1", x, y, weights),
-                 table(title, x, y, costs, (0, 100), digits=0)]).save(file, format="PNG")
+    write_png(path, arrange([table("weights w of Eq. 1", x, y, weights),
+                             table(title, x, y, costs, (0, 100), digits=0)]))
     print(f"\n{path}: above, how much each task uses each expert of a layer; below, by how many "
           "per cent\nits held-out loss rises when that layer must do without this expert")
 

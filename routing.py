@@ -56,7 +56,7 @@ import torch.nn as nn
 from PIL import Image
 
 from chart import arrange, numbers, plot
-from hub import Parser, UserError, command, replacing
+from hub import Parser, UserError, command, write_png
 
 MODES = ("dtr", "random", "halves")
 
@@ -207,8 +207,7 @@ def main():
             shares = mask[[t + 1, t + 10, t + 100, t + 400]] @ mask[t] / mask[t].sum()
             print(f"{name:<14}{t:>5}" + "".join(f"{share:>9.3f}" for share in shares))
     sheet = arrange([draw_mask(name, mask) for name, mask in masks.items()])
-    with replacing(args.out) as file:
-        sheet.save(file, format="PNG")
+    write_png(args.out, sheet)
     print(f"{args.out}: t from left to right, channels from top to bottom, white where seen")
 
 

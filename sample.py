@@ -13,7 +13,6 @@ that names the part at fault (`check_parts`, `Model.check`).
 
 Letters: B batch, K branches of guidance, C channels, h w latent.
 """
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import adm
@@ -38,7 +36,7 @@ from data import ALL, ASSETS, EXAMPLES, MAX_PIXELS, SDXL_GUIDANCE, TASKS
 from data import on_white, open_image, to_pil, to_tensor
 from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
 from hub import LARGEST_NUMBER, Parser, UserError, between, blaming, command, fetch, find_index
-from hub import load_weights, pick_device, read_json, refuse_idle, replacing, write_json
+from hub import load_weights, pick_device, read_json, refuse_idle, write_json, write_png
 from unet import UNet
 from vae import VAE
 
@@ -845,15 +843,6 @@ def grid(pictures, columns):
     return sheet
 
 
-def save_png(picture, path, arguments):
-    """Write a picture with the command's arguments in its metadata."""
-    # Beside the pixels, a PNG file holds texts; viewers show them and Pillow reads them back.
-    info = PngInfo()
-    info.add_text("arguments", json.dumps(arguments))
-    with replacing(path) as beside:
-        picture.save(beside, format="PNG", pnginfo=info)
-
-
 @torch.no_grad()
 def picture_of(model, value):
     """An example's picture (3, H, W), or an encoded one's moments (2, C, h, w) -> a PIL picture."""
@@ -878,7 +867,7 @@ def sample_grid(model, datasets, columns, seed, path):
             pictures += generate(model, task, [e["prompt"] for e in chosen], sources or None,
                                  seed=seed, sampler=sampler)
         pictures += [picture_of(model, e["target"]) for e in chosen]
-    save_png(grid(pictures, columns), path, dict(seed=seed))
+    write_png(path, grid(pictures, columns), dict(seed=seed))
 
 
 def modality_rows(model, modality, x, seed):
@@ -910,7 +899,7 @@ def save_trajectory(model, frames, path, arguments):
     with torch.no_grad():
         columns = [model.vae.decode(frame / scale) for frame in frames]
     pictures = [to_pil(column[row]) for row in (0, 1) for column in columns]
-    save_png(grid(pictures, len(columns)), path, arguments)
+    write_png(path, grid(pictures, len(columns)), arguments)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1054,7 +1043,7 @@ def draw_pictures(args, model, bar):
         columns = 2 * columns
     # The file says how to draw it again.
     arguments = vars(args) | {"prompt": prompts, "image": image}
-    save_png(grid(pictures, columns), args.out, arguments)
+    write_png(args.out, grid(pictures, columns), arguments)
     if args.trajectory:
         strip = Path(args.out).with_name(f"{Path(args.out).stem}-trajectory.png")
         save_trajectory(model, frames, strip, arguments)
@@ -1086,7 +1075,7 @@ def draw_joint(args, model, bar):
         pictures += [to_pil(picture) for row in zip(*shown) for picture in row]
         for name in drawn.keys() - known.keys():
             lines += describe(model, name, drawn[name])
-    save_png(grid(pictures, len(shown)), args.out, vars(args))
+    write_png(args.out, grid(pictures, len(shown)), vars(args))
     given = ", ".join(args.given) or "nothing"
     return [*lines, f"{args.task}: {', '.join(drawn)}; given: {given} -> {args.out}"]
 

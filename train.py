@@ -964,7 +964,7 @@ def train(args, shares, device, rank, world):
                 with autocast():
                     if not known:
                         z_t = diffusion.add_noise(x0, noise, t)      # DDPM Eq. 4
-                        # MTU Eq. 2: [z_t, E(c_I)]
+                        # MTU Eq. 2: [z_t, enc(c_I)]
                         z = z_t if source is None else torch.cat([z_t, source], dim=1)
                         out = net(z, t, context, task, added)
                         # One number a sample, (B,), so that each task has its own mean.
