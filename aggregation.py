@@ -1,10 +1,14 @@
 """MT-Diffusion: several modalities in one forward process (Chen et al., ICLR 2024,
 arXiv 2407.17571).
 
-Each forward step adds noise and encodings of the other modalities X = (x_1, .., x_M): a source
-picture, a masked one, a label, a representation. So z_t carries them all, and one network predicts
-its noise and, through one head each, the x_i. With a_t = alpha_t and ab_t = a_1 .. a_t, ab_0 = 1,
-the paper's equations are
+Beside z_0, the picture (or its latent) that is to be drawn, an example has M other modalities
+X = (x_1, .., x_M): a source picture, a masked one, a label, a representation. The forward step from
+z_{t-1} to z_t, t = 1 .. T, adds noise and all of them: E_i encodes x_i in the shape of z, w_t^i is
+the weight of this encoding at t, and A_t is their weighted sum. So z_t carries X, and one network
+predicts the noise eps in z_t, as eps_theta(z_t, t), and through one head each the x_i, as a
+distribution p_theta(x_i | z_t). The one that it should be is q(x_i), which is all at the example's
+own x_i. beta_t is DDPM's noise at t, a_t = 1 - beta_t, and ab_t = a_1 a_2 .. a_t with ab_0 = 1.
+In the paper's equations C_t is what all steps up to t have added, and k and lambda are constants:
 
     Eq. 1      q(z_t, X | z_{t-1}) = q(z_t | z_{t-1}, X) prod_i q(x_i)
     Eq. 2      the bound whose terms Eq. 6 weights                     derived in `loss`
@@ -22,8 +26,8 @@ the paper's equations are
 
 and Algorithms 1 and 2 draw and train: `sample` and `loss`.
 
-E_i encodes x_i. For ||.||^2 we take the mean over channels and positions; with a sum, the paper's
-lambda = 0.1 would mean something else.
+For ||.||^2 we take the mean over channels and positions; with a sum, the paper's lambda = 0.1 would
+mean something else.
 
 These formulas were reconstructed from the paper's prose and by the derivations that stand beside
 each method below; tests/test_aggregation.py verifies each by another way to compute it. Eq. 3 is

@@ -475,7 +475,7 @@ def draw_experts(model, path):
     x = Axis(f"experts 0 to {N - 1} of each task", (0, R * (N + 1) - 1),
              {task: (N + 1) * i + N / 2 for i, task in enumerate(model.tasks)})
     y = cells("layer", expert_layers(model.unet))
-    title = "per cent by which a task's held-out loss rises without the expert"
+    title = "rise of a task's held-out loss without the expert, in %; darkest: 100 % and more"
     write_png(path, arrange([table("weights w of Eq. 1", x, y, weights),
                              table(title, x, y, costs, (0, 100), digits=0)]))
     print(f"\n{path}: above, how much each task uses each expert of a layer; below, by how many "

@@ -200,11 +200,11 @@ def main():
     masks = {"DTR": task_masks(torch.arange(1000), args.channels, args.alpha, args.beta),
              "R-TR (random)": random_masks(args.channels, args.beta).float()}    # (T, C) each
 
-    print("share of channels that timesteps t and t + d have in common")
-    print("masks             t    d = 1   d = 10  d = 100  d = 400")
+    print("share of its channels that timestep t has in common with")
+    print("masks             t    t + 1   t + 10  t + 100  t + 400      999")
     for name, mask in masks.items():
         for t in (0, 200, 400, 599):
-            shares = mask[[t + 1, t + 10, t + 100, t + 400]] @ mask[t] / mask[t].sum()
+            shares = mask[[t + 1, t + 10, t + 100, t + 400, 999]] @ mask[t] / mask[t].sum()
             print(f"{name:<14}{t:>5}" + "".join(f"{share:>9.3f}" for share in shares))
     sheet = arrange([draw_mask(name, mask) for name, mask in masks.items()])
     write_png(args.out, sheet)
