@@ -16,6 +16,8 @@ there. MTU finds no feed-forward network here. Only models on pixels need this f
 
 Letters: as in unet.py.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

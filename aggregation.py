@@ -57,6 +57,7 @@ here some lack it from the first step.
 In code t runs over 0..T-1 as in diffusion.py: alpha_bar[t] is ab_{t+1}, and t = -1 means clean.
 Letters: B batch, C channels, H W latent or picture, M modalities, T timesteps, K classes, D width.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import copy
 from typing import NamedTuple
 
@@ -461,7 +462,8 @@ def prepare(model, task, modality, *, head=None, input="z", weights="vanishing",
         # Training goes on from a model of the same kind, and from no other.
         heads = unet.config["aggregation"]["modalities"]
         if heads != {modality: config} or reads_x(unet) != (input == "x"):
-            raise UserError(f"{model.path} has other heads, weights or inputs: {heads}")
+            raise UserError(f"{model.path} was trained with other heads, weights or inputs, which "
+                            "its unet/config.json lists under aggregation")
         return
     if unet.folder != "unet" or model.tasks not in (["t2i"], ["class"], ["uncond"]):
         raise UserError(f"{task} starts from a U-Net that draws from text, from a class or from "

@@ -126,19 +126,21 @@ def read_added_tokens(folder):
     config = read("tokenizer_config.json")
     listed = config.get("added_tokens_decoder")
     older = read("special_tokens_map.json") if listed is None else {}
+    # Beside the tokens there are switches, such as add_bos_token; null and "" stand for no token.
     named = {name: value for name, value in {**config, **older}.items()
-             if name.endswith("_token") and isinstance(value, (str, dict))}
-    more = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+             if name.endswith("_token") and value not in (None, "", True, False)}
+    lists = ("extra_special_tokens", "additional_special_tokens")
+    more = next((file[name] for file in (config, older) for name in lists if file.get(name)), [])
+    if not isinstance(more, list):
+        raise ValueError("further special tokens are no list")
     if listed is None:
         # transformers overlooks the objects, other than strings, that tokenizer_config.json names.
         plain = [value for name, value in named.items() if name in older or isinstance(value, str)]
-        special = {AddedToken.read(value).content for value in (*plain, *(more or []))}
+        special = {AddedToken.read(value).content for value in (*plain, *more)}
         listed = {id: dict(content=content, special=content in special)
                   for content, id in read("added_tokens.json").items()}
         for token in read("tokenizer.json").get("added_tokens", []):
             listed[token["id"]] = token
-    if more is None:
-        more = older.get("additional_special_tokens", [])
 
     named = SPECIAL | named
     # The order matters: new tokens get their ids in it, the listed ones first. Where a token comes
@@ -284,8 +286,11 @@ class Tokenizer:
             added, special = read_added_tokens(folder)
             return cls(vocab, merges, added, **special)
 
-    def save_pretrained(self, folder):
-        """Write vocabulary, merges and added tokens into a folder, as transformers reads them."""
+    def save_pretrained(self, folder, dtype=None):
+        """Write vocabulary, merges and added tokens into a folder, as transformers reads them.
+
+        dtype: of no use, since there are no weights; all parts of a model are saved alike.
+        """
         listed = {self.vocab[token.content]: token._asdict() for token in self.added.values()}
         merges = "".join(f"{a} {b}\n" for a, b in self.ranks)
         folder = Path(folder)

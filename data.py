@@ -16,6 +16,7 @@ a class, or a text.
 
 Letters: B batch, C channels, H W picture, h w latent, S text length, D text width.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import collections
 import contextlib
 import functools

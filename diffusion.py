@@ -24,6 +24,7 @@ each x_t into signal and noise, x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) e
 
 Letters: B batch, C channels, H W latent or picture, T training timesteps, K branches of guidance.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import math
 from functools import partial
 

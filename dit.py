@@ -34,6 +34,7 @@ layer is not routed. The random masks of the control R-TR are drawn for each blo
 Letters: B batch, C channels, H W height and width of the latent, p patch size, L = H W / p^2
 tokens, D width.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import copy
 
 import torch

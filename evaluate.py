@@ -16,6 +16,7 @@ Each score stands between two others. `nothing` is what a model would reach that
 source as it is, and `ceiling` what the autoencoder's own copy of the target reaches, which a latent
 model can hardly surpass. No figure replaces a look: --grid saves the pictures that were counted.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import functools
 import hashlib
 import json

@@ -21,10 +21,22 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+def end_quietly(kind, error, trace):
+    """Show an uncaught exception as Python does, but Ctrl-C as `command` does, which runs later."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+# Set before the imports that take seconds. So the commands import this file first.
+sys.excepthook = end_quietly
+
+import torch  # noqa: E402
+from PIL.PngImagePlugin import PngInfo  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 try:
     import fcntl
@@ -265,11 +277,13 @@ def download(hub_id, subfolder):
         raise
     inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
     weights = choose_weights(inside)
+    # A whole model has its weights in folders, and does not need what else lies beside them.
+    alone = subfolder or ("config.json" in inside and "unet/config.json" not in inside)
     if weights is not None:
         wanted = [*wanted, prefix + weights]
-    elif subfolder and any(file.endswith(WEIGHTS) for file in inside):
+    elif alone and any(file.endswith(WEIGHTS) for file in inside):
         # Nothing is downloaded. Tokenizers and schedulers have no weights of any kind.
-        raise no_weights(f"{hub_id}/{subfolder}", inside)
+        raise no_weights(f"{hub_id}/{subfolder}".rstrip("/"), inside)
     root = Path(get(allow_patterns=wanted))
     if weights is not None and weights.endswith(".json"):
         # What the shards are called stands in their index.
@@ -295,6 +309,9 @@ def describe(names):
     elif any(name.endswith((".safetensors", ".ckpt")) for name in names):
         return ("it is a checkpoint in a single file; diffusers' from_single_file reads it, and "
                 "save_pretrained then writes the folder that is needed here")
+    elif any(name.endswith(WEIGHTS) for name in names):
+        return ("its weights are of a kind that runs code when it is opened, such as .bin; load it "
+                "in diffusers or transformers, which write safetensors with save_pretrained")
     return "it is not a model in the Hugging Face layout"
 
 

@@ -31,6 +31,7 @@ theta is the frozen pretrained network. We differ from the paper and its officia
 
 Letters: N copies, T timesteps, B batch, C channels, M held-out examples, P projection.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import copy
 import functools
 import itertools
@@ -384,8 +385,10 @@ def check_meaning(base, tuned, names):
             # A later version of a method may record more about it.
             check_meaning(ours, theirs, names)
         elif ours != theirs and not key.startswith("_"):
-            raise UserError(f"{names} have no meaningful average: {key} is {reprlib.repr(theirs)} "
-                            f"and {reprlib.repr(ours)}")
+            values = f"{key} is {reprlib.repr(theirs)} and {reprlib.repr(ours)}"
+            if isinstance(theirs or ours, dict):    # a vocabulary, or a method's settings
+                values = f"they differ in {key}"
+            raise UserError(f"{names} have no meaningful average: {values}")
 
 
 def matching_parts(base, tuned):

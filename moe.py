@@ -53,6 +53,7 @@ Letters: B batch, L positions, C channels, N experts (index i), R tasks (rows of
 d_task is the width of e_task; d_FFN and d_expert count the inner units of the dense layer and of
 one expert, and G = d_expert / d_FFN.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import copy
 import functools
 import math

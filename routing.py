@@ -48,6 +48,7 @@ channels are no longer zero. So no product can be left out, and a routed network
 
 Letters: B batch, L positions, C channels, C_b channels that a timestep sees, T timesteps.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import functools
 import math
 

@@ -13,6 +13,7 @@ that names the part at fault (`check_parts`, `Model.check`).
 
 Letters: B batch, K branches of guidance, C channels, h w latent.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import math
 import sys
 from dataclasses import dataclass
@@ -250,17 +251,18 @@ class Model:
         return side // self.vae.factor // 4 * 4
 
     def save(self, folder, dtype=None, unet_only=False):
-        """Write the model in the Hugging Face layout; dtype: of the files' tensors."""
+        """Write the model in the Hugging Face layout; dtype: of the files' tensors.
+
+        unet_only: leave the other parts that are there as they are, since training changes none.
+        """
         folder = Path(folder)
         self.unet.save_pretrained(folder / self.unet.folder, dtype=dtype)
-        if unet_only:
-            # Nothing else changes in training, so a later checkpoint needs no more.
-            return
-        if self.vae.factor > 1:     # on pixels there are no weights
-            self.vae.save_pretrained(folder / "vae", dtype=dtype)
+        parts = {"vae": self.vae} if self.vae.factor > 1 else {}    # on pixels it has no weights
         for number, (tokenizer, encoder) in zip(NUMBERS, self.texts):
-            tokenizer.save_pretrained(folder / f"tokenizer{number}")
-            encoder.save_pretrained(folder / f"text_encoder{number}", dtype=dtype)
+            parts |= {f"tokenizer{number}": tokenizer, f"text_encoder{number}": encoder}
+        for name, part in parts.items():
+            if not (unet_only and (folder / name).exists()):
+                part.save_pretrained(folder / name, dtype=dtype)
         write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler)
         write_json(folder / "model_index.json", self.index)
 
@@ -322,6 +324,10 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
 def load_parts(path, dtype, device):
     """Load the parts of a model into the CPU's memory -> Model. device: where it will compute."""
     _, index = find_index(path)
+    if "base" in index and not Path(path).is_dir():
+        raise UserError(f"{path}: model_index.json names a base for the parts that are not there, "
+                        "which works on this disk alone; download the repository and name its "
+                        "folder")
     name = str(index.get("_class_name"))
     kind = UNet
     if "DiTPipeline" in name:
@@ -386,7 +392,7 @@ def correct_sample_size(config):
 
 def place_of(path, index, part):
     """Find the model that a part belongs to: the folder itself, or what it calls its base."""
-    if "base" not in index or not Path(path).is_dir() or (Path(path) / part).is_dir():
+    if "base" not in index or (Path(path) / part).is_dir():
         return path
     with blaming(f"{path}: model_index.json"):
         beside = Path(path) / index["base"]
@@ -575,6 +581,8 @@ def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=
                                 height=height, width=width,
                                 callback=callback and (lambda *step: callback(*step[:4])))
         return [to_pil(picture) for picture in drawn["image"]]
+    if not (model.texts or model.classes) and any((*prompts, negative_prompt)):
+        raise UserError(f"{model.path} reads no text, so a prompt would do nothing")
     reads_source = check_images(model, task, prompts, images, strength)
     guidance, image_guidance = scales(model, task, guidance, image_guidance)
     sampler = pick_sampler(model, sampler)

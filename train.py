@@ -15,6 +15,7 @@ again resumes a run, bit for bit on a CPU, and another number of processes chang
 
 Letters: B batch, C channels, h w latent, S text length, D text width.
 """
+import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import contextlib
 import copy
 import datetime
@@ -835,7 +836,7 @@ def save(out, args, model, params, ema, optimizer, scalars):
         if args.projection == "convolutions":
             # The saved model is an ordinary one; the state keeps the projections apart.
             complete = replace(model, unet=merge.fold_projections(model.unet))
-        # With an earlier state the frozen parts were written, and they do not change.
+        # With an earlier state the frozen parts were written. A deleted one is written again.
         complete.save(out, unet_only=path.exists())
     save_state(path, params, ema, optimizer, dict(scalars, settings=fixed_settings(args)))
 

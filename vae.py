@@ -62,8 +62,9 @@ def completed(config):
     for key in ("down_block_types", "up_block_types"):
         # All levels are of one type, but diffusers wants to read it for each of them.
         c[key] = per_level(c, key, "vae config")
-    if c["scaling_factor"] == 0:
-        raise UserError("vae config: scaling_factor = 0, by which latents are divided")
+    if not 1e-3 <= c["scaling_factor"] <= 1e3:
+        raise UserError(f"vae config: scaling_factor = {c['scaling_factor']}, by which latents are "
+                        "divided, is not from 0.001 to 1,000")
     return c
 
 

@@ -260,11 +260,26 @@ def test_a_word_of_several_tokens_is_written_out_as_by_diffusers(base):
     assert tokenizer.expand("my <toy>_1") == "my <toy>_1"       # one part by itself
 
 
+DAMAGED = [("pad_token", 5), ("eos_token", ["<|endoftext|>"]), ("pad_token", dict(content=5)),
+           ("extra_special_tokens", "<a>"), ("additional_special_tokens", [5]),
+           ("additional_special_tokens", "<a>")]
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map", "tokenizer_config"])
+def test_an_empty_text_is_no_token_and_a_switch_is_none(tmp_path, base, name):
+    write_tokenizer(tmp_path, base, {name: dict(pad_token="", odd_token="", add_bos_token=True)})
+    assert_same_ids(tmp_path, ["a cat", ""])
+
+
 @pytest.mark.parametrize("files, message", [
     (dict(tokenizer_config=dict(added_tokens_decoder={"x": token("<toy>")})), "tokenizer"),
-    (dict(added_tokens=[1]), "added_tokens.json"), (dict(special_tokens_map=1), "special_tokens")])
+    (dict(added_tokens=[1]), "added_tokens.json"), (dict(special_tokens_map=1), "special_tokens"),
+    *[(dict(special_tokens_map={key: value}), "tokenizer") for key, value in DAMAGED],
+    *[(dict(tokenizer_config={key: value}), "tokenizer") for key, value in DAMAGED]])
 def test_files_with_anything_else_are_named(tmp_path, base, files, message):
     write_tokenizer(tmp_path / "tokenizer", base, files)
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match=message):
         Tokenizer.from_pretrained(tmp_path)
 

@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,7 +14,7 @@ import warnings
 import pytest
 import torch
 from PIL import Image
-from conftest import full_disk
+from conftest import ROOT, full_disk
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -292,6 +293,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
     (["pytorch_lora_weights.safetensors", "README.md"], "LoRA.*fuse_lora.*save_pretrained"),
     (["v1-5-pruned.safetensors", "v1-inference.yaml"], "single file.*from_single_file.*save_pret"),
     (["v1-5-pruned.ckpt"], "single file.*from_single_file.*save_pretrained"),
+    (["pytorch_model.bin", "README.md"], "kind that runs code when it is opened.*save_pretrained"),
     (["notes.txt"], "not a model in the Hugging Face layout")])
 def test_what_lies_in_another_folder_is_said(names, words, tmp_path, monkeypatch):
     touch(tmp_path, *names)
@@ -421,7 +423,13 @@ def test_a_repository_with_weights_of_another_kind_alone_says_which(name, tmp_pa
     with pytest.raises(UserError, match=f"^no weights in owner/name/unet: .* and found {name}. "
                                         "diffusers can load another variant .*save_pretrained$"):
         hub.fetch("owner/name", "unet")
+    serve(monkeypatch, [name, "config.json"], tmp_path / "cache")
+    with pytest.raises(UserError, match=f"^no weights in owner/name: .* and found {name}. "):
+        hub.fetch("owner/name", "")
     assert not (tmp_path / "cache").exists()
+    # What lies beside the folders of a whole model is not needed.
+    serve(monkeypatch, [name, "config.json", FULL, *OTHERS], tmp_path / "cache")
+    hub.fetch("owner/name", "")
 
 
 @pytest.mark.parametrize("config, kind", [
@@ -500,6 +508,20 @@ def test_a_command_ends_in_one_line(error, code, words, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(InterruptedError):
         hub.command(main)
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback():
+    """Before `command` runs. Every command imports hub first: torch takes seconds."""
+    for path in ROOT.glob("*.py"):
+        if "    command(main)" in path.read_text():
+            imports = [line for line in path.read_text().splitlines()
+                       if line.startswith(("import", "from"))]
+            assert imports[0].split()[:2] == ["import", "hub"], path
+    for error, code, words in [("KeyboardInterrupt", 130, "^interrupted\n$"),
+                               ("ImportError", 1, "^Traceback(.|\n)*ImportError\n$")]:
+        done = subprocess.run([sys.executable, "-c", f"import hub; raise {error}"], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == code and re.search(words, done.stderr)
 
 
 def test_a_mistake_of_ours_shows_its_traceback_and_a_command_without_mistakes_just_runs():

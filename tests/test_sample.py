@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import adm
 import aggregation
 import moe
 import sample
@@ -273,6 +274,9 @@ def test_a_hub_id_draws_as_its_folder(sdxl, hub):
     hub["owner/xl"] = sdxl
     a, b = (generate(load_model(name), "t2i", "pizza", steps=2)[0] for name in (sdxl, "owner/xl"))
     assert a.tobytes() == b.tobytes()
+    hub["owner/tuned"] = ASSETS / "tiny-mtu"
+    with pytest.raises(UserError, match="owner/tuned: model_index.json names a base.*download"):
+        load_model("owner/tuned")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -557,6 +561,17 @@ def test_generate_on_a_model_with_heads_refuses_what_it_would_ignore(tiny):
             generate(model, "translate", **{"prompts": "", "steps": 1} | options)
 
 
+def test_a_model_that_reads_no_text_refuses_a_prompt(tmp_path):
+    """The test's miniature is DDPM's; a network that draws classes takes their names instead."""
+    net = adm.UNet2D(adm.CONFIGS["ddpm-tiny"])
+    model = sample.Model(net, adm.Pixels(net.config["sample_size"]), None, None,
+                         adm.scheduler_for(net.config, "linear"), {}, path="a/b")
+    assert generate(model, "uncond", "", steps=1)
+    for prompts, options in (("cat", {}), (["", "cat"], {}), ("", dict(negative_prompt="cat"))):
+        with pytest.raises(UserError, match="^a/b reads no text, so a prompt would do nothing$"):
+            generate(model, "uncond", prompts, steps=1, **options)
+
+
 def test_the_base_knows_only_text_to_image(tiny):
     with pytest.raises(UserError, match="t2i"):
         generate(tiny, "edit", "x", Image.new("RGB", (64, 64)))
@@ -585,6 +600,19 @@ def test_parts_that_do_not_fit_are_named(folder, part, config, words):
     kind(tiny["tiny"] | config).save_pretrained(folder / part)
     with pytest.raises(UserError, match=words):
         load_model(folder)
+
+
+def test_parts_that_are_missing_are_saved_again_and_no_others(folder, tiny):
+    for name in ("vae", "tokenizer"):
+        shutil.rmtree(folder / name)
+    stays = folder / "text_encoder" / "config.json"
+    stays.write_text("{}")
+    tiny.save(folder, unet_only=True)
+    assert stays.read_text() == "{}"
+    tiny.save(folder)
+    for module, again in zip(tiny.modules, load_model(folder).modules, strict=True):
+        assert all(torch.equal(value, again.state_dict()[key])
+                   for key, value in module.state_dict().items())
 
 
 def test_a_cut_checkpoint_is_named(folder):

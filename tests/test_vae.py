@@ -213,9 +213,11 @@ def test_what_is_not_implemented_is_named(key, value):
 @pytest.mark.parametrize("key, value, message", [
     ("_class_name", "AutoencoderKLTemporalDecoder", "AutoencoderKLTemporalDecoder"),
     ("norm_num_groups", 7, "config.json"), ("block_out_channels", 8, "config.json"),
-    ("scaling_factor", "x", "config.json.*scaling_factor"), ("scaling_factor", 0, "config.json"),
+    ("scaling_factor", "x", "config.json.*scaling_factor"),
+    *[("scaling_factor", value, "config.json.*scaling_factor")
+      for value in (0, 1e-300, 1e-4, 1e5, float("nan"))],
     ("layers_per_block", None, "config.json"), ("sample_size", None, "config.json.*sample_size"),
-    ("scaling_factor", float("nan"), "config.json"), ("layers_per_block", 10 ** 9, "config.json"),
+    ("layers_per_block", 10 ** 9, "config.json"),
     ("latent_channels", 4.0, "config.json"), ("force_upcast", [[{}]], "config.json")])
 def test_another_class_and_impossible_values_are_the_files_fault(tmp_path, key, value, message):
     VAE(SMALL).save_pretrained(tmp_path / "vae")
