@@ -133,7 +133,7 @@ def open_dataset(task, split, size, root=None, **options):
         return builtin(task, split, size)
     folder = folder_of(task, root)
     # Each task decides for itself: some folders may be encoded and others not.
-    kind = Encoded if (folder / "encoded.json").is_file() else Folder
+    kind = Encoded if is_encoded(folder) else Folder
     dataset = kind(folder, task, split, size, **options)
     if not dataset.items:
         raise UserError(f"{folder} has no {split} pictures for {task}; mark some lines of "
@@ -145,12 +145,17 @@ def class_names(root=None, task="label"):
     """The classes of the tasks class and label: the built-in categories, or those of a folder."""
     if root is None:
         return emoji.classes()
-    rows, _ = read_rows(folder_of(task, root))
-    # In alphabetical order, so that a class has the same number in every run.
-    names = sorted({row["label"] for row in rows if "label" in row})
+    folder = folder_of(task, root)
+    if is_encoded(folder):
+        with blaming(folder / "encoded.json"):
+            splits = read_json(folder / "encoded.json")["tasks"].get(task, {})
+            names = {label for items in splits.values() for *_, label in items}
+    else:
+        names = {row["label"] for row in read_rows(folder)[0] if "label" in row}
     if not names:
         raise UserError(f"{root}: no picture has a label, which {task} needs")
-    return names
+    # In alphabetical order, so that a class has the same number in every run.
+    return sorted(names)
 
 
 def needed_columns(task):
@@ -261,24 +266,39 @@ class Folder(ItemDataset):
         """Example i; what is random about it (words, crop, patches) is drawn from rng."""
         # One number is the seed of the visit, so a replacement leaves rng in the same state.
         row, pictures = self.open_example(i, rng.integers(2 ** 62))
-        modality = TASKS[self.task].modality
-        # pix2pix calls this the direction BtoA.
-        names = PICTURES[::-1] if self.reverse and len(pictures) == 2 else PICTURES
-        picture = pictures[names[0]]
-        words = "label" if self.task == "class" else "text"
-        example = dict(prompt=row[words] if TASKS[self.task].prompt else "",
-                       target=to_tensor(picture), number=row["number"])
-        if self.task == "sr":
-            example["source"] = to_tensor(self.degrade(picture, rng))
-        elif len(pictures) == 2:
-            example["x" if modality else "source"] = to_tensor(pictures[names[1]])
-        elif modality == "masked":
-            example["x"] = patched(example["target"], rng)
-        elif modality == "label":
-            example["x"] = self.classes.index(row["label"])
-        elif modality == "repr":
-            example["x"] = row["text"]
-        return example
+        pictures = list(pictures.values())
+        if self.reverse and len(pictures) == 2:
+            pictures.reverse()  # pix2pix calls this the direction BtoA
+        example = make_example(self, row.get(words_of(self.task), ""), pictures[0],
+                               [to_tensor(picture) for picture in pictures], rng)
+        return dict(example, number=row["number"])
+
+
+def words_of(task):
+    """The column of a row that holds a task's words, or None."""
+    return next((column for column in ("text", "label") if column in TASKS[task].columns), None)
+
+
+def make_example(dataset, words, picture, images, rng):
+    """Make the example of one visit to a `Folder` or an `Encoded`.
+
+    words: the text, or the name of the class. picture: the target as a Pillow picture, which is
+    spoiled anew at each visit. images: the target and, where the task has one, the source or x,
+    pictures (3, H, W) or their moments (2, C, h, w).
+    """
+    rule = TASKS[dataset.task]
+    example = dict(prompt=words if rule.prompt else "", target=images[0])
+    if dataset.task == "sr":
+        example["source"] = to_tensor(dataset.degrade(picture, rng))
+    elif dataset.task == "masked":
+        example["x"] = patched(to_tensor(picture), rng)
+    elif dataset.task == "label":
+        example["x"] = dataset.classes.index(words)
+    elif dataset.task == "repr":
+        example["x"] = words
+    elif len(images) == 2:
+        example["x" if rule.modality else "source"] = images[1]
+    return example
 
 
 def record_skipped(datasets, record):
@@ -382,9 +402,7 @@ def draw_example(example):
 def show_folder(args):
     """Draw a sheet of examples as a training run sees them."""
     from sample import grid  # here, because sample.py imports this file
-    if not 8 <= args.size <= 4096:
-        raise UserError(f"--size {args.size} must be from 8 to 4096")
-    dataset = open_dataset(args.task, "train", args.size, args.data,
+    dataset = open_dataset(args.task, "train", args.size or 256, args.data,
                            degradation=args.degradation, reverse=args.reverse)
     if isinstance(dataset, Encoded):
         raise UserError(f"{args.data} holds latents; show the folder that it was encoded from")
@@ -409,9 +427,16 @@ def print_counts(counts):
 #     encoded.json               what it was made with, and for each task and split its rows
 #     latents-00000.safetensors  (n, 2, C, h, w) in half precision: mean and log-variance, unscaled
 #     texts-00000.safetensors    (n, S, D) text states, and (n, P) pooled ones where there are any
-#     pictures/0.png             the cropped pictures of sr, whose source is degraded anew
+#     pictures/0.png             the cropped pictures of sr and masked, which spoil them anew
 
 ROWS_PER_FILE = 512
+# Tasks whose pictures stay pictures as well.
+SPOILED = ("sr", "masked")
+
+
+def is_encoded(folder):
+    """Say whether `encode_folder` made this folder."""
+    return (folder / "encoded.json").is_file()
 
 
 @functools.lru_cache(maxsize=None)
@@ -432,30 +457,34 @@ def read_shard(folder, kind, i):
         return {name: file.get_slice(name)[i % ROWS_PER_FILE].float() for name in file.keys()}
 
 
-def fingerprint(model):
-    """What encoded data depend on: a hash of the autoencoder, the text encoders, the tokenizers."""
+def fingerprint(model, texts):
+    """What encoded data depend on: a hash of the autoencoder, and of text encoders and tokenizers.
+
+    texts: the pairs of `Model.texts`, or none of them for the latents alone.
+    """
     digest = hashlib.sha256()
-    for module in [model.vae, *[encoder for _, encoder in model.texts]]:
+    for module in [model.vae, *[encoder for _, encoder in texts]]:
         digest.update(json.dumps(module.config, sort_keys=True).encode())
         # In fp32, in which every precision that weights are loaded in has a place.
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy())
-    for tokenizer, _ in model.texts:
+    for tokenizer, _ in texts:
         # Two models may share the weights and still read words differently.
         parts = [tokenizer.vocab, [list(pair) for pair in tokenizer.ranks], tokenizer.special,
                  repr(tokenizer.added)]
         digest.update(json.dumps(parts, sort_keys=True).encode())
-    # SDXL's model_index.json says whether the empty text is encoded or stands for zeros.
-    digest.update(str(model.index.get("force_zeros_for_empty_prompt")).encode())
+    if texts:
+        # SDXL's model_index.json says whether the empty text is encoded or stands for zeros.
+        digest.update(str(model.index.get("force_zeros_for_empty_prompt")).encode())
     return digest.hexdigest()
 
 
 class Encoded(ItemDataset):
     """An encoded folder: its examples hold latents' moments (2, C, h, w) in place of pictures.
 
-    An item is [row of the target, row of the source or None, text]. In place of each may stand a
-    list, of which a visit draws one, as in a folder. Nothing is cut or mirrored at random.
+    An item is [row of the target, row of the source or None, text or label]. In place of each may
+    stand a list, of which a visit draws one, as in a folder. Nothing is cut or mirrored at random.
     """
 
     def __init__(self, root, task, split, size, degradation="simple", reverse=False):
@@ -466,14 +495,16 @@ class Encoded(ItemDataset):
         self.task = task
         self.index = read_json(root / "encoded.json")
         with blaming(root / "encoded.json"):
-            if task not in self.index["tasks"]:
-                raise UserError(f"{root} was encoded for {', '.join(self.index['tasks'])}, not for "
-                                f"{task}")
+            # What is long leaves the index, since workers would copy it: see Rows.
+            tasks = self.index.pop("tasks")
+            if task not in tasks:
+                raise UserError(f"{root} was encoded for {', '.join(tasks)}, not for {task}")
             if self.index["size"] != size:
                 raise UserError(f"{root} holds pictures of {self.index['size']} pixels, and this "
                                 f"model draws {size}")
-            self.items = Rows(self.index["tasks"][task][split])
-            self.text_numbers = {text: i for i, text in enumerate(self.index["texts"])}
+            self.items = Rows(tasks[task][split])
+            self.text_numbers = {text: i for i, text in enumerate(self.index.pop("texts"))}
+        self.classes = class_names(root) if task == "label" else None
 
     def get(self, i, rng):
         """Example i; sr's degradation is drawn from rng."""
@@ -486,29 +517,31 @@ class Encoded(ItemDataset):
         # As in Folder.get and open_example: both then draw the same words and the same noise.
         visit = np.random.default_rng(rng.integers(2 ** 62))
         row = choose(dict(file_name=target, source_file_name=source), visit)
-        target, source = row.values()
-        text = draw_text(self.root, text, visit)
-        example = dict(prompt=text, target=read_shard(self.root, "latents", target)["latents"])
-        if self.task == "sr":
-            picture = open_image(self.root / "pictures" / f"{target}.png").convert("RGB")
-            example["source"] = to_tensor(self.degrade(picture, rng))
-        elif source is not None:
-            example["source"] = read_shard(self.root, "latents", source)["latents"]
-        return example
+        words = draw_text(self.root, text, visit)
+        picture = None
+        if self.task in SPOILED:
+            path = self.root / "pictures" / f"{row['file_name']}.png"
+            picture = open_image(path).convert("RGB")
+        images = [read_shard(self.root, "latents", number)["latents"]
+                  for number in row.values() if number is not None]
+        return make_example(self, words, picture, images, rng)
 
     def check(self, model):
         """Raise a UserError where the folder was encoded with another model, or is damaged."""
         with blaming(self.root / "encoded.json"):
-            if self.index["fingerprint"] != fingerprint(model):
-                raise UserError(f"{self.root} was encoded with another autoencoder or text encoder "
-                                f"({self.index['model']}); encode it again for this model")
+            # A network that reads no text, such as a DiT, may take latents that came with texts.
+            made_with = self.index["fingerprint" if model.texts else "autoencoder"]
+        if made_with != fingerprint(model, model.texts):
+            raise UserError(f"{self.root} was encoded with another autoencoder or text encoder "
+                            f"({self.index['model']}); encode it again for this model")
         # The shapes stand in the heads of the files, so no tensor is read.
         config = model.unet.config
         side = config["sample_size"]
         latents = [2, model.vae.config["latent_channels"], side, side]
-        context = [model.tokenizer.length, config["cross_attention_dim"]]
-        needed = dict(latents=[f"latents of shape {latents}"],
-                      texts=[f"context of shape {context}"])
+        needed = dict(latents=[f"latents of shape {latents}"])
+        if model.texts:
+            context = [model.tokenizer.length, config["cross_attention_dim"]]
+            needed["texts"] = [f"context of shape {context}"]
         if model.text_encoder_2:
             needed["texts"].append(f"pooled of shape {[model.text_encoder_2.width]}")
         for kind, tensors in needed.items():
@@ -530,21 +563,27 @@ class Encoded(ItemDataset):
         return context, pooled
 
 
-def encode_folder(model, root, out, device):
+def encode_folder(model, root, out, device, size=None):
     """Encode every picture and text of a folder -> task -> split -> number of examples.
 
     Shards that exist are not written again, so encoding that was interrupted goes on.
+
+    size: of the pictures; None: as the model draws them.
     """
-    if out.resolve() == root.resolve() or (out / "metadata.jsonl").exists():
-        raise UserError(f"{out} is a folder of pictures; choose another folder with --out")
-    if not model.texts:
-        raise UserError(f"{model.path} reads no text; only {', '.join(ALL)} train from latents")
-    folders = served_folders(root, ALL)
+    if out.resolve().is_relative_to(root.resolve()) or (out / "metadata.jsonl").exists():
+        raise UserError(f"{out} is a folder of pictures or inside one; choose another folder with "
+                        "--out")
+    if model.vae.factor == 1:
+        raise UserError(f"{model.path} draws pixels, and has no autoencoder to encode with")
+    size = size or model.native_size
+    if size % model.vae.factor:
+        raise UserError(f"--size {size} must be a multiple of {model.vae.factor}")
+    folders = served_folders(root, TASKS)
     paths, texts, tasks = number_rows(folders)
-    size = model.native_size
-    index = dict(model=str(model.path), fingerprint=fingerprint(model), size=size, tasks=tasks,
-                 texts=texts, files=fingerprint_files(paths))
-    recorded = read_json(out / "encoded.json") if (out / "encoded.json").is_file() else None
+    index = dict(model=str(model.path), fingerprint=fingerprint(model, model.texts),
+                 autoencoder=fingerprint(model, []), size=size, tasks=tasks, texts=texts,
+                 files=fingerprint_files(paths))
+    recorded = read_json(out / "encoded.json") if is_encoded(out) else None
     # Without a record nobody knows what shards hold, and they would not be written again.
     if recorded != index and (recorded is not None or any(out.glob("*.safetensors"))):
         raise UserError(f"{out} was made with another model or from other data; delete it, or name "
@@ -555,15 +594,15 @@ def encode_folder(model, root, out, device):
         _, broken = read_rows(folder)
         report_broken(out / "skipped.jsonl", tuple(broken.items()))
 
-    # Pictures of sr stay pictures as well, because their sources are degraded anew each time.
-    sr = {number for items in tasks.get("sr", {}).values() for target, _, _ in items
-          for number in as_list(target)}
-    pictures = [(path, out / "pictures" / f"{i}.png" if i in sr else None)
+    spoiled = {number for task in SPOILED for items in tasks.get(task, {}).values()
+               for target, _, _ in items for number in as_list(target)}
+    pictures = [(path, out / "pictures" / f"{i}.png" if i in spoiled else None)
                 for i, path in enumerate(paths)]
     encoder = Encoder(model.vae)
     write_shards(out, "latents", pictures,
                  functools.partial(encode_pictures, encoder, size=size, device=device))
-    write_shards(out, "texts", texts, functools.partial(encode_texts, model))
+    if model.texts:
+        write_shards(out, "texts", texts, functools.partial(encode_texts, model))
     return {task: {split: len(items) for split, items in splits.items()}
             for task, splits in tasks.items()}
 
@@ -588,7 +627,7 @@ def number_rows(folders):
                 numbers = [picture_rows.setdefault(folder / name, len(picture_rows))
                            for name in names]
                 item.append(numbers if len(numbers) > 1 else next(iter(numbers), None))
-            texts = possible_texts(folder, row["text"]) if "text" in columns else [""]
+            texts = possible_texts(folder, row.get(words_of(task), ""))
             for text in texts:
                 text_rows.setdefault(text, len(text_rows))
             tasks[task][row["split"]].append([*item, texts if len(texts) > 1 else texts[0]])
@@ -597,8 +636,8 @@ def number_rows(folders):
 
 def possible_texts(folder, text):
     """All captions of a picture, or a few of the instructions that can be composed for it."""
-    if isinstance(text, list):
-        return text
+    if isinstance(text, str | list):
+        return as_list(text)
     # Five, as COCO has captions: all that can be composed from a scene would be dozens.
     return sorted({draw_text(folder, text, np.random.default_rng(i)) for i in range(5)})
 
@@ -820,7 +859,8 @@ def main():
                         help="check decodes every picture; show draws a sheet of examples")
     parser.add_argument("--data", required=True, help="folder of pictures, see readers.py")
     parser.add_argument("--task", default="t2i", choices=TASKS, help="task whose examples show")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures shown")
+    parser.add_argument("--size", type=int, help="side of the pictures (default: 256 to show them, "
+                        "as the model draws them to encode them)")
     parser.add_argument("--degradation", default="simple", choices=DEGRADATIONS, help="of sr")
     parser.add_argument("--reverse", action="store_true", help="swap source and target")
     parser.add_argument("--model", default=str(ASSETS / "tiny"), help="model folder or hub id")
@@ -828,6 +868,8 @@ def main():
                         "samples/TASK-data.png)")
     parser.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
     args = parser.parse_args()
+    if args.size is not None and not 8 <= args.size <= 4096:
+        raise UserError(f"--size {args.size} must be from 8 to 4096")
     if args.action == "check":
         check_folder(Path(args.data))
         return
@@ -839,7 +881,7 @@ def main():
     from sample import load_model  # here, because sample.py imports this file
     device = pick_device(args.device)
     model = load_model(args.model, device=device)
-    print_counts(encode_folder(model, Path(args.data), Path(args.out), device))
+    print_counts(encode_folder(model, Path(args.data), Path(args.out), device, args.size))
     print(f"{args.out}: train from it with train.py --data {args.out} --model {args.model}")
 
 

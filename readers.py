@@ -791,6 +791,8 @@ def decode(path):
 @functools.lru_cache(maxsize=8)
 def read_rows(root):
     """Read a folder in any layout -> rows, each with a "split", and `find_missing` of them."""
+    if (root / "encoded.json").is_file():
+        raise UserError(f"{root} holds latents; name the folder that it was encoded from")
     layout = find_layout(root)
     if layout is None:
         raise UserError(f"no pictures in {root}: --data names a folder with a metadata.jsonl, or "

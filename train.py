@@ -749,7 +749,8 @@ def text_encoding(model, device, encoded=None):
     size = model.native_size
 
     def encode(prompts):
-        context, pooled = (encoded or model).encode_text(prompts)
+        # A DiT reads the number of a class, which is no text.
+        context, pooled = (encoded if encoded and model.texts else model).encode_text(prompts)
         context = None if context is None else context.to(device)
         pooled = None if pooled is None else pooled.to(device)
         return context, model.added(pooled, size, size)

@@ -15,8 +15,10 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
+import adm
 import clip
 import data
+import dit
 import emoji
 import readers
 import vae
@@ -535,18 +537,54 @@ def test_training_from_it_gives_the_same_losses(runs):
     assert abs(encoded[0]["grad_norm"] / plain[0]["grad_norm"] - 1) < 2e-3
 
 
-def test_every_picture_and_text_is_in_it_once_as_the_networks_give_it(pictures, encoded):
+@pytest.mark.parametrize("task", data.TASKS)
+def test_its_examples_are_the_folders_with_moments_in_the_place_of_pictures(pictures, encoded, task):
+    """But for pictures that are spoiled anew: the source of sr, and x of masked."""
+    network = load_model(ASSETS / "tiny").vae
+    assert data.class_names(encoded, "class") == data.class_names(pictures) == ["class 0", "class 1"]
+    plain, dataset = (data.open_dataset(task, "train", 64, root) for root in (pictures, encoded))
+    assert len(plain) == len(dataset) == 4
+    for i in range(4):
+        expected, example = (each.get(i, np.random.default_rng(i)) for each in (plain, dataset))
+        assert set(example) == set(expected) - {"number"}
+        for key, value in example.items():
+            if key == "target" or key in ("source", "x") and task in ("edit", "inpaint", "translate"):
+                moments = torch.stack(network.encode(expected[key][None]), dim=1)[0]
+                assert torch.allclose(value, moments, rtol=2e-3, atol=1e-3)
+            else:
+                assert equal({key: value}, {key: expected[key]})
+
+
+def test_a_dit_trains_on_the_latents_of_classes(tmp_path, monkeypatch):
+    """Which were encoded with an autoencoder that came with a text encoder, at another size."""
+    monkeypatch.setitem(dit.CONFIGS, "small", dict(
+        sample_size=8, in_channels=4, out_channels=8, num_layers=1, num_attention_heads=2,
+        attention_head_dim=16))
+    for i in range(6):
+        path = tmp_path / f"in/{'train' if i < 4 else 'val'}/class {i % 2}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(50, 40).rotate(60 * i).save(path)
+    done = call("data.py", "encode", "--data", tmp_path / "in", "--out", tmp_path / "encoded",
+                "--size", 32)
+    assert "class: 4 train, 2 held out" in done.stdout, done.stderr
+    logs = []
+    for name in ("in", "encoded"):
+        done = call("train.py", "--task", "class", "--unet", "small", "--data", tmp_path / name,
+                    "--out", tmp_path / f"run of {name}", "--steps", 3, "--batch-size", 4,
+                    "--eval-size", 2, "--sample-every", 0, "--log-every", 1, "--lr", 1e-2,
+                    "--warmup", 1)
+        assert done.returncode == 0, done.stderr
+        logs.append([row["loss"]["class"] for row in read_log(tmp_path / f"run of {name}")])
+    assert logs[0][2] != logs[1][2] and np.allclose(*logs, rtol=5e-4)
+
+
+def test_every_picture_and_text_is_in_it_once_as_the_networks_give_it(encoded):
     model = load_model(ASSETS / "tiny")
     latents = load_file(encoded / "latents-00000.safetensors")["latents"]
     texts = load_file(encoded / "texts-00000.safetensors")["context"]
-    assert latents.shape == (12, 2, 4, 16, 16) and texts.shape == (7, 77, 128)
+    assert latents.shape == (12, 2, 4, 16, 16) and texts.shape == (9, 77, 128)
     assert latents.dtype == texts.dtype == torch.float16
     dataset = data.Encoded(encoded, "edit", "train", 64)
-    for i, key in ((0, "target"), (3, "source")):
-        name = f"{i}.png" if key == "target" else f"s{i}.png"
-        picture = data.to_tensor(data.open_square(pictures / name, 64))
-        expected = torch.stack(model.vae.encode(picture[None]), dim=1)[0]
-        assert torch.allclose(dataset[i][key], expected, rtol=2e-3, atol=1e-3)
     prompts = ["number 3", "", "number 3"]
     context, pooled = dataset.encode_text(prompts)
     assert pooled is None
@@ -622,9 +660,9 @@ def test_another_model_or_size_is_refused(encoded):
 
 
 @pytest.mark.parametrize("kind, name, shape", [("latents", "latents", (12, 2, 2, 16, 16)),
-                                               ("texts", "context", (7, 77, 7)),
-                                               ("texts", "context", (7, 128)),
-                                               ("texts", "contexts", (7, 77, 128)),
+                                               ("texts", "context", (9, 77, 7)),
+                                               ("texts", "context", (9, 128)),
+                                               ("texts", "contexts", (9, 77, 128)),
                                                ("latents", "texts", (12, 2, 4, 16, 16))])
 def test_files_of_other_shapes_are_named(encoded, tmp_path, kind, name, shape):
     shutil.copytree(encoded, tmp_path / "copy")
@@ -660,12 +698,18 @@ def test_what_half_precision_cannot_hold_is_not_written(pictures, tmp_path, part
     assert not list((tmp_path / "out").glob(f"{'latents' if part == 'vae' else 'texts'}*"))
 
 
-def test_a_folder_is_not_encoded_into_itself(pictures):
-    before = sorted(path.name for path in pictures.iterdir())
-    for out, words in ((pictures, "choose another folder"), ("", "--out is empty")):
-        done = call("data.py", "encode", "--data", pictures, "--out", out)
-        assert done.returncode == 2 and words in done.stderr
-    assert sorted(path.name for path in pictures.iterdir()) == before
+def test_a_folder_is_not_encoded_into_itself_nor_twice(pictures, encoded, tmp_path):
+    before = sorted(pictures.rglob("*"))
+    (tmp_path / "link").symlink_to(pictures)
+    for root, out, words in ((pictures, pictures, "choose another folder"),
+                             (pictures, tmp_path / "link/in/it", "choose another folder"),
+                             (pictures, "", "--out is empty"),
+                             (encoded, tmp_path / "again", "out holds latents; name the folder")):
+        done = call("data.py", "encode", "--data", root, "--out", out)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(pictures.rglob("*")) == before and not (tmp_path / "again").exists()
+    done = call("data.py", "check", "--data", encoded)
+    assert done.returncode == 2 and "out holds latents" in done.stderr
 
 
 def test_a_folder_that_was_made_from_other_data_is_not_overwritten(pictures, encoded, tmp_path):
@@ -681,12 +725,21 @@ def test_a_folder_that_was_made_from_other_data_is_not_overwritten(pictures, enc
     assert not (copy / "encoded.json").exists()
 
 
-def test_only_a_model_that_reads_texts_encodes(pictures, tmp_path):
+def test_a_model_on_pixels_encodes_nothing_and_one_without_texts_only_pictures(pictures, tmp_path):
     model = load_model(ASSETS / "tiny")
+    for size in (6, 30):
+        with pytest.raises(UserError, match="must be a multiple of 4"):
+            data.encode_folder(model, pictures, tmp_path / "out", "cpu", size)
     model.text_encoder = None
-    with pytest.raises(UserError, match="tiny reads no text"):
-        data.encode_folder(model, pictures, tmp_path / "out", "cpu")
-    assert not (tmp_path / "out").exists()
+    data.encode_folder(model, pictures, tmp_path / "out", "cpu")
+    assert not list((tmp_path / "out").glob("texts*"))
+    data.Encoded(tmp_path / "out", "class", "train", 64).check(model)
+    with pytest.raises(UserError, match="with another autoencoder or text encoder"):
+        data.Encoded(tmp_path / "out", "edit", "train", 64).check(load_model(ASSETS / "tiny"))
+    model.vae = adm.Pixels(64)
+    with pytest.raises(UserError, match="tiny draws pixels"):
+        data.encode_folder(model, pictures, tmp_path / "new", "cpu")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["latents-00000.safetensors", "texts-00000.safetensors",
