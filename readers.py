@@ -455,15 +455,25 @@ def read_cifar(root):
                        split="test" if path.name.startswith("test") else "train")
 
 
+MAX_ARRAY = 2 ** 30  # bytes; Fashion-MNIST has 47 million
+
+
 @functools.lru_cache(maxsize=2)
 def read_idx_array(path):
     """Read an array in MNIST's format, plain or gzip: how many dimensions, their sizes, bytes."""
-    content = Path(path).read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
-    # The fourth byte counts the dimensions; their sizes follow with the high byte first.
-    shape = np.frombuffer(content, ">i4", content[3], offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+    with open(path, "rb") as plain:
+        packed = plain.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(path, "rb") as file:
+        # The fourth byte counts the dimensions; their sizes follow with the high byte first.
+        shape = np.frombuffer(file.read(4 * file.read(4)[3]), ">u4").tolist()
+        count = math.prod(shape)
+        # A small gzip file may unpack to any size: no more is read than its header promises.
+        if count > MAX_ARRAY:
+            raise ValueError(f"{path} promises more than {MAX_ARRAY:,} bytes")
+        content = file.read(count + 1)
+    if len(content) != count:
+        raise ValueError(f"{path} does not hold the {count:,} bytes that its header promises")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def read_idx(root):
@@ -805,8 +815,9 @@ def read_rows(root):
             if row is not None:
                 check_row(absolute, row)
             rows.append(row)
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError,
-            csv.Error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         # Files from elsewhere may be wrong in any way. The rows read so far tell which line is.
         unit = "line" if layout.name.startswith("metadata") else "example"
         raise UserError(f"{root}: {layout.name} {unit} {len(rows) + 1}: {error}") from None

@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -511,6 +512,21 @@ def test_fashion_mnist_plain_and_packed(tmp_path, packed):
             expected = torch.from_numpy(pixels[part][i] / np.float32(127.5) - 1)
             assert torch.equal(example["target"], expected.expand(3, -1, -1))
     assert data.class_names(tmp_path) == [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize("shape, size, words", [
+    ((20,), 200_000_000, "does not hold the 20 bytes"), ((2 ** 31, 28), 9, "promises more than"),
+    ((20,), 19, "does not hold the 20 bytes"), ((20,), -9, "end-of-stream|Compressed file ended")])
+def test_no_more_of_a_packed_array_is_read_than_its_header_promises(tmp_path, shape, size, words):
+    readers.read_idx_array.cache_clear()
+    content = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + bytes(max(size, 0))
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(content, 1)[:size if size < 0 else None])
+    tracemalloc.start()
+    with pytest.raises(UserError, match=words):
+        Folder(tmp_path, "class", "train", 28)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
 
 
 def test_the_class_is_the_rank_of_the_folder(tmp_path):
