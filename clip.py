@@ -406,6 +406,10 @@ class Tower(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if f"{self.kind}_config" in config:
+            # In a whole CLIPModel both towers project, to a width that is said at the top.
+            config = dict(config[f"{self.kind}_config"], architectures=self.models[1],
+                          projection_dim=config.get("projection_dim", 512))
         known = {key: value for key, value in config.items() if key in self.defaults}
         implemented = dict(hidden_act=ACTIVATIONS, architectures=self.models)
         self.config = complete(known, self.defaults, implemented, f"{self.subfolder} config")
@@ -433,15 +437,8 @@ class Tower(nn.Module):
         the top, by itself or in a whole CLIPModel such as openai/clip-vit-large-patch14.
         dtype: of the parameters in memory.
         """
-        def build(config):
-            if f"{cls.kind}_config" in config:
-                # In a whole CLIPModel both towers project, to a width that is said at the top.
-                config = dict(config[f"{cls.kind}_config"], architectures=cls.models[1],
-                              projection_dim=config.get("projection_dim", 512))
-            return cls(config)
-
         folder = fetch(path_or_hub_id, cls.subfolder if subfolder is None else subfolder)
-        return load_module(build, folder, cls.models, cls.rename, dtype)
+        return load_module(cls, folder, cls.models, cls.rename, dtype)
 
     @classmethod
     def rename(cls, key):

@@ -349,14 +349,10 @@ def choose_weights(names):
 
     None is returned where there is neither. Full precision is preferred.
     """
-    for variant in VARIANTS:
-        for stem in STEMS:
-            file = f"{stem}{variant}.safetensors"
-            index = f"{stem}.safetensors.index{variant}.json"
-            for name in (file, index):
-                if name in names:
-                    return name
-    return None
+    files = (name for variant in VARIANTS for stem in STEMS
+             for name in (f"{stem}{variant}.safetensors",
+                          f"{stem}.safetensors.index{variant}.json"))
+    return next((name for name in files if name in names), None)
 
 
 def no_weights(place, names):
@@ -701,35 +697,27 @@ def read_scalars(path):
         return json.loads(file.metadata()["scalars"])
 
 
-def fits(tensor, parameter):
-    """Say whether a tensor has a parameter's shape and type, and finite values."""
-    same = tensor.shape == parameter.shape and tensor.dtype == parameter.dtype
-    return same and bool(tensor.isfinite().all())
-
-
 def load_state(path, params, ema, optimizer):
     """Read what save_state wrote into params, ema and optimizer, in place."""
     with open_weights(path, ADVICE) as file, blaming(f"{path} ({ADVICE})"):
         keys = set(file.keys())
-        places = ("param", "ema", "adam/step", "adam/exp_avg", "adam/exp_avg_sq")
-        foreign = keys - {f"{place}/{name}" for place in places for name in params}
-        # Files of earlier versions have no count.
-        if foreign or file.metadata().get("tensors", str(len(keys))) != str(len(keys)):
-            raise ValueError("tensors are missing or belong to something else")
+        places = {}
         for name, p in params.items():
-            weight = file.get_tensor(f"param/{name}")
-            average = file.get_tensor(f"ema/{name}")
-            if not fits(weight, p) or not fits(average, p):
-                raise ValueError(f"{name} does not fit")
-            # The copies are made in place, since DDP and the optimizer hold these very tensors.
-            p.data.copy_(weight)
-            ema[name].copy_(average)
+            places |= {f"param/{name}": p.data, f"ema/{name}": ema[name]}
             if f"adam/step/{name}" in keys:
                 # A fused Adam wants its count of steps on the device of the parameter too.
-                state = {key: file.get_tensor(f"adam/{key}/{name}").to(p.device)
-                         for key in ("step", "exp_avg", "exp_avg_sq")}
-                moments = (state["exp_avg"], state["exp_avg_sq"])
-                if not all(fits(moment, p) for moment in moments) or state["step"].shape != ():
-                    # A fused Adam would read beyond the end of a shorter tensor.
-                    raise ValueError(f"the moments of {name} do not fit")
-                optimizer.state[p] = state
+                optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
+                                          exp_avg=torch.zeros_like(p),
+                                          exp_avg_sq=torch.zeros_like(p))
+                places |= {f"adam/{key}/{name}": value
+                           for key, value in optimizer.state[p].items()}
+        # Files of earlier versions have no count.
+        if keys != {*places} or file.metadata().get("tensors", str(len(keys))) != str(len(keys)):
+            raise ValueError("tensors are missing or belong to something else")
+        for key, place in places.items():
+            tensor = file.get_tensor(key)
+            same = tensor.shape == place.shape and tensor.dtype == place.dtype
+            if not same or not tensor.isfinite().all():
+                raise ValueError(f"{key} does not fit")
+            # In place, since DDP and the optimizer hold these very tensors.
+            place.copy_(tensor)

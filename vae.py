@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
+import unet
 from hub import UserError, complete, fetch, load_module, older_attention_names, per_level
 from hub import save_weights
 
@@ -88,25 +89,18 @@ class ResnetBlock2D(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class Attention(nn.Module):
+class Attention(unet.Attention):
     """Self-attention with a single head over all positions, with its own norm and skip path."""
 
     def __init__(self, channels, groups):
-        super().__init__()
+        super().__init__(channels, channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
 
     def forward(self, x):
-        y = self.group_norm(x).flatten(2).transpose(1, 2)     # (B, hw, C)
-        y = y[:, None]                                        # (B, 1, hw, C): one head
         # Keys and queries are as wide as the whole picture has channels, since there is one head.
         # The fused kernel never holds all (hw, hw) weights, which are 1 GB at 128 x 128 latents.
-        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
-        y = self.to_out[0](y[:, 0]).transpose(1, 2)           # (B, C, hw)
-        return x + y.reshape(x.shape)
+        y = super().forward(self.group_norm(x).flatten(2).mT)    # (B, hw, C)
+        return x + y.mT.reshape(x.shape)
 
 
 class Downsample2D(nn.Module):
