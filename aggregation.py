@@ -64,7 +64,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
+from chart import arrange
 from diffusion import posterior, randn, seeded
 from hub import Parser, UserError, command, write_png
 from unet import Cond, sinusoidal
@@ -120,7 +122,7 @@ def zero(alpha_bar, k=1.0):
     return torch.zeros_like(alphas(alpha_bar)[0])
 
 
-SCHEDULES = {schedule.__name__: schedule for schedule in (vanishing, interpolating, zero)}
+SCHEDULES = {schedule.__name__: schedule for schedule in (zero, vanishing, interpolating)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -726,12 +728,11 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
             fresh = randn(z.shape, generators, z.device) if eta > 0 else None
             z = process.ddim_step(z, eps, E, t, r, sigma=eta * var.sqrt(), noise=fresh, z0=z0_hat)
         else:
+            # As diffusion.ddpm: the variance may be the posterior's, or beta, or learned.
             _, _, small, beta = process.ddpm(t, r, z)
+            var = diffusion.step_variance(prediction, small, beta, z.shape[1])
             z, _ = process.posterior(z0_hat, z, E, t, r)
             if t > 0:
-                # As diffusion.ddpm: the variance may be the posterior's, or beta, or learned.
-                small = small.clamp(min=1e-20)
-                var = diffusion.step_variance(prediction, small, beta, z.shape[1])
                 z = z + var.sqrt() * randn(z.shape, generators, z.device)
         if callback is not None:
             callback(i, t, z, z0_hat, x)
@@ -747,40 +748,29 @@ def infer(head, output):
 # The demonstration
 
 TIMES = (0, 100, 200, 300, 400, 500, 600, 800, 999)
-SIDE = 128  # pixels of one picture on the sheet
-LINE = 24   # pixels of a line of text
 
 
-def draw_processes(processes, z0, x, noise):
-    """Draw means and samples of z_t at TIMES, two rows a process -> one picture with legends.
-
-    processes: {name: Aggregation}. z0, x, noise: (1, 3, H, W).
-    """
-    from PIL import Image, ImageDraw
-
+def labelled(picture, text):
+    """Enlarge a picture (1, 3, H, W) and put a line of text above it -> a Pillow picture."""
     from emoji import to_pil
-    height = LINE + 2 * SIDE
-    sheet = Image.new("RGB", (SIDE * (1 + len(TIMES)), height * len(processes)), "white")
-    draw = ImageDraw.Draw(sheet)
+    cell = Image.new("RGB", (128, 128 + 24), "white")
+    cell.paste(to_pil(picture[0]).resize((128, 128), Image.NEAREST), (0, 24))
+    ImageDraw.Draw(cell).text((6, 4), text, fill="black", font_size=14)
+    return cell
 
-    def write(text, column, top):
-        draw.text((SIDE * column + 6, top + 4), text, fill="black", font_size=14)
 
-    def paste(picture, column, top):
-        enlarged = to_pil(picture[0]).resize((SIDE, SIDE), Image.NEAREST)
-        sheet.paste(enlarged, (SIDE * column, top))
+def draw_process(name, process, z0, x, noise):
+    """Draw the mean of z_t at TIMES, and z_t below -> two rows of pictures.
 
-    for row, (name, process) in enumerate(processes.items()):
-        above = height * row + LINE
-        below = above + SIDE
-        paste(x, 0, above)
-        write(f"w: {name}\n\nabove: x, and\nthe mean of z_t\n\nhere: z_t", 0, below)
-        for column, t in enumerate(TIMES, 1):
-            write(f"t = {t}, c = {process.c[0, t + 1]:.3f}", column, height * row)
-            mean, std = process.marginal(z0, x[None], t)
-            paste(mean, column, above)
-            paste(mean + std * noise, column, below)
-    return sheet
+    z0, x, noise: (1, 3, H, W).
+    """
+    means = [labelled(x, "x")]
+    samples = [labelled(torch.ones_like(x), f"w: {name}")]
+    for t in TIMES:
+        mean, std = process.marginal(z0, x[None], t)
+        means.append(labelled(mean, f"mean at t = {t}"))
+        samples.append(labelled(mean + std * noise, f"z_t, c_t = {process.c[0, t + 1]:.3f}"))
+    return means + samples
 
 
 def main():
@@ -793,10 +783,11 @@ def main():
     x, z0 = (to_tensor(on_white(sheet_picture(style, dragon.cells[None])))[None]
              for style in STYLES)
     alpha_bar = Diffusion.from_config({}).alpha_bar
-    processes = {name: Aggregation(alpha_bar, [SCHEDULES[name]])
-                 for name in ("zero", "vanishing", "interpolating")}
-    sheet = draw_processes(processes, z0, x, randn(z0.shape, seeded([0])))
-    write_png(args.out, sheet)
+    noise = randn(z0.shape, seeded([0]))
+    pictures = []
+    for name, weights in SCHEDULES.items():
+        pictures += draw_process(name, Aggregation(alpha_bar, [weights]), z0, x, noise)
+    write_png(args.out, arrange(pictures, columns=1 + len(TIMES)))
     print(f"z_t = sqrt(ab_t) z_0 + c_t x + std_t noise, with DDPM's linear betas -> {args.out}")
 
 

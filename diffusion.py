@@ -104,17 +104,17 @@ CLASSES = {
 
 # Some pipelines of diffusers correct old scheduler files without a word, and so do we for the same
 # pipelines: those for Stable Diffusion 1.x and 2.x, but not those for SDXL and InstructPix2Pix.
-LATENTS = dict(clip_sample=False, steps_offset=1)
-CORRECTIONS = {
-    "StableDiffusionPipeline": LATENTS,
-    "StableDiffusionImg2ImgPipeline": LATENTS,
-    "StableDiffusionInpaintPipelineLegacy": LATENTS,
-    "StableDiffusionPipelineSafe": LATENTS,
-    "StableDiffusionPAGPipeline": LATENTS,
-    "StableDiffusionPAGImg2ImgPipeline": LATENTS,
-    "StableDiffusionPAGInpaintPipeline": LATENTS,
-    "AltDiffusionPipeline": LATENTS,
-    "AltDiffusionImg2ImgPipeline": LATENTS,
+CORRECTIONS = dict.fromkeys((
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipelineLegacy",
+    "StableDiffusionPipelineSafe",
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionPAGImg2ImgPipeline",
+    "StableDiffusionPAGInpaintPipeline",
+    "AltDiffusionPipeline",
+    "AltDiffusionImg2ImgPipeline",
+), dict(clip_sample=False, steps_offset=1)) | {
     "CycleDiffusionPipeline": dict(steps_offset=1),
     "StableDiffusionInpaintPipeline": dict(steps_offset=1, skip_prk_steps=True),
     "StableDiffusionDiffEditPipeline": dict(steps_offset=1, skip_prk_steps=True),
@@ -200,7 +200,7 @@ class Diffusion:
         missing = ", ".join(f"{key} = {value!r}" for key, value in stepping.items())
         if sampler is None:
             missing = name
-        if sampler and config["use_karras_sigmas"]:
+        elif config["use_karras_sigmas"]:
             sampler += "-karras"
             if sampler not in SAMPLERS:
                 raise UserError(f"scheduler config: {name} has no use_karras_sigmas")
@@ -369,6 +369,7 @@ class Diffusion:
         small and large are its two bounds: the variance of the posterior, and beta (DDPM, section
         3.2). A learned variance lies between them and needs an out of twice the channels.
         """
+        small = small.clamp(min=1e-20)      # it is 0 at the end, and has no logarithm there
         kind = str(self.config["variance_type"])
         if "large" in kind:
             return large
@@ -551,7 +552,6 @@ def ddpm(diffusion, model, x, steps=50, start=0, generators=None, callback=None)
         out = model(x, batch_t)
         x0, _ = diffusion.to_x0_eps(out, x, batch_t)
         of_x0, of_x_t, small, beta = posterior(alpha_bar[t], alpha_bar[prev])
-        small = small.clamp(min=1e-20)      # it is 0 at the end, and has no logarithm there
         var = diffusion.step_variance(out, small, beta, channels=x.shape[1])
         x = of_x0 * x0 + of_x_t * x
         if t > 0:
