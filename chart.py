@@ -136,13 +136,13 @@ class Box(NamedTuple):
     mask: str = ""      # what DTR masks of the tensor that enters it
 
 
-def diagram(boxes, arrows, notes, width=400):
+def diagram(boxes, arrows, notes):
     """Draw boxes in columns and rows, arrows (from, to) by the boxes' numbers, and lines of notes.
 
-    width: of a box. Its shape stands at its right end, and its mask at the left one.
+    A box's shape stands at its right end, and its mask at the left one.
     """
-    half = np.array([width, 26.0])
-    centres = [half + 12 + (box.column * (2 * width + 120), box.row * 84) for box in boxes]
+    half = np.array([400, 26])      # half the width and the height of a box
+    centres = [half + 12 + (920, 84) * np.array([box.column, box.row]) for box in boxes]
     right, bottom = (np.max(centres, axis=0) + half + 12).astype(int).tolist()
     sheet = Image.new("RGB", (right, bottom + 12 + LINE * len(notes)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -391,7 +391,7 @@ def network_boxes(config):
 
 
 def main():
-    from torch.utils.flop_counter import FlopCounterMode
+    from train import count_flops
     parser = Parser("Print the sizes of the configurations, and draw DiT-XL/2.")
     parser.add_argument("--out", default="samples/dit.png", help="file for the picture")
     args = parser.parse_args()
@@ -399,18 +399,14 @@ def main():
     print("one picture. The paper calls them Gflops (DiT-XL/2: 118.64, with 675 M parameters).")
     print("config    blocks  width  heads  tokens   parameters    GMACs")
     for name, config in CONFIGS.items():
-        # On the meta device tensors have shapes but no memory, so nothing is computed.
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        with torch.device("meta"):      # tensors have shapes but no memory
             dit = DiT(config)
-            c = dit.config
-            x = torch.empty(1, c["in_channels"], c["sample_size"], c["sample_size"])
-            dit(x, 0, torch.zeros(1, dtype=torch.long))
         parameters = sum(p.numel() for p in dit.parameters())
         # The counter takes a multiplication and an addition for two.
-        gmacs = counter.get_total_flops() / 2e9
-        print(f"{name:<8}{c['num_layers']:>8}{dit.proj_out_1.in_features:>7}"
-              f"{c['num_attention_heads']:>7}{dit.pos_embed.base ** 2:>8}{parameters:>13,}"
-              f"{gmacs:>9.2f}")
+        gmacs = count_flops(dit) / 2e9
+        print(f"{name:<8}{len(dit.transformer_blocks):>8}{dit.proj_out_1.in_features:>7}"
+              f"{dit.config['num_attention_heads']:>7}{dit.pos_embed.base ** 2:>8}"
+              f"{parameters:>13,}{gmacs:>9.2f}")
     write_png(args.out, diagram(*network_boxes(CONFIGS["dit-xl"]), NOTES))
     print(args.out)
 
