@@ -203,27 +203,6 @@ def test_a_scheduler_that_is_not_implemented_matters_only_for_its_own_stepping(f
     assert a.tobytes() == generate(tiny, "t2i", "red apple", steps=2, sampler="ddim")[0].tobytes()
 
 
-@pytest.mark.parametrize("task", ["t2i", "edit"])
-def test_a_folded_task_draws_the_same_in_diffusers(mtu, tmp_path, task):
-    import diffusers
-    words = ["moe.py", "--fold", task, "--model", ASSETS / "tiny-mtu", "--out", tmp_path / "x"]
-    done = call(*words)
-    assert done.returncode == 0, done.stderr
-    prompt, image = example(task)
-    pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "x"))
-    text_scale, image_scale = load_model(tmp_path / "x").guidance.get(task, (1.0, 1.0))
-    options = dict(num_inference_steps=4, generator=generator(0), guidance_scale=text_scale)
-    if image:
-        options |= dict(image=flat(image), image_guidance_scale=image_scale)
-    kind = "StableDiffusionInstructPix2PixPipeline" if image else "StableDiffusionPipeline"
-    assert type(pipe).__name__ == kind
-    theirs = pipe(prompt, **options).images[0]
-    for model in (mtu, load_model(tmp_path / "x")):
-        assert difference(generate(model, task, prompt, image, steps=4)[0], theirs) < 1
-    again = call(*words)
-    assert again.returncode == 2 and "exists" in again.stderr
-
-
 def test_sdxl_is_upcycled_trained_folded_and_opened_by_diffusers(sdxl, tmp_path):
     import diffusers
     for size, name in ((64, "a.png"), (80, "b.png")):
@@ -613,10 +592,3 @@ def test_parts_that_are_missing_are_saved_again_and_no_others(folder, tiny):
     for module, again in zip(tiny.modules, load_model(folder).modules, strict=True):
         assert all(torch.equal(value, again.state_dict()[key])
                    for key, value in module.state_dict().items())
-
-
-def test_a_cut_checkpoint_is_named(folder):
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors"):
-        load_model(folder)
