@@ -286,11 +286,8 @@ class Tokenizer:
             added, special = read_added_tokens(folder)
             return cls(vocab, merges, added, **special)
 
-    def save_pretrained(self, folder, dtype=None):
-        """Write vocabulary, merges and added tokens into a folder, as transformers reads them.
-
-        dtype: of no use, since there are no weights; all parts of a model are saved alike.
-        """
+    def save_pretrained(self, folder):
+        """Write vocabulary, merges and added tokens into a folder, as transformers reads them."""
         listed = {self.vocab[token.content]: token._asdict() for token in self.added.values()}
         merges = "".join(f"{a} {b}\n" for a, b in self.ranks)
         folder = Path(folder)

@@ -17,6 +17,7 @@ import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -256,13 +257,16 @@ class Model:
         unet_only: leave the other parts that are there as they are, since training changes none.
         """
         folder = Path(folder)
-        self.unet.save_pretrained(folder / self.unet.folder, dtype=dtype)
-        parts = {"vae": self.vae} if self.vae.factor > 1 else {}    # on pixels it has no weights
+        saves = {}
+        if self.vae.factor > 1:     # on pixels there are no weights
+            saves["vae"] = partial(self.vae.save_pretrained, dtype=dtype)
         for number, (tokenizer, encoder) in zip(NUMBERS, self.texts):
-            parts |= {f"tokenizer{number}": tokenizer, f"text_encoder{number}": encoder}
-        for name, part in parts.items():
-            if not (unet_only and (folder / name).exists()):
-                part.save_pretrained(folder / name, dtype=dtype)
+            saves[f"tokenizer{number}"] = tokenizer.save_pretrained
+            saves[f"text_encoder{number}"] = partial(encoder.save_pretrained, dtype=dtype)
+        self.unet.save_pretrained(folder / self.unet.folder, dtype=dtype)
+        for part, save in saves.items():
+            if not (unet_only and (folder / part).exists()):
+                save(folder / part)
         write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler)
         write_json(folder / "model_index.json", self.index)
 
@@ -504,17 +508,16 @@ def picture_size(model, picture, height, width):
     picture: the one whose shape is kept, or None.
     """
     ratio_w, ratio_h = picture.size if picture else (1, 1)
-    longer = max(ratio_h, ratio_w)
     # Networks and autoencoders halve the picture several times, and a DiT cuts it into patches.
     # diffusers asks for multiples of 8, whatever the autoencoder.
     multiple = math.lcm(8 if model.native_size % 8 == 0 else model.vae.factor,
                         model.vae.factor * getattr(model.unet, "multiple", 1))
 
-    def side(ratio):
-        return max(multiple, round(model.native_size * ratio / longer / multiple) * multiple)
-
-    height = side(ratio_h) if height is None else height
-    width = side(ratio_w) if width is None else width
+    longer = multiple * max(ratio_h, ratio_w)
+    if height is None:
+        height = max(1, round(model.native_size * ratio_h / longer)) * multiple
+    if width is None:
+        width = max(1, round(model.native_size * ratio_w / longer)) * multiple
     for length in (height, width):
         if length % multiple or not multiple <= length <= LARGEST_SIDE:
             raise UserError(f"height {height} and width {width} must be multiples of {multiple}, "

@@ -103,24 +103,16 @@ class Attention(unet.Attention):
         return x + y.mT.reshape(x.shape)
 
 
-class Downsample2D(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
+class Downsample2D(unet.Downsample2D):
     def forward(self, x):
         # Only the right and the bottom are padded, as when the checkpoints were trained.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample2D(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
+class Upsample2D(unet.Upsample2D):
     def forward(self, x):
         # Repeated and then smoothed pixels have no checkerboard, as transposed convolutions may.
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return super().forward(x, (2 * x.shape[2], 2 * x.shape[3]))
 
 
 class Level(nn.Module):
@@ -132,7 +124,7 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList(
             [ResnetBlock2D(a, b, groups) for a, b in zip(widths, widths[1:])])
         # A list without modules adds no keys, so both kinds of level have diffusers' names.
-        self.downsamplers = nn.ModuleList([Downsample2D(cout)] if down else [])
+        self.downsamplers = nn.ModuleList([Downsample2D(cout, padding=0)] if down else [])
         self.upsamplers = nn.ModuleList([Upsample2D(cout)] if up else [])
 
     def forward(self, x):
