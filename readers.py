@@ -180,12 +180,14 @@ def open_square(path, size, frame=Frame()):
     side = int(short / frame.enlarge)
     left = round((width - short) / 2 + frame.left * (short - side))
     top = round((height - short) / 2 + frame.top * (short - side))
-    picture = picture.crop((left, top, left + side, top + side)).convert("RGB")
+    picture = picture.crop((left, top, left + side, top + side))
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")  # which would copy a picture that is RGB already
     if side != size:
         # Pillow's bicubic filter, computed by torch in a third of the time or less.
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
         pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
-        picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+        picture = Image.merge("RGB", [Image.fromarray(plane) for plane in pixels[0].numpy()])
     return ImageOps.mirror(picture) if frame.mirror else picture
 
 
