@@ -567,7 +567,7 @@ def encode_classes(model, shape):
 
 
 def modality_encoder(model, modality, shape):
-    """Make the function x -> E(x) that sampling uses, for the modality of a model.
+    """Make the function x -> E(x) for the modality of a model.
 
     x: pictures in the space of z, vectors (B, D), classes (B,), or probabilities (B, K), which give
     the mean of all classes' encodings.
@@ -578,7 +578,7 @@ def modality_encoder(model, modality, shape):
         return lambda x: x
     # Every step of sampling may change the probabilities, but never the classes.
     table = encode_classes(model, shape)
-    return lambda x: expected_encoding(table, F.one_hot(x, len(table)) if x.dim() == 1 else x)
+    return lambda x: table.index_select(0, x) if x.dim() == 1 else expected_encoding(table, x)
 
 
 def expected_encoding(table, probabilities):
@@ -614,13 +614,11 @@ def encode_batch(model, encoder, batch, shape, device):
     (name,) = model.unet.heads
     if name == "label":
         x = torch.tensor(batch["x"], device=device)
-        E = encode_classes(model, shape).index_select(0, x)
     elif name == "repr":
         x = vectors(model, batch["x"])
-        E = unet_encoding(model.unet, shape, x[:, None])
     else:
         x = encoder.modality(batch, device)
-        E = x
+    E = modality_encoder(model, name, shape)(x)
     return {name: Known(x, E, batch["keep"].to(device))}
 
 

