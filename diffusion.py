@@ -595,76 +595,55 @@ def visits(diffusion, steps, sampler="ddim"):
         root = first ** (1 / 7) + np.linspace(0, 1, steps) * (last ** (1 / 7) - first ** (1 / 7))
         levels = root ** 7
         t = np.interp(np.log(levels), np.log(sigma), np.arange(T))
-        if is_dpm and config["beta_schedule"] != "squaredcos_cap_v2":
-            t = t.round()
+        if is_dpm:
+            t = np.floor(t) if config["beta_schedule"] == "squaredcos_cap_v2" else t.round()
     return torch.tensor(t.copy()).float(), torch.tensor([*levels, 0.0]).float()
 
 
 @torch.no_grad()
-def euler(diffusion, model, x, steps=50, start=0, generators=None, callback=None, sampler="euler"):
-    """Sample by Euler's method, in y = x / sqrt(alpha_bar) = x0 + sigma eps, dy / dsigma = eps.
+def sigma_solver(diffusion, model, x, steps=50, start=0, generators=None, callback=None,
+                 sampler="euler"):
+    """Sample in y = x / sqrt(alpha_bar) = x0 + sigma eps, where dy / dsigma = eps.
 
-    sampler: "euler" (Karras et al., Algorithm 2 without churn), "euler-karras", or "euler-a"
-    (ancestral), which goes further down and adds fresh noise. The model gets t as fp32. The
-    config's clip_sample is for ddim and ddpm alone, as in diffusers.
+    sampler: "euler" (Karras et al., Algorithm 2 without churn), "euler-a" (ancestral), which goes
+    further down and adds fresh noise, or "dpm++", DPM-Solver++(2M) (Lu et al., Algorithm 2), whose
+    first and last steps are of first order; the first and the last of them also with "-karras".
+    The model gets t as fp32. The config's clip_sample is for ddim and ddpm alone, as in diffusers.
     """
     t, sigma = visits(diffusion, steps, sampler)
-    root = (sigma ** 2 + 1).sqrt()
-    # diffusers takes pure noise to have size sigma at the start, but for leading timesteps, which
-    # do not begin at the noisiest, size root.
+    root = (sigma ** 2 + 1).sqrt()      # 1 / sqrt(alpha_bar)
+    h = (-sigma.log()).diff()           # of half the logarithm of the signal-to-noise ratio, lambda
+    is_dpm = sampler.startswith("dpm++")
+    # diffusers' Euler takes pure noise to have size sigma at the start, but for leading timesteps,
+    # which do not begin at the noisiest, size root.
     leading = diffusion.config["timestep_spacing"] == "leading"
-    y = x * (root[start] if start > 0 or leading else sigma[0])
+    y = x * (root[start] if start > 0 or leading or is_dpm else sigma[0])
     for i in range(start, steps):
         x = y / root[i]
         out = model(x, for_each(x, t[i].item()))
         x0, _ = diffusion.solved(out, x, 1 / root[i], sigma[i] / root[i])
-        up = torch.zeros(())
+        # Euler's step follows eps = (y - x0) / sigma towards x0. Lu et al.'s step, divided by their
+        # alpha and with exp(-h) = sigma[i + 1] / sigma[i], is the same towards D, which is where
+        # the last two x0 point.
+        D = x0
+        if is_dpm and start < i < steps - 1:
+            D = x0 + 0.5 * h[i] / h[i - 1] * (x0 - x0_before)
+        up = 0.0
         if sampler == "euler-a":
             up = sigma[i + 1] * (1 - (sigma[i + 1] / sigma[i]) ** 2).sqrt()
         down = (sigma[i + 1] ** 2 - up ** 2).sqrt()
-        y = x0 + down * (y - x0) / sigma[i]
+        y = D + down * (y - D) / sigma[i]
         if up > 0:
             y = y + up * randn(y.shape, generators, y.device)
+        x0_before = x0
         if callback:
             callback(i - start, t[i].item(), y / root[i + 1], x0)
     return y
 
 
-@torch.no_grad()
-def dpm_solver(diffusion, model, x, steps=50, start=0, generators=None, callback=None,
-               sampler="dpm++"):
-    """Sample by DPM-Solver++(2M) (Lu et al., Algorithm 2); sampler: "dpm++" or "dpm++-karras".
-
-    The first and the last step are of first order.
-    """
-    t, sigma = visits(diffusion, steps, sampler)
-    # The paper's alpha and sigma are sqrt(alpha_bar) and sqrt(1 - alpha_bar): `alpha` and `noise`.
-    alpha = 1 / (sigma ** 2 + 1).sqrt()
-    noise = sigma * alpha
-    h = (-sigma.log()).diff()       # of half the logarithm of the signal-to-noise ratio, lambda
-    for i in range(start, steps):
-        out = model(x, for_each(x, int(t[i])))
-        x0, _ = diffusion.solved(out, x, alpha[i], noise[i])
-        D = x0
-        if start < i < steps - 1:
-            D = x0 + 0.5 * h[i] / h[i - 1] * (x0 - x0_before)
-        x = noise[i + 1] / noise[i] * x - alpha[i + 1] * torch.expm1(-h[i]) * D
-        x0_before = x0
-        if callback:
-            callback(i - start, int(t[i]), x, x0)
-    return x
-
-
-SAMPLERS = {
-    "ddim": ddim,
-    "ddpm": ddpm,
-    "pndm": pndm,
-    "euler": euler,
-    "euler-karras": partial(euler, sampler="euler-karras"),
-    "euler-a": partial(euler, sampler="euler-a"),
-    "dpm++": dpm_solver,
-    "dpm++-karras": partial(dpm_solver, sampler="dpm++-karras"),
-}
+SAMPLERS = dict(ddim=ddim, ddpm=ddpm, pndm=pndm) | {
+    name: partial(sigma_solver, sampler=name)
+    for name in ("euler", "euler-karras", "euler-a", "dpm++", "dpm++-karras")}
 
 
 def partway(diffusion, x0, noise, steps, strength, sampler="ddim"):
