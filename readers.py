@@ -256,12 +256,20 @@ def read_text(path):
         raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
 
 
+def visible(root, *patterns):
+    """Yield what lies in a folder and matches, but for hidden files.
+
+    macOS leaves a hidden ._1.jpg beside each 1.jpg in archives.
+    """
+    for pattern in patterns:
+        yield from (path for path in root.glob(pattern) if path.name[0] != ".")
+
+
 def find_pictures(root):
     """List the pictures below a folder by their names relative to it, sorted."""
     names = []
     for folder, folders, files in os.walk(root):
-        # macOS leaves a hidden ._1.jpg beside each 1.jpg in archives. An encoded folder holds
-        # pictures too, which are not new ones.
+        # An encoded folder holds pictures too, which are not new ones.
         folders[:] = [name for name in folders
                       if name[0] != "." and not os.path.isfile(f"{folder}/{name}/encoded.json")]
         names += [Path(folder, name).relative_to(root).as_posix() for name in files
@@ -290,7 +298,7 @@ def read_csv(root):
 def read_coco(root):
     """COCO captions of 2017, or else of 2014: five captions a picture, at times more."""
     files = {path.stem.removeprefix("captions_"): path
-             for path in sorted((root / "annotations").glob("captions_*.json"))}
+             for path in sorted(visible(root, "annotations/captions_*.json"))}
     # The pictures of both years are the same ones, split in other ways: with both, pictures that
     # are held out in one would be trained on in the other. So one year is read.
     there = [part for part in files if (root / part).is_dir()]
@@ -317,7 +325,7 @@ def read_instructpix2pix(root):
         # Whoever unpacks the zip files by hand has no such file. Names in order take its place.
         seeds = [(path.parent.name, sorted(picture.name.removesuffix("_0.jpg")
                                            for picture in path.parent.glob("*_0.jpg")))
-                 for path in sorted(root.glob("*/prompt.json"))]
+                 for path in sorted(visible(root, "*/prompt.json"))]
     # The authors' arithmetic: in floating point 0.9 + 0.05 is a little more than 0.95.
     train = math.floor(0.9 * len(seeds))
     heldout = math.floor((0.9 + 0.05) * len(seeds))
@@ -343,7 +351,7 @@ def parquet(path):
 
 def read_parquet(root):
     """InstructPix2Pix on the hub, or its sample of 1,000, which names one column differently."""
-    for path in sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")]):
+    for path in sorted(visible(root, "*.parquet", "data/*.parquet")):
         file = parquet(path)
         # Columns are taken by name: the first three of the full set are other ones.
         columns = set(file.schema_arrow.names)
@@ -400,11 +408,12 @@ def read_gqa(root):
     """GQA-Inpaint: pairs of all things that were removed, with an instruction to do so.
 
     The data were made to add things, so the picture without the thing is the target here.
-    A file train_instructions.json or test_instructions.json takes the place of composed words.
+    A file train_instructions.json or test_instructions.json takes the place of composed words;
+    train_instructions_qwen2.5-14b-instruct.json has to be renamed to that for its words to be read.
     At one visit in five (irrelevant_text_prob) its authors train on another picture's instruction
     and the source as the target. MTU's paper does not say so, and it is left out here.
     """
-    for path in sorted(root.glob("*_scenes.json")):
+    for path in sorted(visible(root, "*_scenes.json")):
         part = path.name.removesuffix("_scenes.json")
         fixed = root / f"{part}_instructions.json"
         instructions = json.loads(read_text(fixed)) if fixed.is_file() else {}
@@ -428,7 +437,7 @@ def read_meta_info(root):
     """Real-ESRGAN's lists: a relative path a line; what follows a space says how large it is."""
     # The list that comes with the code names the authors' crops. One's own have other names, so
     # generate_meta_info.py of their scripts has to list them anew.
-    for path in sorted([*root.glob("meta_info*.txt"), *root.glob("meta_info/*.txt")]):
+    for path in sorted(visible(root, "meta_info*.txt", "meta_info/*.txt")):
         for line in read_text(path).splitlines():
             if name := line.strip().split(" ")[0].rstrip(","):
                 # 0001T2_s013 is crop 13 of scale 2 of picture 0001: held out as a whole or not.
@@ -450,7 +459,7 @@ def read_cifar(root):
     folder = folder if folder.is_dir() else root
     # The release "for Python" holds pickles, which may run anything when they are read.
     names = read_text(folder / "batches.meta.txt").split()
-    for path in sorted(folder.glob("*_batch*.bin")):
+    for path in sorted(visible(folder, "*_batch*.bin")):
         records = np.fromfile(path, np.uint8).reshape(-1, 3073)
         for i, label in enumerate(records[:, 0]):
             yield dict(file_name=f"{path.relative_to(root).as_posix()}/{i}", label=names[label],
@@ -480,7 +489,7 @@ def read_idx_array(path):
 
 def read_idx(root):
     """MNIST's format. A class is its number, because the names are in no file."""
-    for path in sorted(root.glob("*-images*idx3-ubyte*")):
+    for path in sorted(visible(root, "*-images*idx3-ubyte*")):
         if path.suffix == ".gz" and path.with_suffix("").is_file():
             continue  # the same pictures unpacked
         labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
@@ -583,9 +592,10 @@ LAYOUTS = (
 def has_marker(root, marker):
     """Say whether a folder has a file or folder of this pattern."""
     if marker == "2:1":
-        paths = list(itertools.islice(root.glob("train/*.*"), 3))
-        return bool(paths) and all(map(is_double, paths))
-    return any(path.is_dir() or marker[-1] != "/" for path in root.glob(marker.rstrip("/")))
+        paths = (path for path in visible(root, "train/*") if path.suffix.lower() in ENDINGS)
+        first = [is_double(path) for path in itertools.islice(paths, 3)]
+        return bool(first) and all(first)
+    return any(path.is_dir() or marker[-1] != "/" for path in visible(root, marker.rstrip("/")))
 
 
 def is_double(path):

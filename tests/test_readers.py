@@ -357,6 +357,7 @@ def gqa(root):
 
 def test_gqa_inpaint_composes_instructions_as_its_authors_do(tmp_path):
     gqa(tmp_path)
+    write(tmp_path / "._train_scenes.json", "left by macOS")
     assert find_layout(tmp_path).name == "GQA-Inpaint"
     rows = rows_of(tmp_path)
     # Three leaves, and two clouds in one place, cannot be told apart; grass was not removed.
@@ -472,6 +473,7 @@ def cifar(root):
 @pytest.mark.parametrize("folder", [".", "cifar-10-batches-bin"])
 def test_cifars_binary_files(tmp_path, folder):
     pixels = cifar(tmp_path / folder)
+    write(tmp_path / folder / "._data_batch_1.bin", "left by macOS")
     for split, files in (("train", 5), ("heldout", 1)):
         dataset = Folder(tmp_path, "class", split, 32)
         assert len(dataset) == 4 * files
@@ -606,6 +608,8 @@ def test_pix2pix_pictures_side_by_side(tmp_path):
                 halves[i, k] = data.to_tensor(half)
             (tmp_path / part).mkdir(exist_ok=True)
             both.save(tmp_path / part / f"{i}.png")
+    for name in ("._0.png", ".DS_Store", "Thumbs.db"):
+        write(tmp_path / "train" / name, "left by a system")
     assert find_layout(tmp_path).name == "pix2pix"
     assert {split: len(names) for split, names in by_split(tmp_path).items()} == dict(
         train=8, heldout=2, test=2)
