@@ -67,7 +67,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from chart import arrange
-from diffusion import posterior, randn, seeded
+from diffusion import Diffusion, posterior, randn, seeded
 from hub import Parser, UserError, command, write_png
 from unet import Cond, sinusoidal
 
@@ -750,7 +750,7 @@ TIMES = (0, 100, 200, 300, 400, 500, 600, 800, 999)
 
 def labelled(picture, text):
     """Enlarge a picture (1, 3, H, W) and put a line of text above it -> a Pillow picture."""
-    from emoji import to_pil
+    from data import to_pil
     cell = Image.new("RGB", (128, 128 + 24), "white")
     cell.paste(to_pil(picture[0]).resize((128, 128), Image.NEAREST), (0, 24))
     ImageDraw.Draw(cell).text((6, 4), text, fill="black", font_size=14)
@@ -772,14 +772,12 @@ def draw_process(name, process, z0, x, noise):
 
 
 def main():
-    from diffusion import Diffusion
-    from emoji import STYLES, load, on_white, sheet_picture, to_tensor
+    from data import builtin
     parser = Parser("Draw the forward process of one emoji in two styles, z_0 and x.")
     parser.add_argument("--out", default="samples/aggregation.png", help="where the picture goes")
     args = parser.parse_args()
-    (dragon,) = (row for row in load() if row.name == "dragon face")
-    x, z0 = (to_tensor(on_white(sheet_picture(style, dragon.cells[None])))[None]
-             for style in STYLES)
+    dragon = builtin("translate", "train")[585]
+    x, z0 = dragon["x"][None], dragon["target"][None]
     alpha_bar = Diffusion.from_config({}).alpha_bar
     noise = randn(z0.shape, seeded([0]))
     pictures = []
