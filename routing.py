@@ -137,15 +137,6 @@ class Routed:
         return super().forward(m * x, cond) + (1 - m) * x
 
 
-def check(num_channels, alpha, beta, mode="dtr", num_steps=1000):
-    """Raise a UserError where a block of this width cannot be routed so."""
-    if (not 1 <= beta * num_channels <= num_channels or not 0 < alpha < math.inf
-            or mode not in MODES or num_steps < 2):
-        raise UserError(f"cannot route with alpha={alpha}, beta={beta}, mode={mode!r}, "
-                        f"num_steps={num_steps}: alpha is above 0, beta in (0, 1] and leaves one "
-                        f"of {num_channels} channels, mode {' or '.join(MODES)}, num_steps above 1")
-
-
 def add_routing(network, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0):
     """Route a network in place, and return it.
 
@@ -161,7 +152,12 @@ def add_routing(network, alpha=4.0, beta=0.8, mode="dtr", num_steps=1000, seed=0
     parts = {block: (block.routable_channels,) for block in blocks}
     if mode == "halves":
         parts |= concatenated_widths(network)
-    check(min(map(min, parts.values())), alpha, beta, mode, num_steps)
+    least = min(map(min, parts.values()))
+    if (not 1 <= beta * least <= least or not 0 < alpha < math.inf
+            or mode not in MODES or num_steps < 2):
+        raise UserError(f"cannot route with alpha={alpha}, beta={beta}, mode={mode!r}, "
+                        f"num_steps={num_steps}: alpha is above 0, beta in (0, 1] and leaves one "
+                        f"of {least} channels, mode {' or '.join(MODES)}, num_steps above 1")
     settings = dict(alpha=alpha, beta=beta, num_steps=num_steps)
     device = next(network.parameters()).device
     for i, block in enumerate(blocks):
@@ -190,16 +186,12 @@ def draw_mask(name, mask):
 
 def main():
     parser = Parser("Draw the masks of DTR and R-TR, and print how much timesteps share.")
-    parser.add_argument("--channels", type=int, default=320, help="channels C of a block's input")
-    parser.add_argument("--alpha", type=float, default=4.0, help="exponent of the window's motion")
-    parser.add_argument("--beta", type=float, default=0.8, help="share of channels per timestep")
     parser.add_argument("--out", default="samples/routing.png", help="file for the picture")
     args = parser.parse_args()
-    check(args.channels, args.alpha, args.beta)
     # R-TR hides as many channels. If it helped as much, the sharing would not be what helps; in the
     # paper it harms.
-    masks = {"DTR": task_masks(torch.arange(1000), args.channels, args.alpha, args.beta),
-             "R-TR (random)": random_masks(args.channels, args.beta).float()}    # (T, C) each
+    masks = {"DTR": task_masks(torch.arange(1000), 320),
+             "R-TR (random)": random_masks(320).float()}                        # (T, C) each
 
     print("share of its channels that timestep t has in common with")
     print("masks             t    t + 1   t + 10  t + 100  t + 400      999")

@@ -236,4 +236,3 @@ def test_the_demonstration_draws_the_masks_between_labelled_axes(tmp_path):
                        picture[bottom + 1:bottom + 20, left:-500],
                        picture[bottom + 1:bottom + 20, -500:]):
             assert (corner < 99).any()
-    assert call("routing.py", "--beta", "1.5").returncode == 2
