@@ -740,7 +740,7 @@ def sample_paths(diffusion, sampler, starts, steps=100):
     return torch.stack(path).flatten(1)
 
 
-def draw_paths(time, size):
+def draw_paths(time):
     """Draw paths of two samplers on the density of x_t, which is dark where x_t is likely."""
     diffusion = Diffusion.from_config(dict(timestep_spacing="trailing", clip_sample=False))
     curves = [(sampler, diffusion.timesteps(100) + [0], path)
@@ -752,7 +752,7 @@ def draw_paths(time, size):
                   for mean in (signal, -signal))                                    # (240, T)
     shade = 255 - 130 * density / density.amax(0)
     return plot("sampling, from right to left, on the density of x_t; x_0 is -1 or 1", time,
-                numbers("x_t", -3, -1, 1, 3), curves, Image.fromarray(shade.byte().numpy()), size)
+                numbers("x_t", -3, -1, 1, 3), curves, Image.fromarray(shade.byte().numpy()))
 
 
 def main():
@@ -761,7 +761,6 @@ def main():
     args = parser.parse_args()
     t = torch.arange(1000)
     time = numbers("timestep t", 0, 250, 500, 750, 999)
-    size = (600, 200)
     ratios = []
     for name, config in EXAMPLES.items():
         alpha_bar = Diffusion.from_config(config).alpha_bar
@@ -770,10 +769,10 @@ def main():
                for kind in ("v", "min-snr", "p2", "none")]
     sheet = arrange([
         plot("signal-to-noise ratio of four schedules", time,
-             numbers("snr", 1e-5, 0.01, 1, 100, 1e5, log=True), ratios, size=size),
+             numbers("snr", 1e-5, 0.01, 1, 100, 1e5, log=True), ratios),
         plot("weight of the error of predicted noise, scaled_linear", time,
-             numbers("weight", 0.001, 0.1, 1, 10, 1000, log=True), weights, size=size),
-        draw_paths(time, size)])
+             numbers("weight", 0.001, 0.1, 1, 10, 1000, log=True), weights),
+        draw_paths(time)])
     write_png(args.out, sheet)
     print(args.out)
 
