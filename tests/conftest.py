@@ -92,6 +92,15 @@ def in_two_processes(function, *words):
 
 
 @contextlib.contextmanager
+def refused(match):
+    """The block raises a UserError of one line, which matches."""
+    from hub import UserError
+    with pytest.raises(UserError, match=match) as error:
+        yield
+    assert "\n" not in str(error.value)
+
+
+@contextlib.contextmanager
 def full_disk(size):
     """Inside the block no file can grow beyond `size` bytes."""
     resource = pytest.importorskip("resource")

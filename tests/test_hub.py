@@ -14,7 +14,7 @@ import warnings
 import pytest
 import torch
 from PIL import Image
-from conftest import ROOT, full_disk
+from conftest import ROOT, full_disk, refused
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -64,7 +64,7 @@ def test_a_place_where_nothing_can_be_written_is_named(path, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     touch(tmp_path, "folder/inside", "file")
     before = files(tmp_path)
-    with pytest.raises(UserError, match=f"^{path.rstrip('/') or '/'}/? cannot be written"):
+    with refused(f"^{path.rstrip('/') or '/'}/? cannot be written"):
         hub.write_text(path, "text")
     assert files(tmp_path) == before
 
@@ -98,7 +98,7 @@ def test_a_writer_that_was_killed_leaves_nothing_for_long_and_others_are_left_al
 def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
     params, ema, optimizer = small_run()
     save_state(tmp_path / "state.safetensors", params, ema, optimizer, dict(step=1))
-    with full_disk(100), pytest.raises(UserError, match="state.safetensors cannot be written"):
+    with full_disk(100), refused("state.safetensors cannot be written"):
         save_state(tmp_path / "state.safetensors", params, ema, optimizer, dict(step=2))
     assert read_scalars(tmp_path / "state.safetensors") == dict(step=1)
     assert len(list(tmp_path.iterdir())) == 1
@@ -112,17 +112,17 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
 def test_a_full_disk_leaves_no_empty_picture_and_no_half_line(tmp_path):
     noise = Image.effect_noise((64, 64), 99)
     for kind in ("png", "gif"):
-        with full_disk(100), pytest.raises(UserError, match=f"a.{kind} cannot be written"):
+        with full_disk(100), refused(f"a.{kind} cannot be written"):
             with replacing(tmp_path / f"a.{kind}") as beside:
                 noise.save(beside, format=kind)
     assert not files(tmp_path)
     log = tmp_path / "log.jsonl"
-    with full_disk(10), pytest.raises(UserError, match="log.jsonl cannot be written .File too la"):
+    with full_disk(10), refused("log.jsonl cannot be written .File too la"):
         append_line(log, {"step": "1" * 50})
     assert files(tmp_path) == {"log.jsonl": ""}
     append_line(log, {"step": 1})
     append_line(log, {"step": 2})
-    with full_disk(30), pytest.raises(UserError, match="log.jsonl cannot be written"):
+    with full_disk(30), refused("log.jsonl cannot be written"):
         append_line(log, {"step": 3})
     assert [json.loads(line) for line in log.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
 
@@ -141,7 +141,7 @@ def test_a_run_folder_is_held_until_its_process_is_gone(tmp_path, monkeypatch):
     process = context.Process(target=hold, args=(tmp_path / "run", workers))
     process.start()
     worker = workers.get(timeout=20)
-    with pytest.raises(UserError, match="another process trains into .*run; wait"):
+    with refused("another process trains into .*run; wait"):
         with hub.lock(tmp_path / "run"):
             raise AssertionError
     with hub.lock(tmp_path / "other"):
@@ -206,15 +206,15 @@ def test_a_state_that_does_not_fit_is_named(tmp_path):
     save_state(path, params, ema, optimizer, dict(step=1))
     whole = path.read_bytes()
     for state in (small_run(names="abx"), small_run(width=5)):
-        with pytest.raises(UserError, match="state.safetensors .*delete it to begin again"):
+        with refused("state.safetensors .*delete it to begin again"):
             load_state(path, *state)
     for content in (whole[:-100], whole[:20], b"", b"nothing of the kind"):
         path.write_bytes(content)
         for read in (read_scalars, lambda path: load_state(path, params, ema, optimizer)):
-            with pytest.raises(UserError, match="cannot be read .*delete it to begin again"):
+            with refused("cannot be read .*delete it to begin again"):
                 read(path)
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(UserError, match="state.safetensors .delete it to begin again"):
+    with refused("state.safetensors .delete it to begin again"):
         read_scalars(path)
 
 
@@ -241,7 +241,7 @@ def test_tensors_that_a_state_lacks_or_that_do_not_belong_to_it_are_noticed(
     for metadata in (metadata, {"scalars": metadata["scalars"]}):  # earlier versions did not count
         save_file(change(load_file(path)), tmp_path / "other", metadata=metadata)
         if "tensors" in metadata or not counted:
-            with pytest.raises(UserError, match="other .*delete it to begin again"):
+            with refused("other .*delete it to begin again"):
                 load_state(tmp_path / "other", *small_run())
         else:
             load_state(tmp_path / "other", *small_run())
@@ -252,9 +252,9 @@ def test_tensors_that_a_state_lacks_or_that_do_not_belong_to_it_are_noticed(
 @pytest.mark.parametrize("content", ["[]", "{", "", '"text"', "\xff\xfe", "[" * 100_000])
 def test_a_file_without_a_json_object_is_named(content, tmp_path):
     (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match="a.json cannot be read .it holds no JSON object."):
+    with refused("a.json cannot be read .it holds no JSON object."):
         hub.read_json(tmp_path / "a.json")
-    with pytest.raises(UserError, match="b.json cannot be read .No such file"):
+    with refused("b.json cannot be read .No such file"):
         hub.read_json(tmp_path / "b.json")
 
 
@@ -262,10 +262,10 @@ def test_whatever_goes_wrong_with_a_file_is_blamed_on_it_but_for_our_own_words()
     for wrong in (lambda: {}["x"], lambda: [][1], lambda: 1 / 0, lambda: int("a\nb"),
                   lambda: None.x, lambda: torch.ones(2) @ torch.ones(3), lambda: len(3)):
         words = r"^a.json does not hold what it should \(\w+: .*\)$"
-        with pytest.raises(UserError, match=words), hub.blaming("a.json"):
+        with refused(words), hub.blaming("a.json"):
             wrong()
     for ours, shown in [("ours", "a.json: ours"), ("ours in a.json", "ours in a.json")]:
-        with pytest.raises(UserError, match=f"^{shown}$"), hub.blaming("a.json"):
+        with refused(f"^{shown}$"), hub.blaming("a.json"):
             raise UserError(ours)
     with pytest.raises(KeyboardInterrupt), hub.blaming("a.json"):
         raise KeyboardInterrupt
@@ -285,11 +285,11 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, monkeypatch):
     touch(tmp_path, "file", "runs/all/file")
     for name in (tmp_path / "nowhere", tmp_path / "file", "nowhere", "./a/b", "~/a", "a/b/c",
                  "runs/al"):
-        with pytest.raises(UserError, match=f"no model folder at {name}"):
+        with refused(f"no model folder at {name}"):
             hub.fetch(name, "unet")
-    with pytest.raises(UserError, match="has no folder unet/"):
+    with refused("has no folder unet/"):
         hub.fetch(tmp_path, "unet")
-    with pytest.raises(UserError, match="has no model_index.json"):
+    with refused("has no model_index.json"):
         hub.fetch(tmp_path, "")
     folder = touch(tmp_path / "owner" / "name@v1", "model_index.json", "unet/config.json")
     assert hub.fetch(folder, "") == folder and hub.fetch(folder, "unet") == folder / "unet"
@@ -305,10 +305,10 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, monkeypatch):
 def test_what_lies_in_another_folder_is_said(names, words, tmp_path, monkeypatch):
     touch(tmp_path, *names)
     for subfolder in ("unet", "" if "model_index.json" not in names else "unet"):
-        with pytest.raises(UserError, match=f"{tmp_path} has no .*{words}"):
+        with refused(f"{tmp_path} has no .*{words}"):
             hub.fetch(tmp_path, subfolder)
         serve(monkeypatch, names, tmp_path / "cache")
-        with pytest.raises(UserError, match=f"owner/name has no .*{words}"):
+        with refused(f"owner/name has no .*{words}"):
             hub.fetch("owner/name", subfolder)
 
 
@@ -316,15 +316,15 @@ def test_what_a_single_file_is_is_said(tmp_path):
     for key, words in [("model.diffusion_model.out.2.bias", "single file.*from_single_file"),
                        ("lora_unet_mid_block.lora_up.weight", "LoRA.*fuse_lora")]:
         save_file({key: torch.ones(1)}, tmp_path / "style.safetensors")
-        with pytest.raises(UserError, match=f"no model folder at .*style.safetensors.*{words}"):
+        with refused(f"no model folder at .*style.safetensors.*{words}"):
             hub.fetch(tmp_path / "style.safetensors", "unet")
-    with pytest.raises(UserError, match="no model folder at .*old.ckpt.*from_single_file"):
+    with refused("no model folder at .*old.ckpt.*from_single_file"):
         hub.fetch(touch(tmp_path, "old.ckpt") / "old.ckpt", "")
 
 
 def test_sdxls_refiner_is_named_and_a_lora_beside_a_model_is_ignored_with_a_word(tmp_path, capsys):
     touch(tmp_path, "model_index.json", "unet/config.json", "text_encoder_2/config.json")
-    with pytest.raises(UserError, match="has no folder text_encoder/: it is SDXL's refiner"):
+    with refused("has no folder text_encoder/: it is SDXL's refiner"):
         hub.fetch(tmp_path, "text_encoder")
     touch(tmp_path, "text_encoder/config.json", "pytorch_lora_weights.safetensors")
     for part in ("", "unet", "text_encoder", "unet"):
@@ -332,30 +332,30 @@ def test_sdxls_refiner_is_named_and_a_lora_beside_a_model_is_ignored_with_a_word
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}: the LoRA pytorch_lora_weights.safetensors is ignored, only the model "
         "itself is loaded\n")
-    with pytest.raises(UserError, match="no folder tokenizer/: it is not a model in"):
+    with refused("no folder tokenizer/: it is not a model in"):
         hub.fetch(tmp_path, "tokenizer")
 
 
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(UserError, match="config.json cannot be read .it is no regular file"):
+    with refused("config.json cannot be read .it is no regular file"):
         hub.read_json(tmp_path / "config.json")
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="no weights in"):
+    with refused("no weights in"):
         hub.weight_files(tmp_path)
     write_json(tmp_path / "model.safetensors.index.json", dict(weight_map=dict(a="fifo.safetensors")))
     os.mkfifo(tmp_path / "fifo.safetensors")
     (file,) = hub.weight_files(tmp_path)
-    with pytest.raises(UserError, match="no file .*fifo"), hub.open_weights(file):
+    with refused("no file .*fifo"), hub.open_weights(file):
         pass
     os.mkfifo(tmp_path / "log.jsonl")
     os.mkfifo(tmp_path / ".lock")
     for write in (lambda: append_line(tmp_path / "log.jsonl", {}),
                   lambda: write_json(tmp_path / "log.jsonl", {}),
                   lambda: hub.lock(tmp_path).__enter__()):
-        with pytest.raises(UserError, match="written .it is no regular file"):
+        with refused("written .it is no regular file"):
             write()
-    with pytest.raises(UserError, match="log.jsonl cannot be read .it is no regular file"):
+    with refused("log.jsonl cannot be read .it is no regular file"):
         train.forget_after(tmp_path / "log.jsonl", 0)
     assert (tmp_path / "log.jsonl").is_fifo()
 
@@ -420,8 +420,8 @@ def test_the_hub_gives_one_precision_and_an_index_with_its_shards(there, fetched
                                   "diffusion_pytorch_model.non_ema.safetensors"])
 def test_a_repository_with_weights_of_another_kind_alone_says_which(name, tmp_path, monkeypatch):
     def fails(place, function, *words):
-        with pytest.raises(UserError, match=f"^no weights in {place}: .* and found {name}. "
-                                            "diffusers can load another variant .*save_pretrain"):
+        with refused(f"^no weights in {place}: .* and found {name}. "
+                     "diffusers can load another variant .*save_pretrain"):
             function(*words)
 
     serve(monkeypatch, [f"unet/{name}", *OTHERS[-5:], "model_index.json"], tmp_path / "cache")
@@ -447,8 +447,8 @@ def test_a_part_of_a_model_is_no_model_and_says_what_it_is(config, kind, tmp_pat
     monkeypatch.chdir(tmp_path)
     for name in ("part", "owner/name"):
         for read in (sample.load_model, merge.find_parts):
-            with pytest.raises(UserError, match=f"^{name} has no model_index.json: it holds a {kind}"
-                                                " alone; name a whole model"):
+            with refused(f"^{name} has no model_index.json: it holds a {kind}"
+                         " alone; name a whole model"):
                 read(name)
 
 
@@ -471,13 +471,13 @@ def test_without_a_network_a_download_is_found_again(tmp_path, monkeypatch):
         serve(monkeypatch, [*OTHERS, FULL], tmp_path / "cache")
         monkeypatch.setattr(huggingface_hub, "list_repo_files", no_network)
         if i == 0:
-            with pytest.raises(UserError, match="owner/name.*OSError: no network$"):
+            with refused("owner/name.*OSError: no network$"):
                 hub.fetch("owner/name", "unet")
             serve(monkeypatch, [*OTHERS, FULL], tmp_path / "cache")
         assert hub.fetch("owner/name", "unet") == tmp_path / "cache" / "unet"
         assert hub.weight_files(tmp_path / "cache" / "unet") == [tmp_path / "cache" / FULL]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    with pytest.raises(UserError, match="no network$"):
+    with refused("no network$"):
         hub.fetch("owner/name", "unet")
 
 
@@ -548,22 +548,22 @@ def test_arguments_that_do_not_parse_are_a_users_mistake_and_help_shows_defaults
     parser.add_argument("--steps", type=int, default=3, help="how many")
     parser.add_argument("--model", help="which")
     for words in (["--steps", "x"], ["--step-size", "1"], ["--model"]):
-        with pytest.raises(UserError, match=words[0]):
+        with refused(words[0]):
             parser.parse_args(words)
     shown = " ".join(parser.format_help().split())
     assert "how many (default: 3)" in shown and shown.endswith("which")
 
 
 def test_a_device_or_a_compiler_that_is_not_there_is_named(monkeypatch):
-    with pytest.raises(UserError, match="^--device nonsense is not available here .*[)]$"):
+    with refused("^--device nonsense is not available here .*[)]$"):
         hub.pick_device("nonsense")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"--compile on CPU needs a C\+\+ compiler"):
+    with refused(r"--compile on CPU needs a C\+\+ compiler"):
         hub.compiled(len, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "*", "a?.safetensors", "/etc/passwd", ""])
 def test_a_shard_is_a_plain_file_beside_its_index(tmp_path, name):
     write_json(tmp_path / "model.safetensors.index.json", dict(weight_map=dict(a=name)))
-    with pytest.raises(UserError, match="no plain file name"):
+    with refused("no plain file name"):
         hub.weight_files(tmp_path)

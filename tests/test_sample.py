@@ -16,10 +16,10 @@ import moe
 import sample
 import vae
 from clip import CONFIGS as TEXT, CLIPText
-from conftest import call, full_disk
+from conftest import call, full_disk, refused
 from data import ALL, ASSETS, EXAMPLES, on_white, open_image
-from hub import UserError, read_json, write_json
-from sample import generate, load_model, sample_grid
+from hub import read_json, write_json
+from sample import generate, load_model, pipeline_index, sample_grid
 from unet import CONFIGS, UNet
 
 
@@ -68,28 +68,6 @@ def test_the_shipped_base_draws_diffusers_picture(tiny, prompt, guidance):
     theirs = pipe(prompt, num_inference_steps=8, guidance_scale=guidance,
                   generator=generator(3)).images[0]
     ours = generate(tiny, "t2i", prompt, guidance=guidance, steps=8, seed=3)[0]
-    assert difference(ours, theirs) < 1
-
-
-def test_a_folded_edit_draws_the_same_and_what_instruct_pix2pix_draws(mtu):
-    diffusers = pytest.importorskip("diffusers")
-    transformers = pytest.importorskip("transformers")
-    prompt, image = example("edit")
-    folded = replace(mtu, unet=moe.fold(mtu.unet, "edit"))
-    options = dict(steps=6, guidance=3.0, image_guidance=1.5, seed=1)
-    ours = generate(mtu, "edit", prompt, image, **options)[0]
-    again = generate(folded, "edit", prompt, image, **options)[0]
-    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(again, dtype=int)).max() <= 2
-
-    config = {k: v for k, v in folded.unet.config.items() if k != "_class_name"}
-    unet = diffusers.UNet2DConditionModel(**config)
-    unet.load_state_dict(folded.unet.state_dict())
-    folder = ASSETS / "tiny-mtu" / "text_encoder"
-    reader = transformers.CLIPTextModel.from_pretrained(folder).float()
-    pipe = quiet(diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        ASSETS / "tiny", unet=unet, text_encoder=reader, low_cpu_mem_usage=False))
-    theirs = pipe(prompt, image=flat(image), num_inference_steps=6, guidance_scale=3.0,
-                  image_guidance_scale=1.5, generator=generator(1)).images[0]
     assert difference(ours, theirs) < 1
 
 
@@ -146,25 +124,28 @@ def test_sdxl_draws_diffusers_picture(sdxl, negative):
         assert difference(ours, theirs) < 0.05
 
 
-@pytest.mark.parametrize("name, sampler", [("EulerAncestralDiscreteScheduler", "euler-a"),
-                                           ("DPMSolverMultistepScheduler", "dpm++")])
-def test_the_folders_scheduler_names_the_sampler(tmp_path, name, sampler):
-    """InstructPix2Pix's own folder names Euler's ancestral one."""
-    import diffusers
-    done = call("moe.py", "--fold", "edit", "--model", ASSETS / "tiny-mtu", "--out", tmp_path / "x")
-    assert done.returncode == 0, done.stderr
-    scheduler = getattr(diffusers, name).from_config(load_model(tmp_path / "x").scheduler)
-    scheduler.save_pretrained(tmp_path / "x" / "scheduler")
+@pytest.mark.parametrize("name, sampler", [
+    ("DDIMScheduler", "ddim"), ("EulerAncestralDiscreteScheduler", "euler-a"),
+    ("DPMSolverMultistepScheduler", "dpm++")])
+def test_a_folded_edit_draws_what_instruct_pix2pix_draws(mtu, tmp_path, name, sampler):
+    """With the scheduler that its folder names; InstructPix2Pix's own is Euler's ancestral one."""
+    diffusers = pytest.importorskip("diffusers")
+    folded = replace(mtu, unet=moe.fold(mtu.unet, "edit"))
+    folded.index = pipeline_index(folded)
+    folded.save(tmp_path)
+    scheduler = getattr(diffusers, name).from_config(folded.scheduler)
+    scheduler.save_pretrained(tmp_path / "scheduler")
     pipe = quiet(diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        tmp_path / "x", scheduler=scheduler))
-    model = load_model(tmp_path / "x")
+        tmp_path, scheduler=scheduler))
+    model = load_model(tmp_path)
     assert model.diffusion.sampler == sampler
     prompt, image = example("edit")
     theirs = pipe(prompt, image=flat(image), num_inference_steps=6, guidance_scale=3.0,
                   image_guidance_scale=1.5, generator=generator(1)).images[0]
-    ours = generate(model, "edit", prompt, image, steps=6, guidance=3.0, image_guidance=1.5,
-                    seed=1)[0]
+    ours, whole = (generate(each, "edit", prompt, image, steps=6, guidance=3.0, image_guidance=1.5,
+                            sampler=sampler, seed=1)[0] for each in (model, mtu))
     assert difference(ours, theirs) < 1
+    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(whole, dtype=int)).max() <= 2
 
 
 def change(path, **entries):
@@ -197,7 +178,7 @@ def test_an_old_files_sample_size_is_corrected_where_diffusers_does(folder, name
 def test_a_scheduler_that_is_not_implemented_matters_only_for_its_own_stepping(folder, tiny):
     change(folder / "scheduler" / "scheduler_config.json", _class_name="UniPCMultistepScheduler")
     model = load_model(folder)
-    with pytest.raises(UserError, match="UniPC.*--sampler"):
+    with refused("UniPC.*--sampler"):
         generate(model, "t2i", "red apple", steps=2)
     a = generate(model, "t2i", "red apple", steps=2, sampler="ddim")[0]
     assert a.tobytes() == generate(tiny, "t2i", "red apple", steps=2, sampler="ddim")[0].tobytes()
@@ -254,7 +235,7 @@ def test_a_hub_id_draws_as_its_folder(sdxl, hub):
     a, b = (generate(load_model(name), "t2i", "pizza", steps=2)[0] for name in (sdxl, "owner/xl"))
     assert a.tobytes() == b.tobytes()
     hub["owner/tuned"] = ASSETS / "tiny-mtu"
-    with pytest.raises(UserError, match="owner/tuned: model_index.json names a base.*download"):
+    with refused("owner/tuned: model_index.json names a base.*download"):
         load_model("owner/tuned")
 
 
@@ -373,7 +354,7 @@ def test_a_part_that_computes_no_signal_is_named(mtu, part, module):
     network = getattr(mtu, part).get_submodule(module)
     for fault in FAULTS.values():
         hook = network.register_forward_hook(lambda module, inputs, y: fault(y))
-        with pytest.raises(UserError, match=f"the {part} of {place} computes"):
+        with refused(f"the {part} of {place} computes"):
             generate(mtu, "edit", [prompt] * 2, [image] * 2, steps=1, guidance=1.0)
         hook.remove()
 
@@ -392,7 +373,7 @@ def test_weights_of_nan_write_no_file(sdxl, tmp_path, part, key):
 
 def test_a_copy_of_an_ensemble_that_computes_no_signal_is_named(tiny):
     copies = [tiny.unet, lambda *inputs, **options: torch.full((1, 4, 16, 16), torch.inf)]
-    with pytest.raises(UserError, match="unet of copy 2 of the ensemble"):
+    with refused("unet of copy 2 of the ensemble"):
         generate(tiny, "t2i", "pizza", steps=2, guidance=1.0, ensemble=copies)
 
 
@@ -401,24 +382,30 @@ def test_a_copy_of_an_ensemble_that_computes_no_signal_is_named(tiny):
                                       {"t2i": [1, 10 ** 400]}, {"t2i": [1, -math.inf]}])
 def test_a_folder_whose_guidance_is_no_pair_of_numbers_is_named(tiny, guidance):
     model = replace(tiny, index=tiny.index | {"guidance": guidance})
-    with pytest.raises(UserError, match="model_index.json, guidance"):
+    with refused("model_index.json, guidance"):
         generate(model, "t2i", "pizza", steps=1)
 
 
 # -------------------------------------------------------------------------------------------------
 # The command
 
+def draw(out, *words):
+    """Run sample.py without a mistake -> what it prints, and the picture."""
+    done = call("sample.py", *words, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, Image.open(out)
+
+
 def test_many_pictures_are_drawn_in_batches_and_fit_on_a_sheet(tmp_path, monkeypatch):
     batches = []
 
-    def draw(model, task, prompts, *args, seed, **options):
+    def blank(model, task, prompts, *args, seed, **options):
         batches.append((seed, len(prompts)))
         return [Image.new("RGB", (64, 64))] * len(prompts)
-    monkeypatch.setattr(sample, "generate", draw)
-    out = tmp_path / "a.png"
-    done = call("sample.py", "--num-images", 40, "--seed", 5, "--out", out)
-    assert done.returncode == 0 and batches == [(5, 16), (21, 16), (37, 8)], done.stderr
-    done = call("sample.py", "--num-images", 10_000, "--width", 128, "--height", 128, "--out", out)
+    monkeypatch.setattr(sample, "generate", blank)
+    draw(tmp_path / "a.png", "--num-images", 40, "--seed", 5)
+    assert batches == [(5, 16), (21, 16), (37, 8)]
+    done = call("sample.py", "--num-images", 10_000, "--width", 128, "--height", 128)
     assert done.returncode == 2 and "at most 6103 fit" in done.stderr and len(batches) == 3
 
 
@@ -433,53 +420,40 @@ def test_a_full_disk_names_the_file_and_leaves_no_part_of_it(tmp_path, tiny):
         assert done.stderr.rpartition("\r")[2].startswith(f"error: {path} cannot be written")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and Image.open(out)
     dataset = [dict(prompt="", target=torch.rand(3, 64, 64))]
-    with full_disk(1000), pytest.raises(UserError, match="grid.png cannot be written"):
+    with full_disk(1000), refused("grid.png cannot be written"):
         sample_grid(tiny, {"t2i": dataset}, 1, 0, tmp_path / "grid.png")
     assert not (tmp_path / "grid.png").exists()
 
 
 def test_the_command_writes_a_picture_and_a_strip(tmp_path):
+    """A prompt alone meets the shipped picture."""
     out = tmp_path / "a" / "b.png"
-    done = call("sample.py", "--task", "edit", "--steps", 3, "--num-images", 2, "--out", out,
-                "--trajectory")
-    assert done.returncode == 0 and str(out) in done.stdout, done.stderr
-    picture = Image.open(out)
+    printed, picture = draw(out, "--task", "edit", "--steps", 3, "--num-images", 2, "--trajectory",
+                            "--prompt", "make it a man")
+    assert str(out) in printed and "edit.png" in printed
     assert picture.size in ((64, 128), (128, 64))
     assert json.loads(picture.text["arguments"])["steps"] == 3
     assert Image.open(tmp_path / "a" / "b-trajectory.png").size == (3 * 64, 2 * 64)
 
 
 def test_side_by_side_shows_the_source_and_the_result(tmp_path):
-    words = ["sample.py", "--task", "edit", "--steps", 1]
-    for name, option in (("a", []), ("b", ["--side-by-side"])):
-        done = call(*words, *option, "--out", tmp_path / f"{name}.png")
-        assert done.returncode == 0, done.stderr
-    alone, both = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab")
+    alone, both = (np.asarray(draw(tmp_path / "a.png", "--task", "edit", "--steps", 1, *option)[1])
+                   for option in ([], ["--side-by-side"]))
     assert both.shape == (64, 128, 3) and (both[:, 64:] == alone).all()
     assert (both[:, :64] == np.asarray(flat(example("edit")[1]))).all()
 
 
 def test_several_prompts_make_a_grid_with_a_row_each(tmp_path):
-    out = tmp_path / "grid.png"
-    done = call("sample.py", "--task", "t2i", "--steps", 1, "--num-images", 3, "--out", out,
-                "--prompt", "red apple", "--prompt", "blue book")
-    assert done.returncode == 0, done.stderr
-    assert Image.open(out).size == (3 * 64, 2 * 64)
-    assert "'red apple', 'blue book'" in done.stdout
-
-
-def test_a_prompt_alone_meets_the_shipped_picture(tmp_path):
-    done = call("sample.py", "--task", "edit", "--steps", 1, "--prompt", "make it a man",
-                "--out", tmp_path / "a.png")
-    assert done.returncode == 0 and "edit.png" in done.stdout
+    printed, picture = draw(tmp_path / "grid.png", "--steps", 1, "--num-images", 3,
+                            "--prompt", "red apple", "--prompt", "blue book")
+    assert picture.size == (3 * 64, 2 * 64) and "'red apple', 'blue book'" in printed
 
 
 def test_an_examples_instruction_is_never_applied_to_ones_own_picture(tmp_path):
-    image = ASSETS / "examples" / "sr.png"
-    words = ["sample.py", "--steps", 1, "--image", image, "--out", tmp_path / "a.png"]
-    done = call(*words, "--task", "edit")
+    words = ["--steps", 1, "--image", ASSETS / "examples" / "sr.png", "--task"]
+    done = call("sample.py", *words, "edit", "--out", tmp_path / "a.png")
     assert done.returncode == 2 and "--prompt" in done.stderr and not list(tmp_path.iterdir())
-    assert call(*words, "--task", "sr").returncode == 0
+    draw(tmp_path / "a.png", *words, "sr")
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -521,7 +495,7 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path, monkeypatch, arguments, word
 def test_bad_requests_are_refused(mtu, options, words):
     image = [Image.new("RGB", (64, 64))]
     arguments = dict(task="t2i", images=image, strength=0.5, steps=10) | options
-    with pytest.raises(UserError, match=words):
+    with refused(words):
         generate(mtu, prompts=["x"], **arguments)
 
 
@@ -536,7 +510,7 @@ def test_generate_on_a_model_with_heads_refuses_what_it_would_ignore(tiny):
     for options in (dict(prompts="a cat"), dict(images=[Image.new("RGB", (64, 64))]),
                     dict(guidance=9.0), dict(image_guidance=2.0), dict(guidance_rescale=0.7),
                     dict(strength=0.3), dict(negative_prompt="a dog"), dict(ensemble=[tiny.unet])):
-        with pytest.raises(UserError, match="translate reads no"):
+        with refused("translate reads no"):
             generate(model, "translate", **{"prompts": "", "steps": 1} | options)
 
 
@@ -547,12 +521,12 @@ def test_a_model_that_reads_no_text_refuses_a_prompt(tmp_path):
                          adm.scheduler_for(net.config, "linear"), {}, path="a/b")
     assert generate(model, "uncond", "", steps=1)
     for prompts, options in (("cat", {}), (["", "cat"], {}), ("", dict(negative_prompt="cat"))):
-        with pytest.raises(UserError, match="^a/b reads no text, so a prompt would do nothing$"):
+        with refused("^a/b reads no text, so a prompt would do nothing$"):
             generate(model, "uncond", prompts, steps=1, **options)
 
 
 def test_the_base_knows_only_text_to_image(tiny):
-    with pytest.raises(UserError, match="t2i"):
+    with refused("t2i"):
         generate(tiny, "edit", "x", Image.new("RGB", (64, 64)))
 
 
@@ -577,7 +551,7 @@ def test_parts_that_do_not_fit_are_named(folder, part, config, words):
     kind, tiny = dict(unet=(UNet, CONFIGS), vae=(vae.VAE, vae.CONFIGS),
                       text_encoder=(CLIPText, TEXT))[part]
     kind(tiny["tiny"] | config).save_pretrained(folder / part)
-    with pytest.raises(UserError, match=words):
+    with refused(words):
         load_model(folder)
 
 

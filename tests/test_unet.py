@@ -1,5 +1,4 @@
 """The U-Net beside diffusers' own: names, numbers, files both ways; and what training needs."""
-import contextlib
 import json
 import time
 
@@ -10,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import hub
 import unet as module
-from conftest import full_disk
-from hub import UserError, load_weights, read_json, save_weights
+from conftest import refused
+from hub import load_weights, read_json, save_weights
 from unet import CONFIGS, UNet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -74,14 +73,6 @@ def raising(error):
     def function(*_, **__):
         raise error
     return function
-
-
-@contextlib.contextmanager
-def refused(match):
-    """The block raises a UserError of one line."""
-    with pytest.raises(UserError, match=match) as error:
-        yield
-    assert "\n" not in str(error.value)
 
 
 # Names, shapes, numbers
