@@ -22,7 +22,8 @@ In the paper's equations C_t is what all steps up to t have added, and k and lam
                                                                          `posterior_from_eps`
     Eq. 6      L = mean over z_0, X, t and eps of || eps - eps_theta(z_t, t) ||^2
                    + lambda sum_i KL(q(x_i) || p_theta(x_i | z_t))                `loss`
-    Eq. 8      sqrt(a_t) w_t = k (1 - sqrt(a_t))  =>  C_t = k (1 - sqrt(ab_t)) E  `interpolating`
+    Eq. 8      sqrt(a_t) w_t^i = k (1 - sqrt(a_t))  =>  c_t^i = k (1 - sqrt(ab_t))
+                                                                         `interpolating`
 
 and Algorithms 1 and 2 draw and train: `sample` and `loss`.
 
