@@ -19,13 +19,14 @@ Letters: B batch, C channels, H W picture, h w latent, S text length, D text wid
 import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +36,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import emoji
+from chart import arrange
 from emoji import ASSETS, DEGRADATIONS, ItemDataset, on_white, patched, to_pil, to_tensor
-from hub import Parser, UserError, blaming, command, open_weights, pick_device, read_json
+from hub import Parser, UserError, blaming, command, fcntl, open_weights, pick_device, read_json
 from hub import replacing, write_json, write_png, writing
 from readers import MAX_PIXELS, PICTURES, Frame, Rows, as_list, choose, decode, draw_text
 from readers import file_names, find_broken, find_layout, open_image, open_square, read_rows
@@ -52,10 +54,10 @@ class Latent(NamedTuple):
 
 
 class Task(NamedTuple):
-    source: Latent | None       # the picture that enters beside z_t; where dropped it is zeros
-    prompt: str | None          # what the text is; None: the text is always ""
-    drop: tuple                 # probability that the text, both, or the picture is dropped
-    guidance: float             # the paper's text scale on SD 1.5; 1 is no guidance
+    source: Latent | None = None  # the picture that enters beside z_t; where dropped it is zeros
+    prompt: str | None = None     # what the text is; None: the text is always ""
+    drop: tuple = (0.0, 0.0, 0.0)  # probability that the text, both, or the picture is dropped
+    guidance: float = 1.0          # the paper's text scale on SD 1.5; 1 is no guidance
     image_guidance: float = 1.0
     modality: str | None = None  # MT-Diffusion: the name of x, the other modality
     columns: tuple = ()          # what the rows of a folder need besides file_name
@@ -76,19 +78,16 @@ TASKS = {
     "edit":      Task(SOURCE, "an instruction", (0.05, 0.05, 0.05), guidance=7.5,
                       image_guidance=1.6, columns=("text", "source_file_name")),
     # The source of sr is the picture itself, degraded anew each time.
-    "sr":        Task(SOURCE, None, (0.0, 0.0, 0.0), guidance=1.0),
+    "sr":        Task(SOURCE),
     "inpaint":   Task(SOURCE, "remove the ...", (0.05, 0.05, 0.05), guidance=4.0,
                       image_guidance=1.5, columns=("text", "source_file_name")),
     # The name of a class is the prompt, so dropout and guidance work as for text. DiT: 10 %.
     "class":     Task(None, "a class", (0.10, 0.0, 0.0), guidance=4.0, columns=("label",)),
-    "uncond":    Task(None, None, (0.0, 0.0, 0.0), guidance=1.0),
-    "translate": Task(None, None, (0.0, 0.0, 0.0), guidance=1.0, modality="source",
-                      columns=("source_file_name",)),
-    "masked":    Task(None, None, (0.0, 0.0, 0.1), guidance=1.0, modality="masked"),
-    "label":     Task(None, None, (0.0, 0.0, 0.1), guidance=1.0, modality="label",
-                      columns=("label",)),
-    "repr":      Task(None, None, (0.0, 0.0, 0.1), guidance=1.0, modality="repr",
-                      columns=("text",)),
+    "uncond":    Task(),
+    "translate": Task(modality="source", columns=("source_file_name",)),
+    "masked":    Task(drop=(0.0, 0.0, 0.1), modality="masked"),
+    "label":     Task(drop=(0.0, 0.0, 0.1), modality="label", columns=("label",)),
+    "repr":      Task(drop=(0.0, 0.0, 0.1), modality="repr", columns=("text",)),
 }
 ALL = ("t2i", "edit", "sr", "inpaint")
 # The paper's text and image scales with SDXL.
@@ -178,14 +177,12 @@ def served_tasks(rows, layout):
 
 def served_folders(root, tasks):
     """Task -> its folder, for those of `tasks` that the pictures in `root` serve."""
-    folders = {task: folder_of(task, root) for task in tasks}
-    if any(folder != Path(root) for folder in folders.values()):
-        # Otherwise the folders of tasks would count as classes of pictures in the root.
-        folders = {task: folder for task, folder in folders.items() if folder != Path(root)}
-    served = {}
-    for folder in set(folders.values()):
-        if layout := find_layout(folder):
-            served[folder] = served_tasks(read_rows(folder)[0], layout)
+    root = Path(root)
+    folders = {task: root / task for task in tasks if (root / task).is_dir()}
+    # Beside the folders of tasks nothing counts, or these would be classes of pictures in the root.
+    folders = folders or dict.fromkeys(tasks, root)
+    served = {folder: served_tasks(read_rows(folder)[0], layout)
+              for folder in set(folders.values()) if (layout := find_layout(folder))}
     folders = {task: folder for task, folder in folders.items() if task in served.get(folder, ())}
     if not folders:
         raise UserError(f"{root} serves none of {', '.join(tasks)}; see readers.py for what a "
@@ -234,7 +231,7 @@ class Folder(ItemDataset):
         return Frame(low + (high - low) * enlarge, left, top, self.layout.mirror and mirror < 0.5)
 
     def open_example(self, i, seed):
-        """Visit example i -> its row with its text and number, and its pictures by column.
+        """Visit example i -> its row with its text and number, and the list of its pictures.
 
         In place of an example whose pictures turn out broken comes the next good one. That is a
         function of i and the seed: the same on every rank, in every run, and after resuming.
@@ -251,8 +248,8 @@ class Folder(ItemDataset):
                 if "text" in columns:
                     row["text"] = draw_text(self.root, row["text"], rng)
                 frame = self.draw_frame(rng)
-                pictures = {column: open_square(self.root / row[column], self.size, frame)
-                            for column in columns if column in PICTURES}
+                pictures = [open_square(self.root / row[column], self.size, frame)
+                            for column in PICTURES if column in columns]
             except UserError as error:
                 broken.append((self.root / row["file_name"], str(error)))
                 continue
@@ -266,7 +263,6 @@ class Folder(ItemDataset):
         """Example i; what is random about it (words, crop, patches) is drawn from rng."""
         # One number is the seed of the visit, so a replacement leaves rng in the same state.
         row, pictures = self.open_example(i, rng.integers(2 ** 62))
-        pictures = list(pictures.values())
         if self.reverse and len(pictures) == 2:
             pictures.reverse()  # pix2pix calls this the direction BtoA
         example = make_example(self, row.get(words_of(self.task), ""), pictures[0],
@@ -324,7 +320,8 @@ def report_broken(record, broken):
     if record is not None and broken:
         reasons = append_new(record, broken)
     if reasons:
-        more = f" (and {len(reasons) - 1} more, see {record})" if len(reasons) > 1 else ""
+        where = f", see {record}" if record is not None else ""
+        more = f" (and {len(reasons) - 1} more{where})" if len(reasons) > 1 else ""
         # In one write, or the lines of several processes would run into each other.
         sys.stderr.write(f"left out: {reasons[0]}{more}\n")
 
@@ -335,22 +332,19 @@ def append_new(record, broken):
     Ranks and worker processes may do so at once. Each line is one write at what is then the end of
     the file, so none damages another.
     """
-    new = []
+    lines = {json.dumps(dict(file_name=str(path), reason=reason)) + "\n": reason
+             for path, reason in broken}
     with writing(record):
         record.parent.mkdir(parents=True, exist_ok=True)
         with open(record, "a+", encoding="utf-8", errors="replace", buffering=1) as file:
-            with contextlib.suppress(ImportError, OSError):
+            with contextlib.suppress(AttributeError, OSError):
                 # Some systems lack this lock. Without it a line may come twice.
-                import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            known = set(file)
-            for path, reason in broken:
-                line = json.dumps(dict(file_name=str(path), reason=reason)) + "\n"
-                if line not in known:
-                    file.write(line)
-                    new.append(reason)
-    return new
+            for line in file:
+                lines.pop(line, None)
+            file.writelines(lines)
+    return list(lines.values())
 
 
 def check_folder(root):
@@ -383,25 +377,21 @@ def check_folder(root):
 def draw_example(example):
     """Draw what training reads -> a Pillow picture: source or x, target, and below them the words.
     """
-    pictures = [to_pil(example[key]) for key in ("source", "x", "target")
-                if torch.is_tensor(example.get(key))]
-    size = pictures[0].width
-    cell = Image.new("RGB", (len(pictures) * size + 4, size + 32), "white")
-    for i, picture in enumerate(pictures):
-        cell.paste(picture, (i * size, 0))
-    words = example["prompt"]
-    # MT-Diffusion's other modality need not be a picture.
-    if not torch.is_tensor(example.get("x", example["target"])):
-        words = str(example["x"])  # the number of a class, or a caption
+    values = [example[key] for key in ("source", "x", "target") if key in example]
+    pictures = [to_pil(value) for value in values if torch.is_tensor(value)]
+    row = arrange(pictures, len(pictures))
+    # MT-Diffusion's other modality need not be a picture: the number of a class, or a caption.
+    words = next((str(value) for value in values if not torch.is_tensor(value)), example["prompt"])
+    cell = Image.new("RGB", (row.width + 4, row.height + 32), "white")
+    cell.paste(row)
     # Pillow's own font draws letters six pixels wide, and has those of Latin-1.
     lines = textwrap.wrap(words.encode("latin-1", "replace").decode("latin-1"), cell.width // 6)
-    ImageDraw.Draw(cell).text((2, size), "\n".join(lines[:2]), fill="black")
+    ImageDraw.Draw(cell).text((2, row.height), "\n".join(lines[:2]), fill="black")
     return cell
 
 
 def show_folder(args):
     """Draw a sheet of examples as a training run sees them."""
-    from sample import grid  # here, because sample.py imports this file
     dataset = open_dataset(args.task, "train", args.size or 256, args.data,
                            degradation=args.degradation, reverse=args.reverse)
     if isinstance(dataset, Encoded):
@@ -410,7 +400,7 @@ def show_folder(args):
     count = min(16, len(dataset))
     cells = [draw_example(dataset[i * len(dataset) // count]) for i in range(count)]
     path = Path(args.out or f"samples/{args.task}-data.png")
-    write_png(path, grid(cells, 4), vars(args))
+    write_png(path, arrange(cells, 4), vars(args))
     print(f"{path}: examples of {args.task} as training sees them")
 
 
@@ -507,13 +497,12 @@ class Encoded(ItemDataset):
         self.classes = class_names(root) if task == "label" else None
 
     def get(self, i, rng):
-        """Example i; sr's degradation is drawn from rng."""
+        """Example i; what is spoiled anew is drawn from rng."""
         with blaming(self.root / "encoded.json"):
-            return self.read(i, rng)
+            return self.read(*self.items[i], rng)
 
-    def read(self, i, rng):
+    def read(self, target, source, text, rng):
         """Read what `get` returns, from files that may be damaged."""
-        target, source, text = self.items[i]
         # As in Folder.get and open_example: both then draw the same words and the same noise.
         visit = np.random.default_rng(rng.integers(2 ** 62))
         row = choose(dict(file_name=target, source_file_name=source), visit)
@@ -691,6 +680,7 @@ def write_shards(out, kind, rows, encode, batch_size=16):
 # -------------------------------------------------------------------------------------------------
 # A batch
 
+@dataclasses.dataclass(eq=False)
 class Examples(torch.utils.data.Dataset):
     """The examples of a run. Number i is sample k = i mod B of step i div B.
 
@@ -698,24 +688,15 @@ class Examples(torch.utils.data.Dataset):
     So a resumed run sees what the whole run would have seen, and the number of processes that
     share a batch changes nothing.
     """
-
-    def __init__(self, datasets, shares, *, batch_size, seed, num_timesteps, latent_shape,
-                 sample_timestep=None, drop=None):
-        """datasets: task -> its data set.
-
-        shares: the tasks of samples 0, 1, .. in turn; a task may stand there several times.
-        latent_shape: (C, h, w) of z_0.
-        sample_timestep(rng) -> int; None draws uniformly from all timesteps.
-        drop: replaces the dropout probabilities of TASKS, for all tasks.
-        """
-        self.datasets = datasets
-        self.shares = shares
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_timesteps = num_timesteps
-        self.latent_shape = latent_shape
-        self.sample_timestep = sample_timestep
-        self.drop = drop
+    datasets: dict       # task -> its data set
+    shares: list         # the tasks of samples 0, 1, .. in turn; one may stand there several times
+    _: dataclasses.KW_ONLY
+    batch_size: int
+    seed: int
+    num_timesteps: int
+    latent_shape: tuple  # (C, h, w) of z_0
+    sample_timestep: Callable | None = None  # rng -> int; None draws uniformly from all timesteps
+    drop: tuple | None = None  # replaces the dropout probabilities of TASKS, for all tasks
 
     def __getitem__(self, i):
         # NumPy mixes the three numbers into a seed, so neighbours have nothing in common.

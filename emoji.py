@@ -83,15 +83,15 @@ class Stage(NamedTuple):
     """One of the two rounds in which Real-ESRGAN (arXiv 2107.10833) spoils a picture."""
     blur: float       # probability of a blur
     sigma: tuple      # its range of standard deviations, in pixels
-    resize: tuple     # probabilities to enlarge, to reduce and to keep the size
+    resize: tuple     # probabilities to enlarge and to reduce; otherwise the size stays
     scales: tuple     # the range of factors
     gaussian: tuple   # the range of standard deviations of Gaussian noise, in grey levels
     poisson: tuple    # the range of factors on shot noise
 
 
 # train_realesrgan_x2plus.yml of the authors' code.
-STAGES = (Stage(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0)),
-          Stage(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5)))
+STAGES = (Stage(1.0, (0.2, 3.0), (0.2, 0.7), (0.15, 1.5), (1, 30), (0.05, 3.0)),
+          Stage(0.8, (0.2, 1.5), (0.3, 0.4), (0.3, 1.2), (1, 25), (0.05, 2.5)))
 KERNELS = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
 MODES = ("area", "bilinear", "bicubic")
 
@@ -182,7 +182,7 @@ def degrade_twice(picture, rng):
     for number, stage in enumerate(STAGES):
         if rng.random() < stage.blur:
             x = convolve(x, blur_kernel(rng, stage.sigma))
-        up, down, _ = stage.resize
+        up, down = stage.resize
         r = rng.random()
         low, high = stage.scales
         scale = rng.uniform(1, high) if r < up else rng.uniform(low, 1) if r < up + down else 1

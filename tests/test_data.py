@@ -68,31 +68,17 @@ def test_a_folder_says_which_tasks_it_serves(tmp_path):
         Folder(tmp_path, "edit", "train", 32)
 
 
-def test_a_subfolder_per_task_is_found(tmp_path):
-    for task in ("t2i", "sr"):
-        (tmp_path / task).mkdir()
-        write_folder(tmp_path / task, [pair(0), pair(1, "heldout")])
-    assert data.open_dataset("sr", "train", 32, tmp_path).root == tmp_path / "sr"
-
-
-def test_a_folder_without_splits_divides_itself(tmp_path):
-    write_folder(tmp_path, [dict(file_name=f"{i}.png", text="x") for i in range(60)])
-    train, heldout = ({row["file_name"] for row in Folder(tmp_path, "t2i", split, 32).items}
-                      for split in ("train", "heldout"))
-    assert not train & heldout and len(train | heldout) == 60
-    assert 0 < len(heldout) < 20
-
-
 def test_of_a_handful_of_pictures_some_train_and_some_are_held_out(tmp_path):
     """Also where the rule of one name in ten puts all on one side. A picture has one side only."""
     one_sided = [f"{i}.png" for i in range(200) if emoji.held_out(f"{i}.png")]
-    for n, names in enumerate((["0.png", "1.png"], one_sided[:3], [f"{i}.png" for i in range(9)])):
+    for n, names in enumerate((["0.png", "1.png"], one_sided[:3], [f"{i}.png" for i in range(60)])):
         folder = tmp_path / str(n)
         folder.mkdir()
         write_folder(folder, [dict(file_name=name, text=text) for name in names for text in "ab"])
         train, heldout = ([row["file_name"] for row in Folder(folder, "t2i", split, 32).items]
                           for split in ("train", "heldout"))
         assert train and heldout and not set(train) & set(heldout)
+        assert len(set(heldout)) < max(3, len(names) // 3)
         assert sorted(train + heldout) == sorted(names * 2)
 
 
@@ -106,28 +92,18 @@ def test_a_folder_with_some_splits_holds_out_only_those(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    ('{"file_name": "a.png", "text": "x", "split": "val"}', "split"),
     (None, "metadata.jsonl"),
     ("", "no train pictures|needs"),
     ("{", "line 1"),
     ('{"file_name": "a.png"}', "text"),
-    ("[1]", "line 1"),
-    ('{"file_name": "a.png", "text": 3}', "text"),
-    ('{"file_name": "a.png", "text": "x", "group": 3}', "group is no text"),
-    ('{"file_name": "../a.png", "text": "x"}', "outside"),
-    ('{"file_name": "/etc/passwd", "text": "x"}', "outside"),
-    ('{"file_name": "link.png", "text": "x"}', "outside")])
+    ("[1]", "line 1")])
 def test_a_folder_refuses_by_name(tmp_path, content, words):
     data.read_rows.cache_clear()
-    (tmp_path / "in").mkdir()
-    for folder in (tmp_path, tmp_path / "in"):
-        Image.new("RGB", (8, 8)).save(folder / "a.png")
-    if "link" in (content or ""):
-        (tmp_path / "in" / "link.png").symlink_to(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     if content is not None:
-        (tmp_path / "in" / "metadata.jsonl").write_text(content)
+        (tmp_path / "metadata.jsonl").write_text(content)
     with pytest.raises(UserError, match=words):
-        Folder(tmp_path / "in", "t2i", "train", 32)
+        Folder(tmp_path, "t2i", "train", 32)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -356,7 +332,7 @@ def test_a_picture_that_turns_out_broken_is_replaced_by_the_next_good_one(broken
             assert equal(a, b)
     reports = capsys.readouterr().err.strip().splitlines()
     assert len(reports) == 3 and all("left out: " in report for report in reports)
-    assert sum("more, see" in report for report in reports) == 1  # edit 3 has two in a row
+    assert sum("(and 1 more)" in report for report in reports) == 1  # edit 3 has two in a row
     for i in range(12):
         break_picture(broken_folder / f"{i}.png", "text")
     with pytest.raises(UserError, match="in a row"):
@@ -397,6 +373,7 @@ def test_check_decodes_everything(broken_folder):
 
 
 def test_unknown_task_and_split():
+    assert ALL == ("t2i", "edit", "sr", "inpaint")
     with pytest.raises(UserError, match="t2i, edit, sr, inpaint"):
         data.builtin("segment", "train")
     with pytest.raises(UserError, match="heldout"):
@@ -763,9 +740,3 @@ def test_sdxls_pooled_states_and_zeros_for_the_empty_text(pictures, tmp_path):
     assert context[0].abs().max() == 0
     assert torch.allclose(context, expected[0], rtol=2e-3, atol=2e-3)
     assert torch.allclose(pooled, expected[1], rtol=2e-3, atol=2e-3)
-
-
-def test_all_names_mtus_four_tasks():
-    assert ALL == ("t2i", "edit", "sr", "inpaint")
-    batch = collate([dict(t=1, keep=1.0, noise=torch.zeros(1), latent_noise=torch.zeros(1), x=None)])
-    assert batch["t"].tolist() == [1] and batch["x"] == [None]

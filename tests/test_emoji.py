@@ -293,15 +293,9 @@ def test_translate_pairs_the_styles_of_one_emoji_in_one_tone():
         assert torch.equal(example["target"], shown("twitter", cell))
 
 
-def test_the_name_of_the_category_is_the_prompt_of_its_class():
-    dataset = Builtin("class", "heldout")
-    for i in range(0, len(dataset), 37):
-        assert dataset[i]["prompt"] == dataset.items[i][0].category.lower()
-        assert dataset[i]["prompt"] in emoji.classes()
-
-
-def test_labels_are_the_categories():
-    dataset = Builtin("label", "heldout")
+def test_the_category_is_the_prompt_of_class_and_its_number_is_x_of_label():
+    prompts, numbers = (Builtin(task, "heldout") for task in ("class", "label"))
     assert len(emoji.classes()) == 10
-    for i in range(0, len(dataset), 37):
-        assert emoji.classes()[dataset[i]["x"]] == dataset.items[i][0].category.lower()
+    for i in range(0, len(prompts), 37):
+        category = prompts.items[i][0].category.lower()
+        assert prompts[i]["prompt"] == emoji.classes()[numbers[i]["x"]] == category

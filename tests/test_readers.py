@@ -745,17 +745,20 @@ def test_whatever_is_wrong_ends_in_one_line(tmp_path, name, content):
     dict(text={"file": "/etc/passwd"}), dict(text={"file": "../x"}), dict(text={"file": 3}),
     dict(label=3), dict(label=["a"]), dict(source_file_name=["a.png"]), dict(file_name=[]),
     dict(file_name=["a.png", "b.png"], source_file_name=["a.png"]), dict(file_name=[["a.png"]]),
+    dict(file_name="../a.png"), dict(file_name="/etc/passwd"), dict(file_name="link.png"),
     dict(file_name="b/../a.png"), dict(file_name="link/a.png"),
     dict(file_name="masks/m.png/../../x"),
-    dict(split="val"), dict(split=[])])
+    dict(group=3), dict(split="val"), dict(split=[])])
 def test_a_row_from_elsewhere_is_checked(tmp_path, row):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path)
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "a.png")
     for name in ("a.png", "in/a.png", "in/b.png", "in/masks/m.png"):
         save(tmp_path / name, 1)
-    row = dict(file_name="a.png", text="x", label="y") | row
-    write(tmp_path / "in/metadata.jsonl", json.dumps(row))
-    with pytest.raises(UserError, match="metadata.jsonl line 1"):
+    words = "lies outside" if isinstance(row.get("file_name"), str) else ""
+    whole = dict(file_name="a.png", text="x", label="y") | row
+    write(tmp_path / "in/metadata.jsonl", json.dumps(whole))
+    with pytest.raises(UserError, match=f"metadata.jsonl line 1: .*{words}"):
         Folder(tmp_path / "in", "t2i", "train", 8)
 
 
