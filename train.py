@@ -901,9 +901,13 @@ def train(args, shares, device, rank, world):
         with averaged(params, ema):
             for batch, terms in held_out_terms(model, unet, eval_examples, device, args.batch_size,
                                                encode_text):
-                if not terms["denoising"].isfinite().all():
-                    raise UserError(f"{args.data if encoded else args.model} gives losses that are "
-                                    "not finite: it is damaged, or too large for --precision")
+                for task, t, finite in zip(batch["task"], batch["t"].tolist(),
+                                           terms["denoising"].isfinite()):
+                    if not finite:
+                        raise UserError(
+                            f"{args.data if encoded else args.model} gives losses that are not "
+                            f"finite, for {task} at t = {t}: it is damaged, or too large for "
+                            "--precision")
                 sums = sums + sum_losses(loss_names, batch["task"], batch["t"], terms, diffusion.T)
         return mean_losses(loss_names, sums)
 
@@ -992,7 +996,9 @@ def train(args, shares, device, rank, world):
                 (share * world).backward()
                 meter.add(batch, terms)
 
-            # Clip the gradient, take the step, and let the average follow the weights.
+            # Clip the gradient, take the step, and let the average follow the weights. DDPM's
+            # code, DeMe's and diffusers' scripts clip at 1; DTR's code, as DiT's, does not clip,
+            # and MTU and MT-Diffusion do not say.
             norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
             if torch.isfinite(norm):  # reading it waits for the device, so the clock counts it
                 optimizer.step()
