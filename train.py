@@ -71,7 +71,8 @@ WORDLESS = ("uncond", "class")  # these networks read no text
 # -------------------------------------------------------------------------------------------------
 # Arguments
 
-def get_args():
+def get_args(words=None):
+    """Read the command line, or words that stand for one."""
     parser = Parser("Train on one task or on several at once.")
     run = parser.add_argument_group("run")
     run.add_argument("--task", default="all", help="tasks with commas between them; all means "
@@ -189,7 +190,7 @@ def get_args():
                          help="held-out examples per task for the loss before and after")
     logging.add_argument("--eval-every", type=between(0, 1e9), default=0,
                          help="steps between held-out losses in the log; 0 for none")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if not args.routing:
         refuse_idle(args, dtr, "DTR masks channels with --routing")
     if not args.t_range:
@@ -324,7 +325,27 @@ def check_same_weights(params):
 
 
 # -------------------------------------------------------------------------------------------------
-# The model
+# Model and data
+
+def prepare(args):
+    """Join the other processes, make the model and open the data: what `train` takes.
+
+    Mistakes in the arguments and in the data are found here.
+    """
+    shares = parse_tasks(args)
+    device, rank, world = join_processes(args)
+    per_rank = args.batch_size // world
+    args.device_batch_size = min(args.device_batch_size or per_rank, per_rank)
+    if (args.batch_size % len(shares) or args.batch_size % world
+            or per_rank % args.device_batch_size):
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {len(shares)} "
+                        f"tasks, of the {world} processes and of --device-batch-size")
+    # The seed decides new weights; what a batch draws has generators of its own.
+    torch.manual_seed(args.seed)
+    model, teacher = build_model(args, list(dict.fromkeys(shares)), device)
+    fill_defaults(args, model, device)
+    return model, teacher, open_data(args, model, shares), rank, world
+
 
 def build_model(args, tasks, device):
     """Make the model to train, with the methods that the arguments ask for -> model, teacher.
@@ -465,6 +486,67 @@ def is_miniature(model):
     return sum(p.numel() for p in model.unet.parameters()) < 2e7
 
 
+def fill_defaults(args, model, device):
+    """Fill in the arguments whose defaults depend on the model or the device."""
+    if args.loss_weight == "v" and model.diffusion.config["prediction_type"] == "v_prediction":
+        raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} "
+                        "predicts v already")
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if args.lr is None:
+        args.lr = 1e-3 if is_miniature(model) else 1e-4
+    args.steps = args.steps or (5000 if args.model == "scratch" else 200)
+    if args.sample_every is None:
+        args.sample_every = max(1, args.steps // 2)
+
+
+def check_size(args, model):
+    """Raise a UserError where a Stable Diffusion would need built-in pictures of another size."""
+    size = model.native_size
+    if not args.data and model.texts and size != 64 and model.tasks[0] not in JOINT:
+        raise UserError(f"{args.model} draws {size} x {size} pictures, and the built-in ones are "
+                        "64 x 64: name a folder with --data")
+
+
+def open_data(args, model, shares):
+    """Open the data -> training examples, held-out data sets, fixed held-out examples, Encoded."""
+    tasks = list(dict.fromkeys(shares))
+    size = model.native_size
+    check_size(args, model)
+    training, held_out = (
+        {task: data.open_dataset(task, split, size, args.data, degradation=args.degradation,
+                                 reverse=args.reverse) for task in tasks}
+        for split in ("train", "heldout"))
+    # Missing and broken pictures are left out, and named in the run folder.
+    data.record_skipped([*training.values(), *held_out.values()],
+                        Path(args.out) / "skipped.jsonl")
+    counts = ", ".join(f"{task} {len(training[task])} + {len(held_out[task])}" for task in tasks)
+    print0(f"{args.data or 'built-in emoji'}: {counts} pictures (training + held out)")
+    encoded = training[tasks[0]] if isinstance(training[tasks[0]], data.Encoded) else None
+    if encoded:
+        encoded.check(model)
+
+    # MT-Diffusion's starred variants train a share of the samples without the other modality.
+    drop = None
+    if tasks[0] in JOINT:
+        share = TASKS[tasks[0]].drop[2] if args.input == "z" else 0.1
+        drop = (0.0, 0.0, share if args.drop is None else args.drop)
+    sample_timestep = None
+    if args.t_range:
+        sample_timestep = functools.partial(draw_timestep, tuple(args.t_range), model.diffusion.T,
+                                            args.p_global)
+        sample_timestep(np.random.default_rng(0))  # raises here if the range is empty
+    examples = Examples(training, shares, batch_size=args.batch_size, seed=args.seed,
+                        num_timesteps=model.diffusion.T,
+                        latent_shape=latent_shape(model, size, size),
+                        sample_timestep=sample_timestep, drop=drop)
+    return examples, held_out, examples.held_out(held_out, args.eval_size), encoded
+
+
+def draw_timestep(t_range, num_timesteps, p_global, rng):
+    """Draw the timestep of one sample: DeMe Eq. 6."""
+    return int(merge.sample_timesteps(t_range, num_timesteps, p_global, rng, 1)[0])
+
+
 class Net(nn.Module):
     """Everything that trains, as the one module that DistributedDataParallel wraps."""
 
@@ -484,23 +566,21 @@ def parameter_groups(net, weight_decay, lr):
     added later must leave the older ones as they are. ANT-UW's weights have the learning rate of
     their paper.
     """
-    tables = set()
-    for module in net.modules():
-        if isinstance(module, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding)):
-            tables.update(id(p) for p in module.parameters())
-    decayed = dict(params=[], weight_decay=weight_decay, peak_lr=lr)
-    others = dict(params=[], weight_decay=0.0, peak_lr=lr)
-    uncertainty = dict(params=[], weight_decay=0.0, peak_lr=0.025)
+    tables = {id(p) for module in net.modules()
+              if isinstance(module, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding))
+              for p in module.parameters()}
+    groups = {(weight_decay, lr): [], (0.0, lr): [], (0.0, 0.025): []}
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
         if name.startswith("uncertainty."):
-            uncertainty["params"].append(p)
+            groups[0.0, 0.025].append(p)
         elif p.dim() == 1 or not name.endswith("weight") or id(p) in tables:
-            others["params"].append(p)
+            groups[0.0, lr].append(p)
         else:
-            decayed["params"].append(p)
-    return [group for group in (decayed, others, uncertainty) if group["params"]]
+            groups[weight_decay, lr].append(p)
+    return [dict(params=params, weight_decay=decay, peak_lr=peak)
+            for (decay, peak), params in groups.items() if params]
 
 
 def channels_last(network):
@@ -557,22 +637,17 @@ def count_flops(network, backward=False):
                for name, x in (*network.named_parameters(), *network.named_buffers())}
     config = network.config
     channels = config["in_channels"]
-    task = None
-    context = None
-    added = None
     if "moe" in config:
         channels = max(config["moe"]["in_channels"].values())
-        task = empty(1, dtype=torch.long)
-    if config.get("cross_attention_dim"):
-        context = empty(1, 77, config["cross_attention_dim"])
-    if config.get("addition_embed_type"):
-        numbers = 6 * config["addition_time_embed_dim"]
-        pooled = config["projection_class_embeddings_input_dim"] - numbers
-        added = dict(text_embeds=empty(1, pooled), time_ids=empty(1, 6))
-    if getattr(network, "num_class_embeds", None):
-        added = dict(class_labels=empty(1, dtype=torch.long))
+    width = config.get("cross_attention_dim")
+    context = empty(1, 77, width) if width else None
     side = config["sample_size"]
-    inputs = (empty(1, channels, side, side), empty(1, dtype=torch.long), context, task, added)
+    number = empty(1, dtype=torch.long)
+    pooled = ((config.get("projection_class_embeddings_input_dim") or 0)
+              - 6 * (config.get("addition_time_embed_dim") or 0))
+    # A network takes what it needs of timestep, text, task, and SDXL's or the class's inputs.
+    inputs = (empty(1, channels, side, side), number, context, number,
+              dict(text_embeds=empty(1, pooled), time_ids=empty(1, 6), class_labels=number))
     counter = FlopCounterMode(display=False)
     # What gradient checkpointing computes twice is not counted twice: MFU is about useful work.
     checkpointing = network.gradient_checkpointing
@@ -601,63 +676,53 @@ def peak_flops(device, precision):
     return None
 
 
-def sum_losses(names, tasks, t, terms, num_timesteps):
-    """Sum loss terms by name and range of timesteps -> (names, BINS, 2), sums and their counts.
-
-    names: tasks, and "MODALITY head" for the heads of MT-Diffusion. tasks, t: (B,), the samples'.
-    terms: {"denoising" or modality: (B,)}. A sample's denoising term belongs to its task.
-    """
-    sums = np.zeros((len(names), BINS, 2))
-    bins = np.asarray(t) * BINS // num_timesteps
-    for name, values in terms.items():
-        rows = [names.index(task) for task in tasks]
-        if name != "denoising":
-            rows = names.index(f"{name} head")
-        values = torch.as_tensor(values).double().cpu().numpy()
-        present = np.isfinite(values)  # NaN: the sample has no such modality
-        np.add.at(sums, (rows, bins), np.stack([np.where(present, values, 0), present], axis=1))
-    return sums
-
-
-def mean_losses(names, sums):
-    """Divide what sum_losses returned -> {name: mean}, {name: [mean in each range, or None]}."""
-    totals = sums.sum(axis=1)
-    means = {name: float(total / count)
-             for name, (total, count) in zip(names, totals) if count}
-    ranges = {name: [round(float(total / count), 5) if count else None for total, count in row]
-              for name, row in zip(names, sums)}
-    return means, ranges
-
-
 class Meter:
-    """The losses and the speed since they were last read."""
+    """Mean losses, by name and range of timesteps, and the speed, since they were last read.
+
+    names: tasks, and "MODALITY head" for the heads of MT-Diffusion.
+    """
 
     def __init__(self, names, num_timesteps):
-        self.names = names                  # of the tasks, then of the heads
+        self.names = names
         self.num_timesteps = num_timesteps
         self.records = []                   # of each micro-batch: tasks, timesteps, loss terms
         self.seconds = 0.0                  # in training steps
 
     def add(self, batch, terms):
-        """terms: {name: (B,)}. They stay on the device until they are read: nothing waits."""
+        """terms: {"denoising" or modality: (B,)}. Nothing waits for the device before `read`."""
         terms = {name: values.detach() for name, values in terms.items()}
         self.records.append((batch["task"], batch["t"], terms))
 
-    def read(self, device):
-        """Return what mean_losses returns, and the samples a second, of all processes; start anew.
+    def read(self, device=None):
+        """Return {name: mean}, {name: [mean in each range, or None]} and samples; start anew.
+
+        device: where the sums of all processes are added up; None takes this process's alone.
         """
-        sums = sum(sum_losses(self.names, *record, self.num_timesteps) for record in self.records)
-        samples = sum(len(tasks) for tasks, _, _ in self.records)
-        if dist.is_initialized():
+        sums = np.zeros((len(self.names), BINS, 2))     # sums of losses, and their counts
+        samples = 0
+        for tasks, t, terms in self.records:
+            samples += len(tasks)
+            bins = t.numpy() * BINS // self.num_timesteps
+            for name, values in terms.items():
+                # A sample's denoising loss belongs to its task.
+                rows = [self.names.index(task if name == "denoising" else f"{name} head")
+                        for task in tasks]
+                values = values.double().cpu().numpy()
+                present = np.isfinite(values)  # NaN: the sample has no such modality
+                np.add.at(sums, (rows, bins),
+                          np.stack([np.where(present, values, 0), present], axis=1))
+        if device is not None and dist.is_initialized():
             # Sums and counts travel, not means: processes see different numbers of a task.
             numbers = torch.tensor([*sums.ravel(), samples], device=device)
             dist.all_reduce(numbers)
             *flat, samples = numbers.tolist()
             sums = np.reshape(flat, sums.shape)
-        speed = samples / self.seconds
         self.records = []
-        self.seconds = 0.0
-        return *mean_losses(self.names, sums), speed
+        means = {name: float(total / count)
+                 for name, (total, count) in zip(self.names, sums.sum(axis=1)) if count}
+        ranges = {name: [round(float(total / count), 5) if count else None for total, count in row]
+                  for name, row in zip(self.names, sums)}
+        return means, ranges, samples
 
 
 def forget_after(path, step):
@@ -750,9 +815,8 @@ def text_encoding(model, device, encoded=None):
 
     def encode(prompts):
         # A DiT reads the number of a class, which is no text.
-        context, pooled = (encoded if encoded and model.texts else model).encode_text(prompts)
-        context = None if context is None else context.to(device)
-        pooled = None if pooled is None else pooled.to(device)
+        states = (encoded if encoded and model.texts else model).encode_text(prompts)
+        context, pooled = (None if x is None else x.to(device) for x in states)
         return context, model.added(pooled, size, size)
     return encode
 
@@ -856,19 +920,22 @@ def due(every, done, steps):
     return every > 0 and (done % every == 0 or done == steps)
 
 
-def train(args, shares, device, rank, world):
-    """Train a model, or go on with its training. shares: the tasks of samples 0, 1, .. in turn."""
-    tasks = list(dict.fromkeys(shares))
+def train(args, model, teacher, source, rank, world):
+    """Train a model, or go on with its training.
+
+    model, teacher: from build_model. source: from open_data.
+    """
+    examples, eval_sets, eval_examples, encoded = source
+    tasks = list(eval_sets)
     folder = Path(args.out)
-    # The seed decides new weights; what a batch draws has generators of its own.
-    torch.manual_seed(args.seed)
+    device = model.device
     # TF32 keeps fp32's range and multiplies several times as fast on recent GPUs.
     torch.backends.cuda.matmul.allow_tf32 = True
+    # This process's samples in a batch, and how many micro-batches they make.
+    per_rank = args.batch_size // world
+    accumulation = per_rank // args.device_batch_size
 
     # The model: `unet` is its network, and `net` holds that and whatever else trains.
-    model, teacher = build_model(args, tasks, device)
-    fill_defaults(args, model, device)
-    per_rank, micro_size, accumulation = split_batch(args, shares, world)
     unet = model.unet
     diffusion = model.diffusion.to(device)
     flops = count_flops(unet, backward=True)
@@ -889,27 +956,25 @@ def train(args, shares, device, rank, world):
     print0(f"{trained:,} parameters train, {frozen:,} of the U-Net are frozen, "
            f"on {world} x {device}")
 
-    # The data: fixed examples for the held-out loss, and a stream of examples to train on.
-    examples, eval_sets, eval_examples, encoded = open_data(args, model, tasks, shares)
+    # The frozen encoders, and the names of the losses.
     encoder = encoder_of(model.vae)
     encode_text = text_encoding(model, device, encoded)
     loss_names = [*tasks, *(f"{modality} head" for modality in unet.heads or ())]
 
     def held_out_means():
         """Measure the averaged weights -> {name: mean}, {name: [mean in each range of t]}."""
-        sums = 0
+        held_out = Meter(loss_names, diffusion.T)
         with averaged(params, ema):
             for batch, terms in held_out_terms(model, unet, eval_examples, device, args.batch_size,
                                                encode_text):
-                for task, t, finite in zip(batch["task"], batch["t"].tolist(),
-                                           terms["denoising"].isfinite()):
-                    if not finite:
-                        raise UserError(
-                            f"{args.data if encoded else args.model} gives losses that are not "
-                            f"finite, for {task} at t = {t}: it is damaged, or too large for "
-                            "--precision")
-                sums = sums + sum_losses(loss_names, batch["task"], batch["t"], terms, diffusion.T)
-        return mean_losses(loss_names, sums)
+                held_out.add(batch, terms)
+                finite = terms["denoising"].isfinite().tolist()
+                if not all(finite):
+                    i = finite.index(False)
+                    raise UserError(f"{args.data if encoded else args.model} gives losses that are "
+                                    f"not finite, for {batch['task'][i]} at t = {batch['t'][i]}: "
+                                    "it is damaged, or too large for --precision")
+        return held_out.read()[:2]
 
     # Arguments and data have been checked. From here on, files are written.
     check_folder(folder)
@@ -930,9 +995,10 @@ def train(args, shares, device, rank, world):
 
         # The numbers of the examples of each micro-batch of this process, in order.
         first = rank * per_rank
-        numbers = (range(step * args.batch_size + i, step * args.batch_size + i + micro_size)
+        numbers = (range(step * args.batch_size + i,
+                         step * args.batch_size + i + args.device_batch_size)
                    for step in range(start, args.steps)
-                   for i in range(first, first + per_rank, micro_size))
+                   for i in range(first, first + per_rank, args.device_batch_size))
         batches = iter(DataLoader(examples, batch_sampler=numbers, collate_fn=collate,
                                   num_workers=args.workers, persistent_workers=args.workers > 0))
 
@@ -1052,70 +1118,6 @@ def train(args, shares, device, rank, world):
                f"--task {'edit' if 'edit' in tasks else tasks[0]} --model {folder}")
 
 
-def fill_defaults(args, model, device):
-    """Fill in the arguments whose defaults depend on the model or the device."""
-    if args.loss_weight == "v" and model.diffusion.config["prediction_type"] == "v_prediction":
-        raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} "
-                        "predicts v already")
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    if args.lr is None:
-        args.lr = 1e-3 if is_miniature(model) else 1e-4
-    args.steps = args.steps or (5000 if args.model == "scratch" else 200)
-    if args.sample_every is None:
-        args.sample_every = max(1, args.steps // 2)
-
-
-def split_batch(args, shares, world):
-    """Return a process's samples in a batch, those of a micro-batch, and how many there are."""
-    per_rank = args.batch_size // world
-    micro_size = min(args.device_batch_size or per_rank, per_rank)
-    if args.batch_size % len(shares) or args.batch_size % world or per_rank % micro_size:
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {len(shares)} "
-                        f"tasks, of the {world} processes and of --device-batch-size")
-    return per_rank, micro_size, per_rank // micro_size
-
-
-def open_data(args, model, tasks, shares):
-    """Open the data -> training examples, held-out data sets, fixed held-out examples, Encoded."""
-    size = model.native_size
-    if not args.data and model.texts and size != 64 and tasks[0] not in JOINT:
-        raise UserError(f"{args.model} draws {size} x {size} pictures, and the built-in ones are "
-                        "64 x 64: name a folder with --data")
-    training, held_out = (
-        {task: data.open_dataset(task, split, size, args.data, degradation=args.degradation,
-                                 reverse=args.reverse) for task in tasks}
-        for split in ("train", "heldout"))
-    # Missing and broken pictures are left out, and named in the run folder.
-    data.record_skipped([*training.values(), *held_out.values()],
-                        Path(args.out) / "skipped.jsonl")
-    counts = ", ".join(f"{task} {len(training[task])} + {len(held_out[task])}" for task in tasks)
-    print0(f"{args.data or 'built-in emoji'}: {counts} pictures (training + held out)")
-    encoded = training[tasks[0]] if isinstance(training[tasks[0]], data.Encoded) else None
-    if encoded:
-        encoded.check(model)
-
-    # MT-Diffusion's starred variants train a share of the samples without the other modality.
-    drop = None
-    if tasks[0] in JOINT:
-        share = TASKS[tasks[0]].drop[2] if args.input == "z" else 0.1
-        drop = (0.0, 0.0, share if args.drop is None else args.drop)
-    sample_timestep = None
-    if args.t_range:
-        sample_timestep = functools.partial(draw_timestep, tuple(args.t_range), model.diffusion.T,
-                                            args.p_global)
-        sample_timestep(np.random.default_rng(0))  # raises here if the range is empty
-    examples = Examples(training, shares, batch_size=args.batch_size, seed=args.seed,
-                        num_timesteps=model.diffusion.T,
-                        latent_shape=latent_shape(model, size, size),
-                        sample_timestep=sample_timestep, drop=drop)
-    return examples, held_out, examples.held_out(held_out, args.eval_size), encoded
-
-
-def draw_timestep(t_range, num_timesteps, p_global, rng):
-    """Draw the timestep of one sample: DeMe Eq. 6."""
-    return int(merge.sample_timesteps(t_range, num_timesteps, p_global, rng, 1)[0])
-
-
 def next_batch(batches):
     """Take the next batch. A worker's UserError comes wrapped in its traceback: unwrap it."""
     try:
@@ -1132,7 +1134,9 @@ def log_line(args, meter, progress, norm, *, lr, flops, device):
     over what a device can do at its best; the frozen encoders, a teacher and the optimiser do not
     count.
     """
-    mean, by_range, speed = meter.read(device)
+    mean, by_range, samples = meter.read(device)
+    speed = samples / meter.seconds
+    meter.seconds = 0.0
     peak = peak_flops(device, args.precision)
     losses = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
     skipped = f", {progress['skipped']} steps skipped" if progress["skipped"] else ""
@@ -1148,9 +1152,8 @@ def log_line(args, meter, progress, norm, *, lr, flops, device):
 
 def main():
     args = get_args()
-    shares = parse_tasks(args)
-    device, rank, world = join_processes(args)
-    train(args, shares, device, rank, world)
+    model, teacher, source, rank, world = prepare(args)
+    train(args, model, teacher, source, rank, world)
     if world > 1:
         dist.destroy_process_group()
 

@@ -35,16 +35,15 @@ stopping early, fixed before the first run: none, as every run is short.
 """
 import contextlib
 import functools
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
+from torch.utils.data import Subset
 
 import common
 import data
@@ -54,9 +53,10 @@ import frame
 import measures
 import moe
 import train
-from hub import Parser, UserError, blaming, command, read_json, replacing
-from sample import load_model
+from hub import Parser, UserError, blaming, command, pick_device, read_json, replacing
+from sample import load_model, pipeline_index
 
+TINY = data.ASSETS / "tiny"
 # The scores of evaluate.py that say whether a drawing is right; "changed" where none is named.
 RIGHT = dict(t2i=["category"], edit=["tone", "gender", "colour"])
 RANK = 16
@@ -70,26 +70,33 @@ KINDS["feed-forward"] = ["ff.net.0.proj", "ff.net.2"]
 
 
 # -------------------------------------------------------------------------------------------------
-# What arms change in train.py
+# What the options of train.py cannot say of an arm
 
-class OwnShare(data.Examples):
-    """The samples that one task has in the batches of all four."""
+def write_start(base, tasks, folder):
+    """Write the model that an arm starts from, unless it is there -> its folder.
 
-    def __init__(self, datasets, shares, *, batch_size, **options):
-        super().__init__(datasets, shares, batch_size=len(data.ALL) * batch_size, **options)
+    base: a dense model is upcycled to the tasks. One that is upcycled gets the last task in
+    addition, as a copy of super-resolution.
+    """
+    if not folder.exists():
+        model = load_model(base)
+        if "moe" in model.unet.config:
+            moe.add_task(model.unet, tasks[-1], like="sr")
+        else:
+            moe.upcycle(model.unet, tasks)
+            model.index["guidance"] = train.GUIDANCE
+        model.index = pipeline_index(model)
+        with replacing(folder) as beside:
+            model.save(beside)
+    return folder
 
-    def __getitem__(self, i):
-        return super().__getitem__(len(data.ALL) * i + data.ALL.index(self.shares[0]))
 
-
-def nothing(model):
-    """Leave the model as train.py makes it."""
-
-
-def upcycle_for_t2i(model):
-    """Upcycle a model that train.py would leave dense, as text-to-image is what it does already."""
-    moe.upcycle(model.unet, ["t2i"])
-    model.index = {"_class_name": "UpcycledPipeline", "guidance": train.GUIDANCE}
+def own_share(examples, steps):
+    """The samples that one task has in the batches of all four. examples: data.Examples of it."""
+    tasks = len(data.ALL)
+    first = data.ALL.index(examples.shares[0])
+    examples.batch_size *= tasks
+    return Subset(examples, range(first, steps * examples.batch_size, tasks))
 
 
 def share(part, model):
@@ -106,8 +113,9 @@ class LowRank(nn.Module):
 
     def __init__(self, weight):
         super().__init__()
-        self.down = nn.Parameter(torch.randn(RANK, weight.shape[1]) / weight.shape[1] ** 0.5)
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], RANK))
+        rows, columns = weight.shape
+        self.down = nn.Parameter(torch.randn(RANK, columns).to(weight) / columns ** 0.5)
+        self.up = nn.Parameter(torch.zeros(rows, RANK).to(weight))
 
     def forward(self, weight):
         return weight + self.up @ self.down
@@ -130,12 +138,6 @@ def add_low_rank(model):
             linear._register_state_dict_hook(merge)
 
 
-def add_task(task, which, model):
-    """Add a task as a copy of super-resolution, and let its rows train, or everything."""
-    moe.add_task(model.unet, task, like="sr")
-    moe.trainable(model.unet, which)
-
-
 def restyle(dataset, item, rng):
     """The fifth task: turn Google's drawing of an emoji into Twitter's."""
     cell = item[0].cells[emoji.draw_tone(item[0], rng)]
@@ -153,22 +155,23 @@ def colourise(dataset, item, rng):
 NEW_TASKS = {"restyle": restyle, "colourise": colourise}
 
 
-@contextlib.contextmanager
-def new_tasks():
-    """Make the new tasks known to the project, inside the block."""
-    with (patch.dict(data.TASKS, dict.fromkeys(NEW_TASKS, data.TASKS["sr"])),
-          patch.multiple(emoji.Builtin, create=True, **NEW_TASKS)):
-        yield
+def add_new_tasks():
+    """Make the new tasks known: rows of the table of tasks, and methods of the built-in data."""
+    for task, draw in NEW_TASKS.items():
+        data.TASKS[task] = data.TASKS["sr"]
+        setattr(emoji.Builtin, task, draw)
 
+
+# -------------------------------------------------------------------------------------------------
+# The arms
 
 class Arm(NamedTuple):
     """How one network is trained, and on which tasks it is measured."""
-    options: str | None             # of train.py
+    options: str | None             # of train.py; None: it is measured as it starts
     tasks: tuple = data.ALL
     seeds: int = 2
-    change: Callable = nothing
-    examples: Callable = data.Examples
-    base: Path | None = None        # the run that a task is added to
+    change: Callable | None = None  # of the model, in place, before it trains
+    base: Path | None = None        # what write_start begins with, where train.py cannot
 
 
 def options(more="", *, task="all", lr="1.6e-2"):
@@ -180,16 +183,16 @@ def options(more="", *, task="all", lr="1.6e-2"):
 def make_arms(out):
     """List the arms in the order of their importance. out: the folder of the runs."""
     first, fifth = (Path(out) / f"{frame.slug(arm)}-0" for arm in ("N = 4", "fifth task"))
-    arms = {"before": Arm(None, seeds=1)}
+    arms = {"before": Arm(None, seeds=1, base=TINY)}
     arms |= {f"N = {N}": Arm(options(f"--num-experts {N}"), seeds=3) for N in (4, 1)}
     arms |= {f"literal, N = {N}": Arm(options(f"--num-experts {N} --expert-init literal"))
              for N in (4, 2, 8)}
     arms |= {f"N = {N}": Arm(options(f"--num-experts {N}")) for N in (2, 8)}
     arms |= {f"{kind}-attention": Arm(options(f"--num-experts 1 --train {kind}"), seeds=1)
              for kind in ("self", "cross")}
-    arms |= {f"{task} alone": Arm(options(task=task), (task,), examples=OwnShare)
-             for task in data.ALL}
-    arms["t2i alone"] = arms["t2i alone"]._replace(change=upcycle_for_t2i)
+    # train.py leaves a model for text-to-image dense, as that is what it does already.
+    arms |= {f"{task} alone": Arm(options(task=task), (task,),
+                                  base=TINY if task == "t2i" else None) for task in data.ALL}
     arms |= {
         "all weights": Arm(options("--train all", lr="1e-3")),
         "LoRA": Arm(options("--num-experts 1"), change=add_low_rank),
@@ -197,16 +200,14 @@ def make_arms(out):
         "shared convolution": Arm(options(), change=functools.partial(share, "conv_in.")),
     }
     arms |= {f"{task} alone, all weights": Arm(
-        options("--num-experts 1 --train all", task=task, lr="1e-3"), (task,), seeds=1,
-        examples=OwnShare) for task in data.ALL[1:]}
+        options("--num-experts 1 --train all", task=task, lr="1e-3"), (task,), seeds=1)
+        for task in data.ALL[1:]}
     five = (*data.ALL, "restyle")
     arms |= {
-        "fifth task": Arm(options(f"--model {first}", task="restyle"), five, 1,
-                          functools.partial(add_task, "restyle", "list"), base=first),
-        "sixth task": Arm(options(f"--model {fifth}", task="colourise"), (*five, "colourise"), 1,
-                          functools.partial(add_task, "colourise", "list"), base=fifth),
-        "fifth, all weights": Arm(options(f"--model {first}", task="restyle", lr="1e-3"), five, 1,
-                                  functools.partial(add_task, "restyle", "all"), base=first),
+        "fifth task": Arm(options(task="restyle"), five, seeds=1, base=first),
+        "sixth task": Arm(options(task="colourise"), (*five, "colourise"), seeds=1, base=fifth),
+        "fifth, all weights": Arm(options("--train all", task="restyle", lr="1e-3"), five,
+                                  seeds=1, base=first),
     }
     for name in ("self-attention", "cross-attention", "LoRA", "all weights", "literal, N = 4"):
         words = arms[name].options.replace("1.6e-2", "4e-3").replace("1e-3", "4e-3")
@@ -223,11 +224,10 @@ class Tasks:
     def __init__(self, args):
         self.args = args
         self.arms = make_arms(args.out)
-        self.base = load_model(data.ASSETS / "tiny")
-        self.dense = load_model(data.ASSETS / "tiny").unet
-        moe.upcycle(self.base.unet)
-        self.base.index = {"guidance": train.GUIDANCE}
-        self.classifier = measures.Emoji(self.base.device)
+        self.device = pick_device()
+        # One autoencoder in all runs, so that pictures are encoded once: see train.encoder_of.
+        self.vae = load_model(TINY, device=self.device).vae
+        self.classifier = measures.Emoji(self.device)
         self.trained = 0        # parameters of the last run
 
     @property
@@ -238,29 +238,32 @@ class Tasks:
     def floor(self):
         return {}
 
+    def start(self, arm, folder):
+        """The model that an arm with a base starts from, beside the run's folder."""
+        return write_start(arm.base, arm.tasks, folder.with_name(f"{folder.name}-start"))
+
     def train(self, stage, words):
-        """Run train.py in this process, with what the arm changes in it."""
+        """Train a stage as train.py does, but for what its arm changes."""
         arm = self.arms[stage.arm]
-        prepare = train.prepare_loaded
-
-        def prepare_and_change(args, tasks, model):
-            prepare(args, tasks, model)
-            arm.change(model)
-            # One object in all runs, which remembers the pictures that it has encoded.
-            model.vae = self.base.vae
-            self.trained = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
-
+        torch.manual_seed(stage.seed)
+        if arm.base:
+            words = [*words, "--model", str(self.start(arm, stage.out))]
+        args = train.get_args([*words, "--out", str(stage.out)])
         stage.out.parent.mkdir(parents=True, exist_ok=True)
         with (open(stage.out.with_suffix(".txt"), "w", encoding="utf-8") as log,
-              contextlib.redirect_stdout(log), contextlib.redirect_stderr(log),
-              patch.object(sys, "argv", ["train.py", *words, "--out", str(stage.out)]),
-              patch.object(train, "prepare_loaded", prepare_and_change),
-              patch.object(train, "Examples", arm.examples)):
-            train.main()
+              contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+            model, teacher, (examples, *held_out), *processes = train.prepare(args)
+            if arm.change:
+                arm.change(model)
+            model.vae = self.vae
+            self.trained = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
+            if len(arm.tasks) == 1:
+                examples = own_share(examples, args.steps)
+            train.train(args, model, teacher, (examples, *held_out), *processes)
 
     def draw(self, folder, count):
         """Draw as many pictures of each task, `count` in all, and judge them."""
-        model = load_model(folder)
+        model = load_model(folder, device=self.device)
         for task in model.tasks:
             self.judge(model, task, count // len(model.tasks), folder)
 
@@ -271,7 +274,7 @@ class Tasks:
         """
         wanted = SimpleNamespace(
             data=None, split="heldout", seed=0, steps=self.args.draw_steps, guidance=None,
-            image_guidance=None, count=count, batch_size=32, grid=None,
+            image_guidance=None, count=count, batch_size=32,
             model_hash=evaluate.model_hash(model), pictures=folder / "pictures")
         bf16 = self.args.precision == "bf16"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -288,8 +291,9 @@ class Tasks:
     def measure(self, name, folder):
         """Measure the run of an arm -> a row's numbers."""
         arm = self.arms[name]
-        model = load_model(folder) if arm.options else self.base
-        model.vae = self.base.vae
+        place = folder if arm.options else self.start(arm, folder)
+        model = load_model(place, device=self.device)
+        model.vae = self.vae
         examples = train.held_out_examples(arm.tasks, None, model, LOSS_EXAMPLES)
         losses = train.held_out_losses(model, model.unet, examples, model.device, batch_size=32)
         row = dict(trained=self.trained if arm.options else 0, loss={}, closer={}, right={})
@@ -298,10 +302,10 @@ class Tasks:
             row["loss"][task] = round(losses[i::len(arm.tasks)].mean().item(), 5)
             for measure, value in self.judge(model, task, self.args.count, folder).items():
                 row[measure][task] = value
-        if arm.base:
-            row |= compare_older_tasks(load_model(arm.base).unet, model.unet)
+        if len(arm.tasks) > len(data.ALL):
+            row |= compare_older_tasks(load_model(arm.base).unet, model.unet.cpu())
         if name.endswith("alone, all weights"):
-            row["deviation"] = deviation(self.dense, model.unet)
+            row["deviation"] = deviation(load_model(TINY).unet, model.unet.cpu())
         return row
 
 
@@ -413,12 +417,12 @@ def main():
     if min(args.steps, args.seeds, args.draw_steps) < 1 or args.count < 2:
         raise UserError("--steps, --seeds and --draw-steps are at least 1, and --count at least 2")
     if not args.report:
-        with new_tasks():
-            tasks = Tasks(args)
-            runner = frame.Runner(args, dict(steps=args.steps), tasks)
-            stages = make_stages(args, tasks)
-            runner.announce(stages)
-            runner.run(stages)
+        add_new_tasks()
+        tasks = Tasks(args)
+        runner = frame.Runner(args, dict(steps=args.steps), tasks)
+        stages = make_stages(args, tasks)
+        runner.announce(stages)
+        runner.run(stages)
     report(args.results)
 
 

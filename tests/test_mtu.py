@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn as nn
 
-sys.path[:0] = [str(Path(__file__).parent.parent / "experiments")]
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "experiments")]
 
 import data  # noqa: E402
 import emoji  # noqa: E402
 import moe  # noqa: E402
 import mtu  # noqa: E402
+import train  # noqa: E402
 from hub import read_json  # noqa: E402
 from sample import load_model  # noqa: E402
 from test_moe import base, reloaded, run, scramble  # noqa: E402
@@ -35,7 +37,7 @@ def test_an_arm_of_one_task_sees_what_this_task_has_in_the_others(task):
     datasets = {name: data.builtin(name, "train") for name in data.ALL}
     shape = dict(seed=3, num_timesteps=1000, latent_shape=(4, 16, 16))
     whole = data.Examples(datasets, list(data.ALL), batch_size=32, **shape)
-    alone = ARMS[f"{task} alone"].examples({task: datasets[task]}, [task], batch_size=8, **shape)
+    alone = mtu.own_share(data.Examples({task: datasets[task]}, [task], batch_size=8, **shape), 2)
     # The second step.
     expected = [example for example in map(whole.__getitem__, range(32, 64))
                 if example["task"] == task]
@@ -55,7 +57,7 @@ def test_arms_differ_from_their_controls_in_one_thing_and_the_first_ones_matter_
             ("N = 4", "shared norms", ["--num-experts", "4"]),      # the default
             ("N = 4", "shared convolution", ["--num-experts", "4"])):
         assert words(arm) == words(control) + more
-    assert {ARMS[name].change for name in list(ARMS)[:10]} == {mtu.nothing}
+    assert {ARMS[name].change for name in list(ARMS)[:10]} == {None}
     for name, arm in ARMS.items():
         if "alone" in name:
             options = dict(zip(words(name), words(name)[1:]))
@@ -142,19 +144,38 @@ def test_deviation_is_the_norm_of_each_kind_of_change():
         assert layers[0] == [0, 0]
 
 
-def test_new_tasks_are_known_inside_the_block_alone():
-    with mtu.new_tasks():
-        for task in mtu.NEW_TASKS:
-            example = data.builtin(task, "heldout")[40]
-            assert example["source"].shape == example["target"].shape == (3, 64, 64)
-            assert not torch.equal(example["source"], example["target"])
-        red, green, blue = example["source"]
-        assert torch.equal(red, green) and torch.equal(red, blue)
-    assert not mtu.NEW_TASKS.keys() & data.TASKS.keys() and not hasattr(emoji.Builtin, "restyle")
+@pytest.fixture
+def new_tasks(monkeypatch):
+    """The new tasks are known, and forgotten afterwards."""
+    for task, draw in mtu.NEW_TASKS.items():
+        monkeypatch.setitem(data.TASKS, task, None)
+        monkeypatch.setattr(emoji.Builtin, task, draw, raising=False)
+    mtu.add_new_tasks()
+
+
+def test_new_tasks_have_a_source_and_another_target(new_tasks):
+    for task in mtu.NEW_TASKS:
+        example = data.builtin(task, "heldout")[40]
+        assert example["source"].shape == example["target"].shape == (3, 64, 64)
+        assert not torch.equal(example["source"], example["target"])
+    red, green, blue = example["source"]
+    assert torch.equal(red, green) and torch.equal(red, blue)
+
+
+@pytest.mark.parametrize("tasks, added", [(("t2i",), []), ((*data.ALL, "restyle"), ["restyle"])])
+def test_an_arm_may_start_from_an_upcycled_model(tasks, added, tmp_path):
+    start = mtu.TINY if not added else ROOT / "assets/tiny-mtu"
+    folder = mtu.write_start(start, tasks, tmp_path / "start")
+    model = load_model(folder)
+    assert model.tasks == list(tasks) and model.unet.config["moe"]["added"] == added
+    assert model.guidance == (load_model(start).guidance if added else train.GUIDANCE)
+    written = (folder / "model_index.json").stat().st_mtime_ns
+    mtu.write_start(start, tasks, folder)
+    assert (folder / "model_index.json").stat().st_mtime_ns == written
 
 
 @pytest.mark.slow
-def test_from_runs_to_tables(tmp_path, monkeypatch, capsys):
+def test_from_runs_to_tables(tmp_path, monkeypatch, capsys, new_tasks):
     """Every arm, each for two steps; older tasks stay as they are unless everything trains."""
     pytest.importorskip("matplotlib")
     options = ["--steps", 2, "--seeds", 1, "--count", 4, "--draw-steps", 2, "--out",
