@@ -1,7 +1,7 @@
 """Measure a model on held-out pictures.
 
     python evaluate.py --task all --count 100
-    python evaluate.py --task all --model MODEL --data FOLDER --count 5000 --ssim \
+    python evaluate.py --task all --model MODEL --data FOLDER --count 5000 \
         --inception weights-inception-2015-12-05-6726825d.pth --lpips alexnet-owt-7be5be79.pth \
         --clip openai/clip-vit-large-patch14
     torchrun --nproc_per_node 8 evaluate.py ...
@@ -14,14 +14,13 @@ picture than to any other. measures.py says what each measure is, and LEGEND wha
 
 Each score stands between two others. `nothing` is what a model would reach that gives back the
 source as it is, and `ceiling` what the autoencoder's own copy of the target reaches, which a latent
-model can hardly surpass. No figure replaces a look: --grid saves the pictures that were counted.
+model can hardly surpass. No figure replaces a look at the drawings, which lie in --pictures.
 """
 import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import functools
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,9 +33,10 @@ import data
 import emoji
 import measures
 from data import ALL, ASSETS, TASKS, to_pil, to_tensor
-from hub import Parser, UserError, command, is_first, pick_device, print_once, read_json
-from hub import write_json, write_png
-from sample import draw_modalities, generate, grid, load_model, scales
+from hub import Parser, UserError, between, command, is_first, print_once, read_json, write_json
+from hub import write_png
+from sample import draw_modalities, generate, load_model, scales
+from train import check_size, join_processes
 
 # What the columns and the scores mean. Only lines that the table needs are printed below it.
 LEGEND = {
@@ -68,7 +68,6 @@ LEGEND = {
     "precision": "share of drawings that lie among the targets, in Inception's features",
     "recall": "share of targets that lie among the drawings, in Inception's features",
     "LPIPS": "distance from drawing to target in a network's features",
-    "SSIM": "likeness of drawing and target, window by window; 1 is equal",
     "CLIP score": "100 times the cosine of a drawing and its caption",
     "CLIP image similarity": "cosine of a drawing and its source",
     "CLIP image-image direction": "cosine of the change that was drawn and the true one",
@@ -270,8 +269,8 @@ class Tally:
 
     def __init__(self, judge):
         self.judge = judge
-        self.values = {column: {} for column in self.COLUMNS}  # column -> score -> list of values
-        self.features = {column: [] for column in (*self.COLUMNS, "target")}
+        self.values = {}        # score -> column -> list of values
+        self.features = {}      # column, or "target" -> list of (B, D)
 
     def add(self, examples, pictures):
         """Judge a batch. pictures: column -> (B, 3, H, W)."""
@@ -279,18 +278,18 @@ class Tally:
             for column, batch in pictures.items():
                 for name, values in self.judge.judge(examples, batch).items():
                     # Of some examples a judge has nothing to say.
-                    self.values[column].setdefault(name, []).extend(
+                    self.values.setdefault(name, {}).setdefault(column, []).extend(
                         value for value in values if value is not None)
         if hasattr(self.judge, "features"):
             targets = measures.stack(examples, "target")
             for column, batch in dict(pictures, target=targets).items():
-                self.features[column].append(self.judge.features(batch))
+                self.features.setdefault(column, []).append(self.judge.features(batch))
 
     def record(self, name, count, columns, error):
         """What is stored of a score. What is not finite, as of a single example, is null."""
-        numbers = {column: columns.get(column, np.nan) for column in self.COLUMNS}
+        numbers = dict.fromkeys(self.COLUMNS, np.nan) | columns | dict(margin=error)
         numbers = {key: float(number) if math.isfinite(number) else None
-                   for key, number in dict(numbers, margin=error).items()}
+                   for key, number in numbers.items()}
         better = "lower" if name in LOWER_IS_BETTER else "higher"
         return dict(numbers, count=count, better=better, **self.judge.record)
 
@@ -298,28 +297,25 @@ class Tally:
         """Score -> its record."""
         scores = {}
         # A judge of single pictures: the score is the mean over the examples that have a value.
-        for name, values in self.values["value"].items():
-            values = np.array(values)
+        for name, columns in self.values.items():
+            values = np.array(columns["value"])
             if len(values):
-                means = {column: np.mean(lists[name]) for column, lists in self.values.items()
-                         if lists.get(name)}
+                means = {column: np.mean(each) for column, each in columns.items() if each}
                 error = margin(lambda rows: values[rows].mean(), len(values), 200)
                 scores[name] = self.record(name, len(values), means, error)
         # A judge of sets: the score compares the features of all drawings with the targets'.
-        count = sum(map(len, self.features["value"]))
-        if count > 1:
-            features = {column: torch.cat(parts)
-                        for column, parts in self.features.items() if parts}
-            targets = features.pop("target")
+        features = {column: torch.cat(parts) for column, parts in self.features.items()}
+        targets = features.pop("target", ())
+        if len(targets) > 1:
             distances = {column: self.judge.compare(part, targets)
                          for column, part in features.items()}
             # Drawings and targets are drawn in pairs: an example counts with both of its pictures.
             # Twenty resamples, because a score of the larger networks takes seconds.
             errors = margin(lambda rows: list(self.judge.compare(
-                features["value"][rows], targets[rows]).values()), count, 20)
+                features["value"][rows], targets[rows]).values()), len(targets), 20)
             for name, error in zip(distances["value"], errors):
                 columns = {column: distance[name] for column, distance in distances.items()}
-                scores[name] = self.record(name, count, columns, error)
+                scores[name] = self.record(name, len(targets), columns, error)
         return scores
 
 
@@ -360,9 +356,9 @@ def measure_labels(model, dataset, numbers, args):
         right += [float(row.argmax() == example["x"])
                   for row, example in zip(drawn["label"], examples)]
     # No judge is needed, since the model itself gives the answer.
-    record = measures.describe(f"the model, of {drawn['label'].shape[1]} classes", [], "none")
+    record = measures.describe(f"the model, of {drawn['label'].shape[1]} classes")
     tally = Tally(SimpleNamespace(record=record))
-    tally.values["value"]["top-1"] = right
+    tally.values["top-1"] = dict(value=right)
     return tally.scores()
 
 
@@ -417,25 +413,13 @@ def print_settings(settings):
         print(", ".join(f"{key} {value}" for key, value in line.items()))
 
 
-def save_grid(dataset, numbers, paths, args, columns=12):
-    """Save the pictures that were counted: blocks of three rows, or two where no source is."""
-    examples = [dict(dataset[i], drawing=open_drawing(path)) for i, path in zip(numbers, paths)]
-    keys = [key for key in ("source", "drawing", "target") if key in examples[0]]
-    # The last block may be short: white pictures fill its rows.
-    blank = dict.fromkeys(keys, torch.ones_like(examples[0]["target"]))
-    examples += [blank] * (-len(examples) % columns)
-    pictures = [to_pil(example[key]) for first in range(0, len(examples), columns) for key in keys
-                for example in examples[first:first + columns]]
-    write_png(args.grid, grid(pictures, columns), vars(args))
-
-
 def get_args():
     parser = Parser("Measure a model on held-out pictures.")
     group = parser.add_argument_group("what to measure")
     group.add_argument("--task", default="all", help="all, or one task")
     group.add_argument("--model", default=str(ASSETS / "tiny-mtu"), help="model folder or hub id")
     group.add_argument("--data", help="folder of pictures, see readers.py (default: the emoji)")
-    group.add_argument("--count", type=int, default=100, help="examples per task")
+    group.add_argument("--count", type=between(1, 1e9), default=100, help="examples per task")
     group.add_argument("--split", choices=("heldout", "train", "test"), default="heldout",
                        help="train measures pictures that were trained on; some folders have a "
                        "test set")
@@ -444,8 +428,10 @@ def get_args():
     group.add_argument("--steps", type=int, default=20, help="sampling steps")
     group.add_argument("--guidance", type=float, help="text guidance scale (default: the model's)")
     group.add_argument("--image-guidance", type=float, help="image guidance scale (likewise)")
-    group.add_argument("--seed", type=int, default=0, help="random seed of the drawings")
-    group.add_argument("--batch-size", type=int, default=25, help="pictures drawn at a time")
+    group.add_argument("--seed", type=between(0, 1e18), default=0,
+                       help="random seed of the drawings")
+    group.add_argument("--batch-size", type=between(1, 1e6), default=25,
+                       help="pictures drawn at a time")
     group.add_argument("--device", help="torch device (default: cuda, else mps, else cpu)")
 
     group = parser.add_argument_group("the papers' measures, whose networks you name")
@@ -454,19 +440,11 @@ def get_args():
     group.add_argument("--lpips", metavar="FILE", help="torchvision's AlexNet or VGG 16: LPIPS")
     group.add_argument("--clip", metavar="MODEL", help="folder or hub id of a CLIPModel: "
                        "directions and the CLIP score")
-    group.add_argument("--ssim", action="store_true", help="SSIM, which needs scikit-image")
 
     group = parser.add_argument_group("what to save")
     group.add_argument("--pictures", default="samples/evaluate", help="folder for the drawings")
     group.add_argument("--out", help="JSON file for the scores")
-    group.add_argument("--grid", help="PNG file for the pictures of one task: source (if it has "
-                       "one), drawing and target below each other")
     args = parser.parse_args()
-    if min(args.count, args.batch_size) < 1:
-        raise UserError(f"--count {args.count} and --batch-size {args.batch_size} must be at "
-                        "least 1")
-    if not 0 <= args.seed < 2 ** 62:
-        raise UserError(f"--seed {args.seed} must be from 0 to 2^62 - 1")
     if args.inception and args.count < 10:
         # The Inception Score is a mean over ten parts of the pictures.
         raise UserError(f"--count {args.count}: --inception needs at least 10 pictures")
@@ -478,10 +456,7 @@ def measured_tasks(args, model):
     # Pictures that were drawn without any input have no target to compare with, nor have most
     # joint tasks.
     measurable = [task for task in model.tasks if task in (*ALL, "class", "label")]
-    fixed = [task for task in measurable if task not in ("class", "label")]
-    if fixed and model.native_size != 64 and args.data is None:
-        raise UserError(f"{args.model} draws {model.native_size} x {model.native_size} pictures, "
-                        "and the built-in ones are 64 x 64; name others with --data")
+    check_size(args, model)
     tasks = [args.task]
     if args.task == "all":
         # Of a folder, those that it has pictures for.
@@ -489,9 +464,6 @@ def measured_tasks(args, model):
     if not tasks or not set(tasks) <= set(measurable):
         raise UserError(f"--task {args.task}: {args.model} can be measured on "
                         f"{', '.join(measurable) or 'nothing'}")
-    # Refused now, and not after minutes of drawing.
-    if args.grid and (len(tasks) > 1 or tasks == ["label"] or not args.grid.endswith(".png")):
-        raise UserError(f"--grid {args.grid} is a .png file for the pictures of one --task")
     return tasks
 
 
@@ -509,8 +481,6 @@ def open_judges(args, device):
         judges.append(measures.CLIP(device, args.clip))
     if args.lpips:
         pairs.append(measures.Perceptual(device, args.lpips))
-    if args.ssim:
-        pairs.append(measures.Similarity())
     if args.data is None:
         # The classifier knows nothing but emoji.
         judges.append(measures.Emoji(device))
@@ -535,8 +505,6 @@ def measure_task(model, task, args, judges, pairs, rank=0, world=1):
     else:
         judges = judges_of(task, dataset, numbers, judges, pairs)
         scores = measure(model, dataset, numbers, paths, judges, args.batch_size)
-    if args.grid:
-        save_grid(dataset, numbers, paths, args)
     warn(task, scores, len(numbers))
     settings = settings_of(model, task, args)
     return {name: r | dict(settings=settings) for name, r in scores.items()}
@@ -566,11 +534,8 @@ def warn(task, scores, count):
 
 def main():
     args = get_args()
-    rank, world, device = 0, 1, None
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        from train import join_processes  # here, because one process needs none of train.py
-        device, rank, world = join_processes(args)
-    model = load_model(args.model, device=device or pick_device(args.device))
+    device, rank, world = join_processes(args)
+    model = load_model(args.model, device=device)
     tasks = measured_tasks(args, model)
     for task in tasks:
         # What a folder lacks is named now, and not after another task was drawn.

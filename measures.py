@@ -2,7 +2,7 @@
 
     frechet_distance, kernel_distance            formulas, for the features of any network
     Pixels, Change, Nearest, Emoji               built in: pixels, and a classifier of emoji
-    Inception, Perceptual, Similarity, CLIP      the papers' measures, by the field's libraries
+    Inception, Perceptual, CLIP                  the papers' measures, by the field's libraries
 
 A measure has a paper's name only where the paper's network computes it: a Frechet distance in the
 features of the built-in classifier is called emoji-FD and not FID. The libraries are imported where
@@ -66,12 +66,7 @@ def stack(examples, key):
     return torch.stack([example[key] for example in examples])
 
 
-def to_bytes(pictures):
-    """Pictures in [-1, 1] -> 8 bits, in which the libraries want them."""
-    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def describe(network, files, resize):
+def describe(network, files=(), resize="none"):
     """What identifies a judge: its name, a hash of its files, and how it resizes pictures."""
     digest = hashlib.sha256()
     for path in files:
@@ -95,9 +90,7 @@ def decibels(error):
 
 class Pixels:
     """PSNR, and whether a drawing is closer to the target than the source as it is."""
-
-    def __init__(self):
-        self.record = describe("pixels", [], "none")
+    record = describe("pixels")
 
     def judge(self, examples, drawn):
         scores = {"PSNR": [], "closer": []}
@@ -118,9 +111,7 @@ class Pixels:
 class Change:
     """Whether the right part of a picture changed, and how far the rest is from the source."""
     SAME = 8 / 127.5  # JPEG and resampling change a picture by several grey levels everywhere
-
-    def __init__(self):
-        self.record = describe("pixels", [], "none")
+    record = describe("pixels")
 
     def judge(self, examples, drawn):
         """examples: with `copy`, the autoencoder's copy of the target."""
@@ -156,7 +147,7 @@ class Nearest:
             (example["prompt"], self.shrink(example["target"][None]))
             for example in map(dataset.__getitem__, candidates)))
         self.pictures = torch.cat(pictures)
-        self.record = describe(f"nearest of {len(pictures)} pictures", [], "area, to 16")
+        self.record = describe(f"nearest of {len(pictures)} pictures", resize="area, to 16")
 
     def shrink(self, pictures):
         """(B, 3, H, W) -> (B, 3 * 16 * 16)."""
@@ -284,8 +275,9 @@ class Inception:
                                "bilinear to 299 as in TensorFlow 1")
 
     def features(self, pictures):
-        # Pooled features and logits side by side, (B, 2048 + 1008).
-        return torch.cat(self.network(to_bytes(pictures).to(self.device)), dim=1).cpu()
+        # The library wants 8 bits. Pooled features and logits side by side, (B, 2048 + 1008).
+        levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
+        return torch.cat(self.network(levels.to(self.device)), dim=1).cpu()
 
     def compare(self, drawn, targets):
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -307,7 +299,7 @@ class Inception:
 class Perceptual:
     """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924), by lpips.
 
-    path: torchvision's AlexNet, VGG 16 or SqueezeNet 1.1; the library brings its heads.
+    path: torchvision's AlexNet or VGG 16; the library brings its heads.
     """
 
     def __init__(self, device, path):
@@ -315,8 +307,6 @@ class Perceptual:
         state = read_tensors(path)
         with blaming(path):
             net = "vgg" if "features.28.weight" in state else "alex"
-            if any("squeeze" in name for name in state):
-                net = "squeeze"
             # pnet_rand: the library would download the network otherwise.
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).to(device)
             # The library cuts torchvision's list of layers into slices, and keeps their numbers.
@@ -324,26 +314,11 @@ class Perceptual:
                 name: state[re.sub(r"slice\d+", "features", name)]
                 for name in self.network.net.state_dict()})
         self.device = device
-        self.record = describe(f"LPIPS 0.1 on {net}", [path], "none")
+        self.record = describe(f"LPIPS 0.1 on {net}", [path])
 
     def judge(self, examples, drawn):
         targets = stack(examples, "target").to(self.device)
         return {"LPIPS": self.network(drawn.to(self.device), targets).flatten().tolist()}
-
-
-class Similarity:
-    """SSIM of its authors (Wang et al. 2004), by scikit-image, on RGB."""
-
-    def __init__(self):
-        self.ssim = library("skimage.metrics", "scikit-image").structural_similarity
-        self.record = describe("none, a Gaussian window of sigma 1.5", [], "none")
-
-    def judge(self, examples, drawn):
-        # scikit-image's own defaults are a uniform window of 7 x 7 and the sample covariance.
-        options = dict(channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5,
-                       use_sample_covariance=False)
-        pairs = zip(to_bytes(drawn).numpy(), to_bytes(stack(examples, "target")).numpy())
-        return {"SSIM": [float(self.ssim(a, b, **options)) for a, b in pairs]}
 
 
 class CLIP:

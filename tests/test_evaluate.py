@@ -41,7 +41,7 @@ def options(folder, **changes):
     """The arguments that the functions of evaluate.py read."""
     return SimpleNamespace(**dict(
         count=30, split="heldout", data=None, seed=0, steps=1, guidance=1.0, image_guidance=1.0,
-        batch_size=25, model_hash="none", pictures=str(folder), grid=None) | changes)
+        batch_size=25, model_hash="none", pictures=str(folder)) | changes)
 
 
 def measured(model, task, args):
@@ -374,35 +374,15 @@ def test_fid_of_few_pictures_warns_and_stands_after_kid(tmp_path, monkeypatch):
     assert lines.index("KID") < lines.index("FID*")
 
 
-@pytest.mark.parametrize("task, kinds", [("t2i", 2), ("edit", 3)])
-def test_the_grid_shows_what_was_counted(tmp_path, task, kinds):
-    done = call("evaluate.py", "--task", task, "--count", 13, "--steps", 1,
-                "--grid", tmp_path / "a.png", "--out", tmp_path / "a.json",
-                "--pictures", tmp_path / "drawn")
-    assert done.returncode == 0 and task in done.stdout, done.stderr
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (12 * 64, 2 * kinds * 64)
-        last = np.asarray(picture.crop((0, (2 * kinds - 1) * 64, 64, 2 * kinds * 64)))
-    if task == "t2i":
-        _, pictures = emoji.plain("heldout")
-        target = pictures[12 * len(pictures) // 13]
-    else:
-        dataset = data.builtin(task, "heldout")
-        target = data.to_pil(dataset[12 * len(dataset) // 13]["target"])
-    assert np.array_equal(last, np.asarray(target))
-
-
 @pytest.mark.parametrize("arguments, words", [
     (["--task", "colour"], "t2i"),
     (["--task", "edit", "--model", ASSETS / "tiny"], "edit"),
     (["--count", 0], "--count"),
-    (["--grid", "a.png"], "--grid"),
     (["--split", "test"], "split"),
     (["--count", 9, "--inception", "w.pth"], "--inception"),
     (["--lpips", "missing.pth"], "pip install lpips|missing.pth"),
     (["--clip", "missing"], "missing"),
-    (["--data", "missing"], "missing"),
-    (["--task", "sr", "--grid", "a.txt"], "--grid")])
+    (["--data", "missing"], "missing")])
 def test_a_mistake_is_one_line_and_exit_2(arguments, words):
     done = call("evaluate.py", *arguments)
     assert done.returncode == 2 and any(word in done.stderr for word in words.split("|"))
