@@ -129,18 +129,19 @@ def read_added_tokens(folder):
     # Beside the tokens there are switches, such as add_bos_token; null and "" stand for no token.
     named = {name: value for name, value in {**config, **older}.items()
              if name.endswith("_token") and value not in (None, "", True, False)}
-    lists = ("extra_special_tokens", "additional_special_tokens")
-    more = next((file[name] for file in (config, older) for name in lists if file.get(name)), [])
-    if not isinstance(more, list):
-        raise ValueError("further special tokens are no list")
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     if listed is None:
         # transformers overlooks the objects, other than strings, that tokenizer_config.json names.
         plain = [value for name, value in named.items() if name in older or isinstance(value, str)]
-        special = {AddedToken.read(value).content for value in (*plain, *more)}
+        special = {AddedToken.read(value).content for value in (*plain, *(more or []))}
         listed = {id: dict(content=content, special=content in special)
                   for content, id in read("added_tokens.json").items()}
         for token in read("tokenizer.json").get("added_tokens", []):
             listed[token["id"]] = token
+    if more is None:
+        more = older.get("additional_special_tokens") or []
+    if not isinstance(more, list):
+        raise ValueError("further special tokens are no list")
 
     named = SPECIAL | named
     # The order matters: new tokens get their ids in it, the listed ones first. Where a token comes

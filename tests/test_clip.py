@@ -251,14 +251,18 @@ def test_a_word_of_several_tokens_is_written_out_as_by_diffusers(base):
 
 
 DAMAGED = [("pad_token", 5), ("eos_token", ["<|endoftext|>"]), ("pad_token", dict(content=5)),
-           ("extra_special_tokens", "<a>"), ("additional_special_tokens", [5]),
-           ("additional_special_tokens", "<a>")]
+           ("additional_special_tokens", [5]), ("additional_special_tokens", "<a>")]
 
 
-@pytest.mark.parametrize("name", ["special_tokens_map", "tokenizer_config"])
-def test_an_empty_text_is_no_token_and_a_switch_is_none(tmp_path, base, name):
-    write_tokenizer(tmp_path, base, {name: dict(pad_token="", odd_token="", add_bos_token=True)})
-    assert_same_ids(tmp_path, ["a cat", ""])
+@pytest.mark.parametrize("config, special", [
+    (dict(pad_token="", odd_token="", add_bos_token=True), {}),
+    ({}, dict(pad_token="", odd_token="", add_bos_token=True)),
+    *[(config, dict(additional_special_tokens=["<Cap>"])) for config in (
+        {}, dict(additional_special_tokens=[]), dict(extra_special_tokens={}))]])
+def test_an_empty_text_is_no_token_and_an_empty_list_overrules_another(
+        tmp_path, base, config, special):
+    write_tokenizer(tmp_path, base, dict(tokenizer_config=config, special_tokens_map=special))
+    assert_same_ids(tmp_path, ["a cat", "", "a <Cap> <cap>"])
 
 
 @pytest.mark.parametrize("files, message", [
