@@ -174,7 +174,7 @@ def model_hash(model):
         network.update(name.encode())
         # In fp32, in which weights of every precision have a place.
         network.update(tensor.detach().float().cpu().contiguous().numpy())
-    return digest([data.fingerprint(model), network.hexdigest(), model.unet.config,
+    return digest([data.fingerprint(model, model.texts), network.hexdigest(), model.unet.config,
                    model.scheduler, model.index])
 
 
