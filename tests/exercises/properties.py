@@ -29,10 +29,10 @@ import exercises  # noqa: E402
 PROPERTIES = {number: [] for number in exercises.EXERCISES}     # number -> [(name, function)]
 
 
-def graded(number, name):
-    """Let a function of the answer's module grade an exercise; it raises Failed."""
+def graded(number, name, *options):
+    """Let a function of the answer's module and of options grade an exercise; it raises Failed."""
     def add(function):
-        PROPERTIES[number].append((name, function))
+        PROPERTIES[number].append((name, lambda module: function(module, *options)))
         return function
     return add
 
@@ -661,29 +661,6 @@ def one_expert(m):
                     "self.num_experts, not always 4")
 
 
-def mixture_gradients(layer, e, factor):
-    x = torch.randn(2, 3, 8, requires_grad=True)
-    e = e[:2].detach().clone().requires_grad_()
-    parameters = {name: p.requires_grad_() for name, p in layer.named_parameters()}
-    same_gradients(lambda: layer(x, SimpleNamespace(task_emb=e)),
-                   lambda: mixture_by_hand(layer, x, e, activations=factor),
-                   {"x": x, "the task vector e": e} | parameters)
-
-
-@graded(5, "gradients reach x, the task vectors, the router and all experts")
-def literal_gradients(m):
-    layer, e, _ = experts(m)
-    mixture_gradients(layer, e, 1.0)
-
-
-@graded(5, "input and parameters stay as they are")
-def mixture_inputs(m):
-    layer, e, _ = experts(m)
-    x = torch.randn(4, 3, 8)
-    with torch.no_grad(), unchanged(x=x, layer=dict(layer.named_parameters())):
-        layer(x, SimpleNamespace(task_emb=e))
-
-
 @graded(6, "at the start the result is the pretrained layer's, for N = 1, 2 and 4")
 def preserve_start(m):
     for N in (1, 2, 4):
@@ -736,15 +713,22 @@ def preserve_literal(m):
                     "than N")
 
 
-@graded(6, "gradients reach x, the task vectors, the router and all experts")
-def preserve_gradients(m):
-    layer, e, _ = experts(m, "preserve")
-    mixture_gradients(layer, e, 4.0)
+@graded(5, "gradients reach x, the task vectors, the router and all experts", "literal", 1.0)
+@graded(6, "gradients reach x, the task vectors, the router and all experts", "preserve", 4.0)
+def mixture_gradients(m, init, factor):
+    layer, e, _ = experts(m, init)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    e = e[:2].detach().clone().requires_grad_()
+    parameters = {name: p.requires_grad_() for name, p in layer.named_parameters()}
+    same_gradients(lambda: layer(x, SimpleNamespace(task_emb=e)),
+                   lambda: mixture_by_hand(layer, x, e, activations=factor),
+                   {"x": x, "the task vector e": e} | parameters)
 
 
-@graded(6, "input and parameters stay as they are")
-def preserve_inputs(m):
-    layer, e, _ = experts(m, "preserve")
+@graded(5, "input and parameters stay as they are", "literal")
+@graded(6, "input and parameters stay as they are", "preserve")
+def mixture_inputs(m, init):
+    layer, e, _ = experts(m, init)
     x = torch.randn(4, 3, 8)
     with torch.no_grad(), unchanged(x=x, layer=dict(layer.named_parameters())):
         layer(x, SimpleNamespace(task_emb=e))
@@ -752,7 +736,9 @@ def preserve_inputs(m):
 
 # 7. Folding
 
-def compare_folded(m, init, factor):
+@graded(7, "the same for experts that started as the pretrained layer", "preserve", 4.0)
+@graded(7, "each task's folded layer computes what the mixture computes", "literal", 1.0)
+def folded_layer(m, init, factor):
     layer, e, _ = experts(m, init)
     x = torch.randn(1, 3, 8)
     for row in range(4):
@@ -773,16 +759,6 @@ def compare_folded(m, init, factor):
             want = mixture_by_hand(layer, x, task, activations=factor)
             expect(got(x, None), want, "the folded layer must compute what the mixture does: "
                    "multiply each unit's output weights (columns) by its expert's w_i", mistakes)
-
-
-@graded(7, "each task's folded layer computes what the mixture computes")
-def fold_literal(m):
-    compare_folded(m, "literal", 1.0)
-
-
-@graded(7, "the same for experts that started as the pretrained layer")
-def fold_preserve(m):
-    compare_folded(m, "preserve", 4.0)
 
 
 @graded(7, "the result is an ordinary feed-forward layer, without a router")
