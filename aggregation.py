@@ -248,10 +248,10 @@ class Aggregation:
         _, _, var, _ = self.ddpm(t, t - 1, zt)
         return mean - self.aggregate(E, t, self.w), var
 
-    def ddim_step(self, zt, eps, E, t, r, sigma=0.0, noise=None, z0=None):
-        """DDIM's step (Eq. 12) from z_t to z_r for any r < t; without `noise` its mean.
+    def ddim_step(self, zt, eps, E, t, r, sigma=0.0, z0=None):
+        """DDIM's step (Eq. 12) from z_t to z_r for any r < t -> its mean; sigma is its std.
 
-        sigma = 0 is deterministic, and sigma^2 = `posterior`'s var is DDPM, as in our Algorithm 1.
+        sigma = 0, as in `sample`, is deterministic, and sigma^2 = `posterior`'s var is DDPM.
         z0: where it does not follow from eps, at ab_t = 0 or when it was clipped.
         """
         if z0 is None:
@@ -259,8 +259,7 @@ class Aggregation:
             z0 = (zt - shift - std * eps) / like(self.at(self.ab, t).sqrt(), zt)
         mean, std = self.marginal(z0, E, r)
         # Of the variance 1 - ab_r of z_r, fresh noise brings sigma^2 and the old noise the rest.
-        mean = mean + (std ** 2 - sigma ** 2).clamp(min=0).sqrt() * eps
-        return mean if noise is None else mean + sigma * noise.to(mean.dtype)
+        return mean + (std ** 2 - sigma ** 2).clamp(min=0).sqrt() * eps
 
 
 def like(coefficient, z):
@@ -680,7 +679,7 @@ def loss(heads, predict, z0, batch_x, noise, t, *, head_weight=LAMBDA, **weighti
 
 @torch.no_grad()
 def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sampler="ddim",
-           eta=0.0, generators=None, callback=None):
+           generators=None, callback=None):
     """Algorithm 1 -> z_0 (B, C, H, W) and {modality: x}, those that are known as they are.
 
     predict(z_t, t) -> prediction, {modality: output}. encoders: {modality: x -> E}. noise: of z_0's
@@ -688,14 +687,13 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
     picture, a representation, or probabilities (B, K). z0: the picture itself where that is known
     and the rest is inferred; z_t is then drawn from Eq. 4, always with the same noise. For -X
     without x, whose network reads zeros beside z_t, the encoder that is passed returns zeros.
-    sampler: ddim or ddpm. callback(i, t, z, z0, x) sees each step.
+    sampler: ddim, which adds no noise, or ddpm. callback(i, t, z, z0, x) sees each step.
     """
     diffusion, process = heads.diffusion, heads.process
     known = known or {}
     visited = diffusion.timesteps(steps) + [-1]
-    if sampler not in ("ddim", "ddpm") or not 0 <= eta <= 1:
-        raise UserError(f"sampler {sampler}, eta {eta}: several modalities are drawn by ddim, with "
-                        "eta from 0 to 1, or by ddpm")
+    if sampler not in ("ddim", "ddpm"):
+        raise UserError(f"sampler {sampler}: several modalities are drawn by ddim or by ddpm")
     if unknown := [name for name in known if name not in heads]:
         raise UserError(f"this model was not trained on {', '.join(unknown)}; it knows "
                         f"{', '.join(heads)}")
@@ -723,9 +721,7 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
             # Only x is asked for: z stays on the marginal of the picture that is known.
             z, z0_hat = noisy(r), z0
         elif sampler == "ddim":
-            _, var = process.posterior(z0_hat, z, E, t, r)
-            fresh = randn(z.shape, generators, z.device) if eta > 0 else None
-            z = process.ddim_step(z, eps, E, t, r, sigma=eta * var.sqrt(), noise=fresh, z0=z0_hat)
+            z = process.ddim_step(z, eps, E, t, r, z0=z0_hat)
         else:
             # As diffusion.ddpm: the variance may be the posterior's, or beta, or learned.
             _, _, small, beta = process.ddpm(t, r, z)

@@ -98,7 +98,7 @@ def test_the_marginal_is_the_chain_of_transitions(betas):
 def everything(p, z0, zt, eps, E, t):
     """All that a process computes."""
     return [*p.marginal(z0, E, t), *p.transition(z0, E, t), *p.posterior(z0, zt, E, t),
-            *p.posterior_from_eps(zt, eps, E, t), p.ddim_step(zt, eps, E, t, t - 1, 0.001, eps),
+            *p.posterior_from_eps(zt, eps, E, t), p.ddim_step(zt, eps, E, t, t - 1, 0.001),
             p.aggregate(E, t)]
 
 
@@ -204,13 +204,12 @@ def test_ddim_with_the_true_noise_and_x_returns_z0(betas):
 @pytest.mark.parametrize("t", [1, 60, 999])
 def test_ddim_with_the_posteriors_variance_is_the_posterior(t):
     p = process(diffusion().alpha_bar)
-    z0, noise, eps, E = tensors()
+    z0, _, eps, E = tensors()
     mean, std = p.marginal(z0, E, t)
     zt = mean + std * eps
     mean, var = p.posterior(z0, zt, E, t)
     step = partial(p.ddim_step, zt, eps, E, t, t - 1)
     assert allclose(step(var.sqrt()), mean, atol=1e-9)
-    assert allclose(step(var.sqrt(), noise), mean + var.sqrt() * noise, atol=1e-9)
     assert t < 999 or not allclose(step(), mean, atol=1e-3)
 
 
@@ -351,7 +350,7 @@ def test_v_at_zero_terminal_snr(sampler):
 # ---- Algorithm 1 ----
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddim, eta 1", "ddim, clipped",
+@pytest.mark.parametrize("sampler", ["ddim", "ddim, clipped",
                                      "ddpm", "ddpm, large", "ddpm, clipped", "ddpm, learned"])
 def test_w_0_draws_what_ddpm_draws(kind, sampler):
     variance = dict(large="fixed_large", learned="learned_range").get(sampler[6:], "fixed_small")
@@ -360,7 +359,6 @@ def test_w_0_draws_what_ddpm_draws(kind, sampler):
     net, heads = toy(d, weights="zero")
     net.double()
     noise = toy_batch()[1].double()
-    options = dict(eta=1.0) if "eta" in sampler else {}
     encoders = {name: lambda x: torch.ones_like(noise) for name in heads}
 
     def predict(z, t):
@@ -368,9 +366,9 @@ def test_w_0_draws_what_ddpm_draws(kind, sampler):
         return torch.cat([out, torch.sin(3 * z)], dim=1), outputs
 
     ours, x = aggregation.sample(heads, predict, encoders, noise, steps=20, sampler=sampler[:4],
-                                 generators=seeded(range(6)), **options)
+                                 generators=seeded(range(6)))
     theirs = (ddim if "ddim" in sampler else ddpm)(
-        d, lambda z, t: predict(z, t)[0], noise.clone(), 20, generators=seeded(range(6)), **options)
+        d, lambda z, t: predict(z, t)[0], noise.clone(), 20, generators=seeded(range(6)))
     assert allclose(ours, theirs, rtol=1e-6, atol=1e-6 * theirs.abs().max().item())
     assert x["label"].shape == (6, 3) and allclose(x["label"].sum(1), torch.ones(6))
     assert x["source"].shape == noise.shape
@@ -597,7 +595,7 @@ def test_bad_arguments_are_refused():
         with pytest.raises((IndexError, RuntimeError)):
             heads.process.marginal(noise, E, t)
     for options, words in ((dict(known={"mask": noise}), "mask"), (dict(sampler="euler"), "euler"),
-                           (dict(eta=2.0), "eta"), (dict(steps=0), "steps")):
+                           (dict(steps=0), "steps")):
         with pytest.raises(UserError, match=words):
             aggregation.sample(heads, net, {}, noise, **options)
 
