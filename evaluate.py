@@ -468,29 +468,27 @@ def measured_tasks(args, model):
 
 
 def open_judges(args, device):
-    """Load the networks that args name -> judges of any task, and those of pairs of pictures.
+    """Load the networks that args name -> judges, in the order of their lines in the table.
 
     They are loaded before anything is drawn, so that a wrong file costs no time.
     """
     judges = []
-    pairs = []
-    # Judges stand in the order of their lines in the table.
+    if args.lpips:
+        judges.append(measures.Perceptual(device, args.lpips))
     if args.inception:
         judges.append(measures.Inception(device, args.inception))
     if args.clip:
         judges.append(measures.CLIP(device, args.clip))
-    if args.lpips:
-        pairs.append(measures.Perceptual(device, args.lpips))
     if args.data is None:
         # The classifier knows nothing but emoji.
         judges.append(measures.Emoji(device))
-    return judges, pairs
+    return judges
 
 
-def measure_task(model, task, args, judges, pairs, rank=0, world=1):
+def measure_task(model, task, args, judges, rank=0, world=1):
     """Draw a task, sharing the work, and measure it in the first process -> scores, or None.
 
-    judges, pairs: from `open_judges`.
+    judges: from `open_judges`.
     """
     dataset = open_examples(task, args.split, model.native_size, args.data)
     numbers = spread(args.count, len(dataset))
@@ -503,23 +501,22 @@ def measure_task(model, task, args, judges, pairs, rank=0, world=1):
     if task == "label":
         scores = measure_labels(model, dataset, numbers, args)
     else:
-        judges = judges_of(task, dataset, numbers, judges, pairs)
+        judges = [*built_in_judges(task, dataset, numbers), *judges]
         scores = measure(model, dataset, numbers, paths, judges, args.batch_size)
     warn(task, scores, len(numbers))
     settings = settings_of(model, task, args)
     return {name: r | dict(settings=settings) for name, r in scores.items()}
 
 
-def judges_of(task, dataset, numbers, judges, pairs):
-    """All judges of one task, in the order of the table."""
+def built_in_judges(task, dataset, numbers):
+    """The judges of one task that need no network."""
     if TASKS[task].source is None:
         # All built-in pictures of a split are candidates, not only those that were drawn: the more
         # there are, the harder it is to be the nearest. Of a folder only those that were drawn are.
         candidates = range(len(dataset)) if isinstance(dataset, emoji.Builtin) else numbers
-        return [measures.Nearest(dataset, candidates), *judges]
+        return [measures.Nearest(dataset, candidates)]
     # Of a degraded picture no part is to stay.
-    change = [] if task == "sr" else [measures.Change()]
-    return [measures.Pixels(), *change, *pairs, *judges]
+    return [measures.Pixels()] if task == "sr" else [measures.Pixels(), measures.Change()]
 
 
 def warn(task, scores, count):
@@ -540,14 +537,14 @@ def main():
     for task in tasks:
         # What a folder lacks is named now, and not after another task was drawn.
         open_examples(task, args.split, model.native_size, args.data)
-    judges, pairs = open_judges(args, model.device)
+    judges = open_judges(args, model.device)
     args.model_hash = model_hash(model)
     scores = {}
     if rank == 0:
         # Lines appear as tasks are done, since drawing thousands of pictures takes hours.
         print(HEADER)
     for task in tasks:
-        scores[task] = measure_task(model, task, args, judges, pairs, rank, world)
+        scores[task] = measure_task(model, task, args, judges, rank, world)
         if rank == 0:
             print_scores(task, scores[task])
     if rank == 0:

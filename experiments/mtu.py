@@ -278,7 +278,7 @@ class Tasks:
             model_hash=evaluate.model_hash(model), pictures=folder / "pictures")
         bf16 = self.args.precision == "bf16"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            scores = evaluate.measure_task(model, task, wanted, [self.classifier], [])
+            scores = evaluate.measure_task(model, task, wanted, [self.classifier])
         shares = {}
         # Kinds of edits have a score each, of the examples of this kind.
         for measure, names in (("closer", ["closer"]), ("right", RIGHT.get(task, ["changed"]))):

@@ -45,7 +45,7 @@ def options(folder, **changes):
 
 
 def measured(model, task, args):
-    return evaluate.measure_task(model, task, args, [], [])
+    return evaluate.measure_task(model, task, args, [])
 
 
 @pytest.fixture(scope="module")

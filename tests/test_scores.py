@@ -233,6 +233,7 @@ def test_lpips_is_the_librarys(tmp_path, torchvision):
         assert judge.judge(examples, drawn)["LPIPS"] == pytest.approx(expected, rel=1e-4)
         assert judge.judge(examples, measures.stack(examples, "target"))["LPIPS"] == [0, 0, 0]
     assert min(expected) > 0 and judge.record["network"] == "LPIPS 0.1 on alex"
+    assert judge.judge([dict(target=drawn[0], prompt="a hand")], drawn[:1]) == {}
 
 
 @pytest.fixture(scope="module")
