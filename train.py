@@ -931,9 +931,8 @@ def train(args, model, teacher, source, rank, world):
     device = model.device
     # TF32 keeps fp32's range and multiplies several times as fast on recent GPUs.
     torch.backends.cuda.matmul.allow_tf32 = True
-    # This process's samples in a batch, and how many micro-batches they make.
-    per_rank = args.batch_size // world
-    accumulation = per_rank // args.device_batch_size
+    # How many micro-batches make this process's share of a batch.
+    accumulation = args.batch_size // world // args.device_batch_size
 
     # The model: `unet` is its network, and `net` holds that and whatever else trains.
     unet = model.unet
@@ -993,14 +992,9 @@ def train(args, model, teacher, source, rank, world):
         if rank == 0:
             forget_after(folder / "log.jsonl", start)
 
-        # The numbers of the examples of each micro-batch of this process, in order.
-        first = rank * per_rank
-        numbers = (range(step * args.batch_size + i,
-                         step * args.batch_size + i + args.device_batch_size)
-                   for step in range(start, args.steps)
-                   for i in range(first, first + per_rank, args.device_batch_size))
-        batches = iter(DataLoader(examples, batch_sampler=numbers, collate_fn=collate,
-                                  num_workers=args.workers, persistent_workers=args.workers > 0))
+        batches = iter(DataLoader(examples, batch_sampler=micro_batches(args, start, rank, world),
+                                  collate_fn=collate, num_workers=args.workers,
+                                  persistent_workers=args.workers > 0))
 
         # Compile first, then wrap: DDP's hooks stay outside of the graph.
         net = compiled(net, device) if args.compile else net
@@ -1116,6 +1110,15 @@ def train(args, model, teacher, source, rank, world):
         print0(f"saved in {folder}; {folder / 'samples'} has for each task a row of sources, if it "
                f"has any, of drawings and of targets. Next: python sample.py "
                f"--task {'edit' if 'edit' in tasks else tasks[0]} --model {folder}")
+
+
+def micro_batches(args, start, rank, world):
+    """Yield the numbers of the examples of each micro-batch of this process, from a step on."""
+    per_rank = args.batch_size // world
+    for step in range(start, args.steps):
+        first = step * args.batch_size + rank * per_rank
+        for i in range(first, first + per_rank, args.device_batch_size):
+            yield range(i, i + args.device_batch_size)
 
 
 def next_batch(batches):
