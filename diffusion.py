@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from chart import arrange, numbers, plot
-from hub import Parser, UserError, blaming, command, is_number, write_png
+from hub import Parser, UserError, blaming, command, is_number, show, write_png
 
 # -------------------------------------------------------------------------------------------------
 # The schedule
@@ -194,10 +194,10 @@ class Diffusion:
         config = {key: file.get(key, default) for key, default in DEFAULTS.items()}
 
         for key, value in not_implemented(file, PROCESS).items():
-            raise UserError(f"scheduler config: {key} = {value!r} is not implemented; "
+            raise UserError(f"scheduler config: {key} = {show(value)} is not implemented; "
                             f"use {' or '.join(map(repr, PROCESS[key]))}")
         stepping = not_implemented(file, STEPPING)
-        missing = ", ".join(f"{key} = {value!r}" for key, value in stepping.items())
+        missing = ", ".join(f"{key} = {show(value)}" for key, value in stepping.items())
         if sampler is None:
             missing = name
         elif config["use_karras_sigmas"]:

@@ -422,10 +422,15 @@ def complete(config, defaults, implemented, name="U-Net config"):
             # Null, false and zero switch off a feature that we do not have.
             known = not value
         if not known:
-            raise UserError(f"{name}: {key} = {value!r:.200} is not implemented")
+            raise UserError(f"{name}: {key} = {show(value)} is not implemented")
         if key in defaults:
             completed[key] = value
     return completed
+
+
+def show(value):
+    """Put a value of a file into a message, without Python's notation of a JSON object."""
+    return "an object" if isinstance(value, dict) else f"{value!r:.200}"
 
 
 def is_number(value, key, default):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import hub
 import unet as module
 from conftest import refused
+from diffusion import Diffusion
 from hub import load_weights, read_json, save_weights
 from unet import CONFIGS, UNet
 
@@ -372,6 +373,13 @@ def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path, monkeypatch):
 def test_what_is_not_implemented_is_refused_by_name(key, value):
     with refused(key):
         UNet({**SMALL, key: value})
+
+
+def test_a_json_object_is_shown_in_words():
+    with refused("^U-Net config: in_channels = an object is not implemented$"):
+        UNet(dict(SMALL, in_channels={"a": 1}))
+    with refused("^scheduler config: prediction_type = an object is not implemented; use"):
+        Diffusion.from_config(dict(prediction_type={"a": 1}))
 
 
 @pytest.mark.parametrize("change", [
