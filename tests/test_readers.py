@@ -493,9 +493,8 @@ def test_cifars_binary_files(tmp_path, folder):
         Folder(tmp_path, "class", "train", 32)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_fashion_mnist_plain_and_packed(tmp_path, packed):
-    readers.read_idx_array.cache_clear()
+def fashion_mnist(root, packed):
+    root.mkdir(exist_ok=True)
     pixels = {}
     for part, count in (("train", 20), ("t10k", 5)):
         images = rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
@@ -503,9 +502,16 @@ def test_fashion_mnist_plain_and_packed(tmp_path, packed):
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
             content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
             content += array.tobytes()
-            path = tmp_path / f"{part}-{kind}-ubyte{'.gz' * packed}"
+            path = root / f"{part}-{kind}-ubyte{'.gz' * packed}"
             path.write_bytes(gzip.compress(content) if packed else content)
         pixels[part] = images
+    return pixels
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fashion_mnist_plain_and_packed(tmp_path, packed):
+    readers.read_idx_array.cache_clear()
+    pixels = fashion_mnist(tmp_path, packed)
     for split, part in (("train", "train"), ("heldout", "t10k")):
         dataset = Folder(tmp_path, "label", split, 28)
         assert len(dataset) == len(pixels[part])
@@ -681,14 +687,18 @@ def test_every_layout_can_be_encoded(tmp_path):
     gqa(tmp_path / "in/inpaint")
     lists = "a.png\nb.png\n"
     write(tmp_path / "in/sr/meta_info.txt", lists)
-    for i, name in enumerate(lists.split()):
-        save(tmp_path / "in/sr" / name, i)
+    for folder in ("sr", "translate/A", "translate/B"):
+        for i, name in enumerate(lists.split()):
+            save(tmp_path / "in" / folder / name, i)
+    cifar(tmp_path / "in/class")
+    fashion_mnist(tmp_path / "in/label", packed=True)
     done = call("data.py", "encode", "--data", tmp_path / "in", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "edit: 3 train, 1 held out" in done.stdout
-    plain, encoded = ({task: open_dataset(task, "train", 64, root) for task in data.ALL}
+    tasks = ("class", "label", "translate", *data.ALL)
+    plain, encoded = ({task: open_dataset(task, "train", 64, root) for task in tasks}
                       for root in (tmp_path / "in", tmp_path / "out"))
-    for task in data.ALL:
+    for task in tasks:
         assert len(plain[task]) == len(encoded[task])
         words = [{dataset[task].get(2 % len(plain[task]), rng(seed))["prompt"]
                   for seed in range(60)} for dataset in (plain, encoded)]
@@ -704,8 +714,12 @@ def test_every_layout_can_be_encoded(tmp_path):
         latents = encoded["edit"].get(2, rng(seed))["target"]
         expected = data.read_shard(tmp_path / "out", "latents", numbers[names.index(str(path))])
         assert torch.equal(latents, expected["latents"])
-    texts = encoded["t2i"].encode_text(["", "A picture, 2 5."])[0]
-    assert texts.shape[0] == 2
+    texts = encoded["t2i"].encode_text(["", "A picture, 2 5.", "frog"])[0]
+    assert texts.shape[0] == 3
+    assert data.class_names(tmp_path / "out") == data.class_names(tmp_path / "in")
+    assert encoded["label"][11]["x"] == plain["label"][11]["x"] == 1
+    # A and B hold the same pictures here.
+    assert torch.equal(encoded["translate"][0]["x"], encoded["translate"][0]["target"])
 
 
 @pytest.mark.parametrize("name, content", [
