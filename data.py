@@ -519,10 +519,10 @@ class Encoded(ItemDataset):
         """Raise a UserError where the folder was encoded with another model, or is damaged."""
         with blaming(self.root / "encoded.json"):
             # A network that reads no text, such as a DiT, may take latents that came with texts.
-            made_with = self.index["fingerprint" if model.texts else "autoencoder"]
-        if made_with != fingerprint(model, model.texts):
-            raise UserError(f"{self.root} was encoded with another autoencoder or text encoder "
-                            f"({self.index['model']}); encode it again for this model")
+            key = "fingerprint" if model.texts else "autoencoder"
+            if self.index[key] != fingerprint(model, model.texts):
+                raise UserError(f"{self.root} was encoded with another autoencoder or text encoder "
+                                f"({self.index['model']}); encode it again for this model")
         # The shapes stand in the heads of the files, so no tensor is read.
         config = model.unet.config
         side = config["sample_size"]
@@ -552,12 +552,13 @@ class Encoded(ItemDataset):
         return context, pooled
 
 
-def encode_folder(model, root, out, device, size=None):
+def encode_folder(model, root, out, device, size=None, tasks=TASKS):
     """Encode every picture and text of a folder -> task -> split -> number of examples.
 
     Shards that exist are not written again, so encoding that was interrupted goes on.
 
-    size: of the pictures; None: as the model draws them.
+    size: of the pictures; None: as the model draws them. tasks: those to encode for, where the
+    pictures serve them; for sr and masked, copies of all pictures are written beside the latents.
     """
     if out.resolve().is_relative_to(root.resolve()) or (out / "metadata.jsonl").exists():
         raise UserError(f"{out} is a folder of pictures or inside one; choose another folder with "
@@ -567,7 +568,7 @@ def encode_folder(model, root, out, device, size=None):
     size = size or model.native_size
     if size % model.vae.factor:
         raise UserError(f"--size {size} must be a multiple of {model.vae.factor}")
-    folders = served_folders(root, TASKS)
+    folders = served_folders(root, tasks)
     paths, texts, tasks = number_rows(folders)
     index = dict(model=str(model.path), fingerprint=fingerprint(model, model.texts),
                  autoencoder=fingerprint(model, []), size=size, tasks=tasks, texts=texts,
@@ -754,10 +755,8 @@ def collate(examples):
     """A list of examples -> a batch: a dict of lists; t, keep and the two noises are tensors."""
     # Pictures stay in lists, because not every sample of a batch has a source.
     batch = {key: [example[key] for example in examples] for key in examples[0]}
-    for key in ("t", "keep"):
-        batch[key] = torch.tensor(batch[key])
-    for key in ("noise", "latent_noise"):
-        batch[key] = torch.stack(batch[key])
+    for key in ("t", "keep", "noise", "latent_noise"):
+        batch[key] = torch.stack([torch.as_tensor(value) for value in batch[key]])
     return batch
 
 
@@ -839,7 +838,8 @@ def main():
     parser.add_argument("action", choices=("check", "show", "encode"),
                         help="check decodes every picture; show draws a sheet of examples")
     parser.add_argument("--data", required=True, help="folder of pictures, see readers.py")
-    parser.add_argument("--task", default="t2i", choices=TASKS, help="task whose examples show")
+    parser.add_argument("--task", choices=TASKS, help="task whose examples to show (default: t2i) "
+                        "or to encode (default: whatever the folder serves)")
     parser.add_argument("--size", type=int, help="side of the pictures (default: 256 to show them, "
                         "as the model draws them to encode them)")
     parser.add_argument("--degradation", default="simple", choices=DEGRADATIONS, help="of sr")
@@ -855,6 +855,7 @@ def main():
         check_folder(Path(args.data))
         return
     if args.action == "show":
+        args.task = args.task or "t2i"
         show_folder(args)
         return
     if args.out is None:
@@ -862,7 +863,8 @@ def main():
     from sample import load_model  # here, because sample.py imports this file
     device = pick_device(args.device)
     model = load_model(args.model, device=device)
-    print_counts(encode_folder(model, Path(args.data), Path(args.out), device, args.size))
+    tasks = [args.task] if args.task else TASKS
+    print_counts(encode_folder(model, Path(args.data), Path(args.out), device, args.size, tasks))
     print(f"{args.out}: train from it with train.py --data {args.out} --model {args.model}")
 
 

@@ -542,8 +542,9 @@ def test_a_dit_trains_on_the_latents_of_classes(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         noise(50, 40).rotate(60 * i).save(path)
     done = call("data.py", "encode", "--data", tmp_path / "in", "--out", tmp_path / "encoded",
-                "--size", 32)
-    assert "class: 4 train, 2 held out" in done.stdout, done.stderr
+                "--size", 32, "--task", "class")
+    assert done.stdout.startswith("class: 4 train, 2 held out\n"), done.stderr
+    assert not (tmp_path / "encoded/pictures").exists()  # those are for sr and masked
     logs = []
     for name in ("in", "encoded"):
         done = call("train.py", "--task", "class", "--unet", "small", "--data", tmp_path / name,
