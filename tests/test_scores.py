@@ -1,7 +1,6 @@
 """measures.py: each measure beside an independent computation, or the library called directly."""
 import pickle
 import re
-import shutil
 import sys
 import types
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 import data
 import emoji
 import evaluate
+import hub
 import measures
 from data import ASSETS
 from hub import UserError
@@ -321,23 +321,11 @@ def test_clip_directions_are_instruct_pix2pixs_and_mtus(clip_folder):
 
 
 def test_clip_comes_from_the_hub_too(clip_folder, tmp_path, monkeypatch):
-    """By an id, and of all that a repository holds only what is needed."""
-    import huggingface_hub
+    """By an id. Which files of a repository come is test_hub.py's."""
     folder, _ = clip_folder
-    names = [path.name for path in folder.iterdir()]
-    others = ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "README.md"]
-
-    def snapshot_download(repository, revision, allow_patterns, local_files_only=False):
-        assert repository == "owner/clip" and revision is None
-        (tmp_path / "cache").mkdir(exist_ok=True)
-        for name in huggingface_hub.utils.filter_repo_objects(names + others,
-                                                              allow_patterns=allow_patterns):
-            shutil.copy(folder / name, tmp_path / "cache" / name)
-        return str(tmp_path / "cache")
-
+    names = {path.name for path in folder.iterdir()}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *where, **options: names + others)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "download", lambda hub_id, subfolder: (folder, names))
     local, remote = measures.CLIP(CPU, folder), measures.CLIP(CPU, "owner/clip")
     examples = pairs(2, captions=["red apple", "green apple"])
     drawn = pictures(2, 5)
