@@ -25,7 +25,7 @@ theta is the frozen pretrained network. We differ from the paper and its officia
       products P_i K_i, where the paper merges its matrices and the other weights separately.
     - Where the paper only says "grid search", we search one weight after the other.
 
-    python merge.py                                        tunes two copies in seconds, draws their plane
+    python merge.py                                        tunes two copies, draws their plane
     python merge.py --base A --tuned B C --weights .5 .5 --out D
     python merge.py --search --base A --tuned B C --task t2i --out D
 
