@@ -141,20 +141,22 @@ def open_dataset(task, split, size, root=None, **options):
 
 
 def class_names(root=None, task="label"):
-    """The classes of the tasks class and label: the built-in categories, or those of a folder."""
+    """The classes of the tasks class and label: the built-in categories, or those of a folder.
+
+    They are in alphabetical order, so that a class has the same number in every run.
+    """
     if root is None:
         return emoji.classes()
     folder = folder_of(task, root)
     if is_encoded(folder):
         with blaming(folder / "encoded.json"):
             splits = read_json(folder / "encoded.json")["tasks"].get(task, {})
-            names = {label for items in splits.values() for *_, label in items}
+            names = sorted({label for items in splits.values() for *_, label in items})
     else:
-        names = {row["label"] for row in read_rows(folder)[0] if "label" in row}
+        names = sorted({row["label"] for row in read_rows(folder)[0] if "label" in row})
     if not names:
         raise UserError(f"{root}: no picture has a label, which {task} needs")
-    # In alphabetical order, so that a class has the same number in every run.
-    return sorted(names)
+    return names
 
 
 def needed_columns(task):

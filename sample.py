@@ -885,6 +885,8 @@ def modality_rows(model, modality, x, seed):
     """Draw unconditionally, and then given x -> the pictures among the modalities, row by row."""
     if modality == "repr":
         x = aggregation.vectors(model, x).cpu()
+    elif modality == "source" and x[0].dim() == 4:  # the moments of an encoded folder
+        x = torch.stack([to_tensor(picture_of(model, value)) for value in x])
     else:
         x = torch.stack([torch.as_tensor(value) for value in x])
     requests = [{}, {modality: x}]

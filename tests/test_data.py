@@ -556,6 +556,14 @@ def test_a_dit_trains_on_the_latents_of_classes(tmp_path, monkeypatch):
     assert logs[0][2] != logs[1][2] and np.allclose(*logs, rtol=5e-4)
 
 
+def test_pairs_of_latents_train_and_are_drawn(encoded, tmp_path):
+    """translate decodes x for its sheet of samples."""
+    done = call("train.py", "--task", "translate", "--data", encoded, "--out", tmp_path / "run",
+                "--steps", 1, "--batch-size", 2, "--eval-size", 1, "--sample-every", 1)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/samples/000001.png").is_file()
+
+
 def test_every_picture_and_text_is_in_it_once_as_the_networks_give_it(encoded):
     model = load_model(ASSETS / "tiny")
     latents = load_file(encoded / "latents-00000.safetensors")["latents"]
