@@ -1,7 +1,7 @@
 """Measure a model on held-out pictures.
 
     python evaluate.py --task all --count 100
-    python evaluate.py --task all --model MODEL --data FOLDER --count 5000 \
+    python evaluate.py --task all --model MODEL --data FOLDER --count 5000 --ssim \
         --inception weights-inception-2015-12-05-6726825d.pth --lpips alexnet-owt-7be5be79.pth \
         --clip openai/clip-vit-large-patch14
     torchrun --nproc_per_node 8 evaluate.py ...
@@ -68,6 +68,7 @@ LEGEND = {
     "precision": "share of drawings that lie among the targets, in Inception's features",
     "recall": "share of targets that lie among the drawings, in Inception's features",
     "LPIPS": "distance from drawing to target in a network's features",
+    "SSIM": "likeness of drawing and target, window by window; 1 is equal",
     "CLIP score": "100 times the cosine of a drawing and its caption",
     "CLIP image similarity": "cosine of a drawing and its source",
     "CLIP image-image direction": "cosine of the change that was drawn and the true one",
@@ -440,6 +441,7 @@ def get_args():
     group.add_argument("--lpips", metavar="FILE", help="torchvision's AlexNet or VGG 16: LPIPS")
     group.add_argument("--clip", metavar="MODEL", help="folder or hub id of a CLIPModel: "
                        "directions and the CLIP score")
+    group.add_argument("--ssim", action="store_true", help="SSIM, which needs scikit-image")
 
     group = parser.add_argument_group("what to save")
     group.add_argument("--pictures", default="samples/evaluate", help="folder for the drawings")
@@ -475,6 +477,8 @@ def open_judges(args, device):
     judges = []
     if args.lpips:
         judges.append(measures.Perceptual(device, args.lpips))
+    if args.ssim:
+        judges.append(measures.Similarity())
     if args.inception:
         judges.append(measures.Inception(device, args.inception))
     if args.clip:

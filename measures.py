@@ -2,7 +2,7 @@
 
     frechet_distance, kernel_distance            formulas, for the features of any network
     Pixels, Change, Nearest, Emoji               built in: pixels, and a classifier of emoji
-    Inception, Perceptual, CLIP                  the papers' measures, by the field's libraries
+    Inception, Perceptual, Similarity, CLIP      the papers' measures, by the field's libraries
 
 A measure has a paper's name only where the paper's network computes it: a Frechet distance in the
 features of the built-in classifier is called emoji-FD and not FID. The libraries are imported where
@@ -64,6 +64,11 @@ def kernel_distance(a, b):
 def stack(examples, key):
     """One kind of picture of B examples -> (B, 3, H, W)."""
     return torch.stack([example[key] for example in examples])
+
+
+def to_bytes(pictures):
+    """Pictures in [-1, 1] -> 8 bits, in which the libraries want them."""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def describe(network, files=(), resize="none"):
@@ -275,9 +280,8 @@ class Inception:
                                "bilinear to 299 as in TensorFlow 1")
 
     def features(self, pictures):
-        # The library wants 8 bits. Pooled features and logits side by side, (B, 2048 + 1008).
-        levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
-        return torch.cat(self.network(levels.to(self.device)), dim=1).cpu()
+        # Pooled features and logits side by side, (B, 2048 + 1008).
+        return torch.cat(self.network(to_bytes(pictures).to(self.device)), dim=1).cpu()
 
     def compare(self, drawn, targets):
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -299,7 +303,7 @@ class Inception:
 class Perceptual:
     """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924), by lpips.
 
-    path: torchvision's AlexNet or VGG 16; the library brings its heads.
+    path: torchvision's AlexNet, VGG 16 or SqueezeNet 1.1; the library brings its heads.
     """
 
     def __init__(self, device, path):
@@ -307,6 +311,8 @@ class Perceptual:
         state = read_tensors(path)
         with blaming(path):
             net = "vgg" if "features.28.weight" in state else "alex"
+            if any("squeeze" in name for name in state):
+                net = "squeeze"
             # pnet_rand: the library would download the network otherwise.
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).to(device)
             # The library cuts torchvision's list of layers into slices, and keeps their numbers.
@@ -321,6 +327,23 @@ class Perceptual:
             return {}  # a caption has more right pictures than one
         targets = stack(examples, "target").to(self.device)
         return {"LPIPS": self.network(drawn.to(self.device), targets).flatten().tolist()}
+
+
+class Similarity:
+    """SSIM of its authors (Wang et al. 2004), by scikit-image, on RGB."""
+
+    def __init__(self):
+        self.ssim = library("skimage.metrics", "scikit-image").structural_similarity
+        self.record = describe("none, a Gaussian window of sigma 1.5")
+
+    def judge(self, examples, drawn):
+        if "source" not in examples[0]:
+            return {}  # a caption has more right pictures than one
+        # scikit-image's own defaults are a uniform window of 7 x 7 and the sample covariance.
+        options = dict(channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5,
+                       use_sample_covariance=False)
+        pairs = zip(to_bytes(drawn).numpy(), to_bytes(stack(examples, "target")).numpy())
+        return {"SSIM": [float(self.ssim(a, b, **options)) for a, b in pairs]}
 
 
 class CLIP:

@@ -49,9 +49,9 @@ from safetensors.torch import save_file
 from chart import arrange, cells, table
 from clip import Tokenizer
 from diffusion import Diffusion
-from hub import (Parser, UserError, between, blaming, command, fetch, find_index,
-                 older_attention_names, open_weights, pick_device, read_json, replacing,
-                 weight_files, write_json, write_png)
+from hub import (Parser, UserError, blaming, command, fetch, find_index, older_attention_names,
+                 open_weights, pick_device, read_json, replacing, weight_files, write_json,
+                 write_png)
 
 # Keys of a U-Net's config.json that record an attached method; absent or null: it is not attached.
 METHODS = dict(moe=None, routing=None, aggregation=None)
@@ -557,6 +557,7 @@ def search(args):
 # The demonstration: two copies that have each learned a little, in seconds
 
 GRID = (-0.5, 0.0, 0.5, 1.0, 1.5)       # the values of a and of b
+LAYERS = ("conv_in", "time_embedding", "resnets", "attentions", "samplers", "conv_out")
 
 
 def tune(model, x0, context, t_range):
@@ -583,18 +584,25 @@ def tune(model, x0, context, t_range):
 
 
 @torch.no_grad()
-def draw_plane(model, unets, examples, names):
-    """Draw the losses on the plane that the task vectors of two copies span."""
+def draw_copies(model, unets, examples, names):
+    """Draw the sizes of two copies' task vectors and the losses on the plane that they span."""
+    sizes = {}
+    for layer, module in model.unet.named_modules():
+        if layer.endswith(LAYERS) and module.state_dict():     # some lists of samplers are empty
+            theta, *tuned = [nn.utils.parameters_to_vector(part.parameters()) for part in
+                             (module, *(unet.get_submodule(layer) for unet in unets))]
+            sizes[layer] = [100 * (theta_i - theta).norm() / theta.norm() for theta_i in tuned]
+    charts = [table("size of tau, per cent of theta", cells("copy for", names),
+                    cells("layer", sizes), np.array(list(sizes.values())), size=(140, 22))]
     losses = merged_losses(model, unets, names, "cpu")
     plane = np.array([[losses((a, b), examples) for a in GRID] for b in GRID[::-1]])    # (5, 5, M)
-    charts = []
     for name, part in zip(("all t", *names), (plane, *np.split(plane, 2, axis=-1))):
         means = part.mean(axis=-1)
         # The lowest loss is white, and the base's, which is at a = b = 0, is blue.
         charts.append(table(f"loss of theta + a tau_0 + b tau_1, {name}", cells("a", GRID),
                             cells("b", GRID[::-1]), means, (means.min(), means[3, 1]), digits=3,
                             size=(80, 80)))
-    return arrange(charts, columns=3)
+    return arrange(charts, columns=2)
 
 
 def demonstrate(path="samples/merge.png"):
@@ -612,7 +620,7 @@ def demonstrate(path="samples/merge.png"):
     ranges = timestep_ranges(model.diffusion.T, 2)
     unets = [tune(model, x0, context, t_range) for t_range in ranges]
     names = [f"t = {low} to {high - 1}" for low, high in ranges]
-    write_png(path, draw_plane(model, unets, examples, names))
+    write_png(path, draw_copies(model, unets, examples, names))
     print(f"{path}: two copies after ten steps each, and losses on the four pictures that they "
           "learned.\nEach range of timesteps has its lowest loss elsewhere, and a merged network "
           "is one point for both.")
@@ -634,14 +642,14 @@ def main():
     group = parser.add_argument_group("search")
     group.add_argument("--task", help="tasks to measure, with commas; default: all of the model's")
     group.add_argument("--data", help="folder with the data; default: the built-in pictures")
-    group.add_argument("--eval-size", type=between(1, 1e5), default=64,
-                       help="held-out examples per task")
-    group.add_argument("--seed", type=between(0, 1e18), default=0,
-                       help="random seed that splits the examples")
+    group.add_argument("--eval-size", type=int, default=64, help="held-out examples per task")
+    group.add_argument("--seed", type=int, default=0, help="random seed that splits the examples")
     group.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
     args = parser.parse_args()
     if Path(args.out).exists():
         raise UserError(f"{args.out} exists; choose another --out")
+    if not 1 <= args.eval_size <= 100_000 or args.seed < 0:
+        raise UserError("--eval-size is from 1 to 100,000, and --seed at least 0")
     if args.search:
         search(args)
     else:

@@ -687,7 +687,7 @@ def test_a_copy_is_tuned_on_its_range_and_gets_better_there():
     assert after < 0.9 * before
 
 
-def test_without_arguments_it_draws_the_plane_between_two_vectors(tmp_path, monkeypatch):
+def test_without_arguments_it_draws_two_vectors_and_the_plane_between_them(tmp_path, monkeypatch):
     def scaled(model, x0, context, t_range):
         """Copies whose vectors are 1 % and -2 % of the base."""
         unet = copy.deepcopy(model.unet)
@@ -706,8 +706,9 @@ def test_without_arguments_it_draws_the_plane_between_two_vectors(tmp_path, monk
     monkeypatch.setattr(merge, "table", recorded)
     monkeypatch.chdir(tmp_path)
     succeeded(call("merge.py"))
-    assert Image.open("samples/merge.png").width > 1000
-    everywhere, low, high = drawn
+    assert Image.open("samples/merge.png").size > (800, 800)
+    sizes, everywhere, low, high = drawn
+    assert np.allclose(sizes, [1, 2], rtol=1e-3)
     model = load_model(ROOT / "assets/tiny")
     examples = train.held_out_examples(["t2i"], None, model, 4)
     losses = train.held_out_losses(model, model.unet, examples, "cpu", 4)

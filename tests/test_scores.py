@@ -236,6 +236,31 @@ def test_lpips_is_the_librarys(tmp_path, torchvision):
     assert judge.judge([dict(target=drawn[0], prompt="a hand")], drawn[:1]) == {}
 
 
+def test_ssim_is_its_authors():
+    """By hand at one place, and not with scikit-image's other defaults."""
+    metrics = pytest.importorskip("skimage.metrics")
+    example = pairs(1)[0]
+    drawn = pictures(1, 5)
+    (value,) = measures.Similarity().judge([example], drawn)["SSIM"]
+    a, b = (np.asarray(emoji.to_pil(picture)).astype(float) for picture in
+            (drawn[0], example["target"]))
+    _, everywhere = metrics.structural_similarity(
+        a, b, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, full=True)
+    assert value == pytest.approx(everywhere[5:-5, 5:-5].mean(), rel=1e-6)
+    x = np.arange(-5, 6)
+    window = np.exp(-(x[:, None] ** 2 + x ** 2) / 4.5)
+    window /= window.sum()
+    a, b = a[20:31, 30:41, 1], b[20:31, 30:41, 1]
+    mean_a, mean_b = (window * a).sum(), (window * b).sum()
+    var_a, var_b = (window * (a - mean_a) ** 2).sum(), (window * (b - mean_b) ** 2).sum()
+    covariance = (window * (a - mean_a) * (b - mean_b)).sum()
+    c, d = 2.55 ** 2, 7.65 ** 2
+    expected = ((2 * mean_a * mean_b + c) * (2 * covariance + d)
+                / (mean_a ** 2 + mean_b ** 2 + c) / (var_a + var_b + d))
+    assert everywhere[25, 35, 1] == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A small CLIPModel of transformers with random weights, and the miniature's tokenizer."""
@@ -339,7 +364,8 @@ def test_clip_comes_from_the_hub_too(clip_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind, module, package", [
     (lambda: measures.Inception(CPU, "w.pth"), "torch_fidelity", "torch-fidelity"),
-    (lambda: measures.Perceptual(CPU, "w.pth"), "lpips", "lpips")])
+    (lambda: measures.Perceptual(CPU, "w.pth"), "lpips", "lpips"),
+    (lambda: measures.Similarity(), "skimage.metrics", "scikit-image")])
 def test_a_library_that_is_missing_is_named_with_its_command(kind, module, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
