@@ -528,22 +528,20 @@ class Encoded(ItemDataset):
         # The shapes stand in the heads of the files, so no tensor is read.
         config = model.unet.config
         side = config["sample_size"]
-        latents = [2, model.vae.config["latent_channels"], side, side]
-        needed = dict(latents=[f"latents of shape {latents}"])
+        latents = dict(latents=[2, model.vae.config["latent_channels"], side, side])
+        texts = {}
         if model.texts:
-            context = [model.tokenizer.length, config["cross_attention_dim"]]
-            needed["texts"] = [f"context of shape {context}"]
+            texts["context"] = [model.tokenizer.length, config["cross_attention_dim"]]
         if model.text_encoder_2:
-            needed["texts"].append(f"pooled of shape {[model.text_encoder_2.width]}")
-        for kind, tensors in needed.items():
-            for path in sorted(self.root.glob(f"{kind}-*.safetensors")):
-                with blaming(path):
-                    file = open_shard(path)
-                    found = [f"{name} of shape {file.get_slice(name).get_shape()[1:]}"
-                             for name in sorted(file.keys())]
-                    if found != tensors:
-                        raise UserError(f"{path} holds {', '.join(found)}, but this model needs "
-                                        f"{', '.join(tensors)}; delete the file and encode again")
+            texts["pooled"] = [model.text_encoder_2.width]
+        for path in sorted(self.root.glob("*-*.safetensors")):
+            shapes = latents if path.name.startswith("latents") else texts
+            with blaming(path):
+                file = open_shard(path)
+                found = {name: file.get_slice(name).get_shape()[1:] for name in file.keys()}
+                if shapes and found != shapes:
+                    raise UserError(f"{path} holds tensors of the shapes {found}, but this model "
+                                    f"needs {shapes}; delete the file and encode again")
 
     def encode_text(self, prompts):
         """Text states that Model.encode_text would compute -> context (B, S, D), pooled or None."""
@@ -611,18 +609,17 @@ def number_rows(folders):
         tasks[task] = dict(train=[], heldout=[], test=[])
         columns = needed_columns(task)
         for row in usable_rows(folder):
-            item = []
             # A picture of several tasks, or one that is a source here and a target there, has one
-            # number. A single number is no list, as in folders that were encoded in the past.
-            for column in PICTURES:
-                names = as_list(row[column]) if column in columns else []
-                numbers = [picture_rows.setdefault(folder / name, len(picture_rows))
-                           for name in names]
-                item.append(numbers if len(numbers) > 1 else next(iter(numbers), None))
+            # number.
+            item = [[picture_rows.setdefault(folder / name, len(picture_rows))
+                     for name in as_list(row[column])] if column in columns else [None]
+                    for column in PICTURES]
             texts = possible_texts(folder, row.get(words_of(task), ""))
             for text in texts:
                 text_rows.setdefault(text, len(text_rows))
-            tasks[task][row["split"]].append([*item, texts if len(texts) > 1 else texts[0]])
+            # A single one is no list, as in folders that were encoded in the past.
+            tasks[task][row["split"]].append([values if len(values) > 1 else values[0]
+                                              for values in (*item, texts)])
     return list(picture_rows), list(text_rows), tasks
 
 
