@@ -223,7 +223,7 @@ def test_a_class_is_drawn_with_guidance_and_an_unguided_variance(tmp_path):
 
     # What --task class prints of a model at its own size, which is not 64 x 64.
     done = call("evaluate.py", "--task", "class", "--model", tmp_path, "--count", 3, "--steps", 1,
-                "--grid", tmp_path / "a.png", "--pictures", tmp_path / "drawn")
+                "--pictures", tmp_path / "drawn")
     assert done.returncode == 0 and "same class" in done.stdout, done.stderr
 
 

@@ -734,8 +734,8 @@ def test_a_damaged_model_is_named_before_the_first_step(tmp_path):
     model = load_model(ASSETS / "tiny")
     torch.nn.init.constant_(model.unet.conv_out.bias, float("nan"))
     model.save(tmp_path / "nan")
-    refused("nan gives losses that are not finite, for t2i at t = 500", tmp_path / "run", "--task", "t2i", "--model",
-            tmp_path / "nan", "--steps", 1)
+    refused("nan gives losses that are not finite, for t2i at t = 500", tmp_path / "run",
+            "--task", "t2i", "--model", tmp_path / "nan", "--steps", 1)
     model.scheduler["beta_start"] = "x"
     model.save(tmp_path / "x")
     refused("scheduler_config.json: the scheduler", tmp_path / "run", "--task", "t2i", "--model",
