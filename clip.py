@@ -129,7 +129,12 @@ def read_added_tokens(folder):
     # Beside the tokens there are switches, such as add_bos_token; null and "" stand for no token.
     named = {name: value for name, value in {**config, **older}.items()
              if name.endswith("_token") and value not in (None, "", True, False)}
-    more = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    more = config.get("extra_special_tokens")
+    if isinstance(more, dict):
+        # Late versions of transformers 4 write further tokens by name: {"image_token": "<image>"}.
+        named |= more
+        more = None
+    more = more or config.get("additional_special_tokens")
     if listed is None:
         # transformers overlooks the objects, other than strings, that tokenizer_config.json names.
         plain = [value for name, value in named.items() if name in older or isinstance(value, str)]

@@ -265,6 +265,15 @@ def test_an_empty_text_is_no_token_and_an_empty_list_overrules_another(
     assert_same_ids(tmp_path, ["a cat", "", "a <Cap> <cap>"])
 
 
+@pytest.mark.parametrize("config", [
+    {}, dict(additional_special_tokens=["<toy>"]),
+    dict(added_tokens_decoder={"900": token("<toy>", True)})])
+def test_further_tokens_may_have_names(tmp_path, base, config):
+    named = dict(extra_special_tokens=dict(image_token="<Cap>", other="<new>"))
+    write_tokenizer(tmp_path, base, dict(tokenizer_config=named | config))
+    assert_same_ids(tmp_path, ["a <Cap> <cap> <toy> <new> image_token"])
+
+
 @pytest.mark.parametrize("files, message", [
     (dict(tokenizer_config=dict(added_tokens_decoder={"x": token("<toy>")})), "tokenizer"),
     (dict(added_tokens=[1]), "added_tokens.json"), (dict(special_tokens_map=1), "special_tokens"),
