@@ -65,6 +65,9 @@ EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
 # What --num-experts and its companions are without a word; they shape new experts only.
 EXPERTS = dict(num_experts=4, expert_width=None, expert_init="preserve", top_k=None)
+# Peak learning rate of routers and task embedding, at most: the paper's. At the rate that experts
+# bear, all units of a router's ReLU die, and then every task has the same mixture of experts.
+ROUTER_LR = 1e-4
 WORDLESS = ("uncond", "class")  # these networks read no text
 
 
@@ -564,23 +567,24 @@ def parameter_groups(net, weight_decay, lr):
 
     Decay would make the rows of tasks that are absent from a batch drift, and a task that was
     added later must leave the older ones as they are. ANT-UW's weights have the learning rate of
-    their paper.
+    their paper, and routers at most MTU's.
     """
     tables = {id(p) for module in net.modules()
               if isinstance(module, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding))
               for p in module.parameters()}
-    groups = {(weight_decay, lr): [], (0.0, lr): [], (0.0, 0.025): []}
+    groups = {}
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
+        no_decay = p.dim() == 1 or not name.endswith("weight") or id(p) in tables
+        decay, peak = 0.0 if no_decay else weight_decay, lr
         if name.startswith("uncertainty."):
-            groups[0.0, 0.025].append(p)
-        elif p.dim() == 1 or not name.endswith("weight") or id(p) in tables:
-            groups[0.0, lr].append(p)
-        else:
-            groups[weight_decay, lr].append(p)
+            decay, peak = 0.0, 0.025
+        elif ".router." in name or name.startswith("task_embedding."):
+            peak = min(lr, ROUTER_LR)
+        groups.setdefault((decay, peak), []).append(p)
     return [dict(params=params, weight_decay=decay, peak_lr=peak)
-            for (decay, peak), params in groups.items() if params]
+            for (decay, peak), params in groups.items()]
 
 
 def channels_last(network):
