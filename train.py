@@ -65,8 +65,8 @@ EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
 # What --num-experts and its companions are without a word; they shape new experts only.
 EXPERTS = dict(num_experts=4, expert_width=None, expert_init="preserve", top_k=None)
-# Peak learning rate of routers and task embedding, at most: the paper's. At the rate that experts
-# bear, all units of a router's ReLU die, and then every task has the same mixture of experts.
+# Peak learning rate of routers, at most: the paper's. At the rate that experts bear, all units of a
+# router's ReLU die, and then every task has the same mixture of experts.
 ROUTER_LR = 1e-4
 WORDLESS = ("uncond", "class")  # these networks read no text
 
@@ -580,7 +580,7 @@ def parameter_groups(net, weight_decay, lr):
         decay, peak = 0.0 if no_decay else weight_decay, lr
         if name.startswith("uncertainty."):
             decay, peak = 0.0, 0.025
-        elif ".router." in name or name.startswith("task_embedding."):
+        elif ".router." in name:
             peak = min(lr, ROUTER_LR)
         groups.setdefault((decay, peak), []).append(p)
     return [dict(params=params, weight_decay=decay, peak_lr=peak)
