@@ -6,8 +6,8 @@ X = (x_1, .., x_M): a source picture, a masked one, a label, a representation. T
 z_{t-1} to z_t, t = 1 .. T, adds noise and all of them: E_i encodes x_i in the shape of z, w_t^i is
 the weight of this encoding at t, and A_t is their weighted sum. So z_t carries X, and one network
 predicts the noise eps in z_t, as eps_theta(z_t, t), and through one head each the x_i, as a
-distribution p_theta(x_i | z_t). The one that it should be is q(x_i), which is all at the example's
-own x_i. beta_t is DDPM's noise at t, a_t = 1 - beta_t, and ab_t = a_1 a_2 .. a_t with ab_0 = 1.
+distribution p_theta(x_i | z_t). Its target q(x_i) is a point mass at the example's own x_i. beta_t
+is DDPM's noise at t, a_t = 1 - beta_t, and ab_t = a_1 a_2 .. a_t with ab_0 = 1.
 In the paper's equations C_t is what all steps up to t have added, and k and lambda are constants:
 
     Eq. 1      q(z_t, X | z_{t-1}) = q(z_t | z_{t-1}, X) prod_i q(x_i)
@@ -626,7 +626,7 @@ def encode_batch(model, encoder, batch, shape, device):
 # Training
 
 def divergence(head, output, x):
-    """KL(q(x) || p_theta(x | z_t)) up to constants -> (B,) in fp32.
+    """KL(q(x) || p_theta(x | z_t)) up to factors and terms without theta -> (B,) in fp32.
 
     Cross-entropy for classes; for a Gaussian around the output, the mean squared error.
     """

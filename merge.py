@@ -8,7 +8,7 @@ Adding up what the copies have learned gives one network again, as fast as the p
     Eq. 5    || eps - eps_i(x_t, t) ||^2 + || eps_theta(x_t, t) - eps_i(x_t, t) ||^2
              (averaged over C, H and W; train.py adds up the two, the second is `consistency_loss`)
     Eq. 6    t is uniform in range i with probability 1 - p, in [0, T) with probability p
-    Eq. 7    before merging, copy floor(t N / T) makes step t: sample.py --ensemble
+    Eq. 7    before merging, copy floor(t N / T) denoises at t: sample.py --ensemble
     Eq. 8    theta_m = theta + sum_i w_i tau_i,   tau_i = theta_i - theta
              channel projection of features F: P F, where P (C, C) starts at the identity; the
              paper calls the matrix W
@@ -21,7 +21,7 @@ theta is the frozen pretrained network. We differ from the paper and its officia
     - The second term of Eq. 5 compares what the networks predict, which for the miniature is v,
       not the noise.
     - Projections are an option here; the paper trains with them.
-    - By default they follow convolutions K and are folded before merging. Eq. 8 then averages the
+    - By default they follow convolutions K and are folded before merging. Eq. 8 then adds up the
       products P_i K_i, where the paper merges its matrices and the other weights separately.
     - Where the paper only says "grid search", we search one weight after the other.
 

@@ -39,7 +39,7 @@ G = 1/N. By default ("preserve") we therefore divide the activations by G, and V
 The task norms and convolutions start as copies too, with zeros where they meet the source picture.
 So training starts at the pretrained network, unless top_k drops experts.
 
-Where we differ from the paper: in this division. The paper prints the norm of Eq. 2 without its
+We differ from the paper in this division. The paper prints the norm of Eq. 2 without its
 square. It calls the feed-forward layer a two-layer MLP and does not say how GEGLU is cut, where the
 output bias goes, how wide e_task and the routers are, or how experts that are wider than their
 share start. Our choices are explained in the code where they are made.

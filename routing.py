@@ -27,10 +27,10 @@ each t.
 Two timesteps share what both windows cover, C_b - |start(t) - start(s)| channels where this is
 positive. As a share of C_b it is, but for rounding,
 
-    1 - (1 - beta) / beta |u^alpha - v^alpha|,    u = t / (T - 1),  v = s / (T - 1)
+    1 - ((1 - beta) / beta) |u^alpha - v^alpha|,    u = t / (T - 1),  v = s / (T - 1)
 
 With beta = 0.8 the first and the last timestep share 0.75. Neighbours share all but about
-(1 - beta) / beta alpha u^(alpha - 1) / (T - 1), which with alpha = 4 is next to nothing at low t.
+((1 - beta) / beta) alpha u^(alpha - 1) / (T - 1), which with alpha = 4 is next to nothing at low t.
 
 Where we differ from the official code, or had none to follow: it exists for DiT only, whose block
 masks its input once and adds every update to the unmasked z. Masking the input of a residual

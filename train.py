@@ -8,7 +8,7 @@
         --model stable-diffusion-v1-5/stable-diffusion-v1-5
 
 Every batch holds every task: MTU Eq. 2 is a sum over tasks of each task's mean loss. The samples of
-a batch take the tasks that --task lists in turn. A task that is listed twice has twice the samples,
+a batch take turns over the tasks of --task. A task that is listed twice has twice the samples,
 and so twice the weight of another; the weights still sum to the number of tasks.
 Data, noise and timesteps follow from (seed, step, place in the batch) alone. So the same command
 again resumes a run, bit for bit on a CPU, and another number of processes changes only rounding.
@@ -63,7 +63,7 @@ SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012
 GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.5], "inpaint": [3.0, 1.5]}
 EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
-# What --num-experts and its companions are without a word; they shape new experts only.
+# Defaults of --num-experts and its companions, which shape new experts only.
 EXPERTS = dict(num_experts=4, expert_width=None, expert_init="preserve", top_k=None)
 # Peak learning rate of routers, at most: the paper's. At the rate that experts bear, all units of a
 # router's ReLU die, and then every task has the same mixture of experts.
@@ -143,7 +143,7 @@ def get_args(words=None):
     mtu.set_defaults(**EXPERTS)
     mtu.add_argument("--train", choices=("list", "all", "self", "cross", "ffn"), help="what "
                      "trains: the paper's list (the default of an upcycled network), everything, or"
-                     " only the self-attention, cross-attention or feed-forward layers (Table 1)")
+                     " one kind of layer (Table 1) beside the tables of the tasks and the routers")
 
     dtr = parser.add_argument_group("DTR")
     dtr.add_argument("--routing", choices=routing.MODES, help="mask channels by timestep; random "
@@ -465,7 +465,7 @@ def prepare_loaded(args, tasks, model):
         if is_miniature(model):
             model.index["guidance"] = GUIDANCE
             if args.lr is None and args.train != "all":
-                # New experts bear larger steps than weights that have learned already.
+                # New experts stand larger steps than weights that have learned already.
                 args.lr = 1.6e-2
     elif given := [name for name, value in EXPERTS.items() if getattr(args, name) != value]:
         raise UserError(f"--{given[0].replace('_', '-')} shapes new experts, and {args.model} gets "
@@ -1019,7 +1019,9 @@ def train(args, model, teacher, source, rank, world):
                 group["lr"] = group["peak_lr"] * factor
 
             for micro in range(accumulation):
-                batch = next_batch(batches)     # a function of (seed, step, index in the batch)
+                # A function of (seed, step, index in the batch). For guidance, some prompts and
+                # sources in it are empty.
+                batch = next_batch(batches)
                 t, noise = batch["t"].to(device), batch["noise"].to(device)
                 task = task_rows(model, batch, device)
                 # The encoders are frozen. source: what the network reads beside z_t, or None.
@@ -1037,7 +1039,7 @@ def train(args, model, teacher, source, rank, world):
                         # MTU Eq. 2: [z_t, enc(c_I)]
                         z = z_t if source is None else torch.cat([z_t, source], dim=1)
                         out = net(z, t, context, task, added)
-                        # One number a sample, (B,), so that each task has its own mean.
+                        # One number a sample, (B,). terms: without weight, for the log by task.
                         loss = diffusion.loss(out, x0, noise, t, args.loss_weight, uncertainty)
                         terms = {"denoising": diffusion.error(out.detach(), x0, noise, t)}
                         if teacher is not None:                      # DeMe Eq. 5, second term

@@ -18,8 +18,8 @@ train_fashion_classifier.py):
     kernel distance     the unbiased estimate of the squared maximum mean discrepancy with the
                         kernel (x y / d + 1)^3: KID's formula (Binkowski et al. 2018, arXiv
                         1801.01401). For independent pictures it is right on average, whatever the
-                        count, and so may be negative. Sets with equally many pictures of each class
-                        are a little more even than that: their floor lies just below zero.
+                        count, and so may be negative. Ours have equally many pictures of each
+                        class, and so vary less than that: their floor lies just below zero.
 
 All arms draw from the same noise, and train.py's batches are functions of (seed, step, index): the
 arms of one seed share pictures, noise and timesteps too.

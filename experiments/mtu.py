@@ -28,7 +28,11 @@ seed see the same pictures, noise and timesteps; an arm of one task sees those o
             change is nearer to the target than to the source, as a blank picture often is
 
 The learning rate, 1.6e-2, was chosen for N = 4 (RESULTS.md); all weights have train.py's default of
-1e-3. Arms that could lose only because they need another rate have 4e-3 as well, once.
+1e-3. Arms that could lose only because they need another rate have 4e-3 as well, once; N = 1, 2, 8
+and single tasks do not, which favours N = 4. No full run has been made yet.
+
+N = 4 against N = 1 asks whether experts help, against literal whether the start matters, against
+TASK alone what sharing costs; against all weights, attention and LoRA, what has to train.
 
 The order is by seed, then by arm: wherever it ends, what is there can be compared. Rule for
 stopping early, fixed before the first run: none, as every run is short.
@@ -92,7 +96,11 @@ def write_start(base, tasks, folder):
 
 
 def own_share(examples, steps):
-    """The samples that one task has in the batches of all four. examples: data.Examples of it."""
+    """The samples that one task has in the batches of all four. examples: data.Examples of it.
+
+    Numbers run over the batches of all four tasks, where this one has every fourth place: so `TASK
+    alone` sees what N = 4 sees of it.
+    """
     tasks = len(data.ALL)
     first = data.ALL.index(examples.shares[0])
     examples.batch_size *= tasks
@@ -103,8 +111,8 @@ def share(part, model):
     """Let the rows of the tables named `part` stay equal: there is one for all tasks."""
     for name, table in model.unet.named_parameters():
         if part in name:
-            # The gradient of the one row, whose norm, when gradients are clipped, counts once. The
-            # scale means nothing to Adam.
+            # Every row gets the sum over rows, so they stay equal. Divided by the root of their
+            # number they have one row's norm together, when gradients are clipped; Adam ignores it.
             table.register_hook(lambda g: g.sum(dim=0, keepdim=True).expand_as(g) / len(g) ** 0.5)
 
 
