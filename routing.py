@@ -17,12 +17,10 @@ Block_l stands for the updates alone, without the residual path.
         m[t, c] = 1  where  edge(t - 1) < c <= edge(t) + C_b,  else 0
 
 This file computes the first formula, the code's. Both windows slide from the first channels to the
-last. In the code's numbers, from 0, the paper's begins at round((C - C_b) (t / T)^alpha), no later
-than the code's, and ends C_b channels after the place where that of t + 1 begins: it is edge(t + 1)
-- edge(t) channels wider. So the two differ by a channel at an edge of the window at DiT's widths,
-and by two at the widest blocks of a U-Net. t is the original timestep, also where sampling visits
-only some. The control R-TR (random task routing, mode "random") draws C_b channels at random for
-each t.
+last. With t and c from 0, the paper's is edge(t) <= c < edge(t + 1) + C_b: wider where the edge
+moves, else the same. So the two differ by a channel at an edge of the window at DiT's widths, and
+by two at the widest blocks of a U-Net. t is the original timestep, also where sampling visits only
+some. The control R-TR (random task routing, mode "random") draws C_b channels at random for each t.
 
 Two timesteps share what both windows cover, C_b - |start(t) - start(s)| channels where this is
 positive. As a share of C_b it is, but for rounding,

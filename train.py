@@ -924,12 +924,12 @@ def due(every, done, steps):
     return every > 0 and (done % every == 0 or done == steps)
 
 
-def train(args, model, teacher, source, rank, world):
+def train(args, model, teacher, opened, rank, world):
     """Train a model, or go on with its training.
 
-    model, teacher: from build_model. source: from open_data.
+    model, teacher: from build_model. opened: from open_data.
     """
-    examples, eval_sets, eval_examples, encoded = source
+    examples, eval_sets, eval_examples, encoded = opened
     tasks = list(eval_sets)
     folder = Path(args.out)
     device = model.device
@@ -1161,8 +1161,8 @@ def log_line(args, meter, progress, norm, *, lr, flops, device):
 
 def main():
     args = get_args()
-    model, teacher, source, rank, world = prepare(args)
-    train(args, model, teacher, source, rank, world)
+    model, teacher, opened, rank, world = prepare(args)
+    train(args, model, teacher, opened, rank, world)
     if world > 1:
         dist.destroy_process_group()
 

@@ -15,14 +15,15 @@ seed see the same pictures, noise and timesteps; an arm of one task sees those o
     LoRA                    N = 1, whose feed-forward weights change by products of rank 16 alone
     shared norms            N = 4 with one norm before the experts for all tasks
     shared convolution      N = 4 with one input convolution for all tasks
-    TASK alone, all weights ordinary fine-tuning of the dense network, which Fig. 2 looks into
+    TASK alone, all weights N = 1, and everything trains: fine-tuning of the dense network and of a
+                            task's input convolution, which Fig. 2 looks into
     fifth, sixth task       added to N = 4, without changing a bit of the older ones
     fifth, all weights      the same task, and everything trains: what do the older tasks forget?
 
     loss    on 64 held-out examples of a task with fixed noise. The arms have one forward process,
             so their losses may be compared. That of t2i falls when the network forgets drawings
             that the base knows by heart
-    closer  share of drawings with a smaller squared error than the source as it is
+    closer  share of drawings with a smaller squared error than the source as it is; t2i has none
     right   share of drawings that do what was asked, whatever becomes of the rest: t2i shows the
             category and edit the attribute, to a classifier's eye; of the others, what had to
             change is nearer to the target than to the source, as a blank picture often is
