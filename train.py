@@ -647,8 +647,10 @@ def count_flops(network, backward=False):
     context = empty(1, 77, width) if width else None
     side = config["sample_size"]
     number = empty(1, dtype=torch.long)
-    pooled = ((config.get("projection_class_embeddings_input_dim") or 0)
-              - 6 * (config.get("addition_time_embed_dim") or 0))
+    pooled = 0
+    if config.get("addition_embed_type"):
+        pooled = (config["projection_class_embeddings_input_dim"]
+                  - 6 * config["addition_time_embed_dim"])
     # A network takes what it needs of timestep, text, task, and SDXL's or the class's inputs.
     inputs = (empty(1, channels, side, side), number, context, number,
               dict(text_embeds=empty(1, pooled), time_ids=empty(1, 6), class_labels=number))

@@ -659,7 +659,9 @@ SDXL = CONFIGS["sdxl"] | dict(
     block_out_channels=(32, 64, 64), sample_size=16, attention_head_dim=(1, 2, 2),
     norm_num_groups=8, transformer_layers_per_block=(1, 1, 1), cross_attention_dim=128)
 NETWORKS = {
-    "dense": UNet, "checkpointed": UNet, "upcycled": lambda config: moe.upcycle(UNet(config)),
+    # Without addition_embed_type this width means nothing.
+    "dense": lambda config: UNet(config | dict(addition_time_embed_dim=256)),
+    "checkpointed": UNet, "upcycled": lambda config: moe.upcycle(UNet(config)),
     "routed": lambda config: add_routing(UNet(config)), "sdxl": lambda config: UNet(SDXL),
     "blocks": lambda config: merge.add_projections(UNet(config), "blocks"),
     "heads": lambda config: aggregation.add_heads(UNet(config), {"source": dict(
