@@ -33,6 +33,7 @@ import emoji
 import merge
 import moe
 import routing
+from chart import arrange
 from clip import CLIPText, Tokenizer
 from data import ALL, ASSETS, EXAMPLES, MAX_PIXELS, SDXL_GUIDANCE, TASKS
 from data import on_white, open_image, to_pil, to_tensor
@@ -844,16 +845,6 @@ def describe(model, name, values):
 # -------------------------------------------------------------------------------------------------
 # Grids and strips
 
-def grid(pictures, columns):
-    """PIL pictures of one size -> one picture, row by row."""
-    width, height = pictures[0].size
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet
-
-
 @torch.no_grad()
 def picture_of(model, value):
     """An example's picture (3, H, W), or an encoded one's moments (2, C, h, w) -> a PIL picture."""
@@ -878,7 +869,7 @@ def sample_grid(model, datasets, columns, seed, path):
             pictures += generate(model, task, [e["prompt"] for e in chosen], sources or None,
                                  seed=seed, sampler=sampler)
         pictures += [picture_of(model, e["target"]) for e in chosen]
-    write_png(path, grid(pictures, columns), dict(seed=seed))
+    write_png(path, arrange(pictures, columns), dict(seed=seed))
 
 
 def modality_rows(model, modality, x, seed):
@@ -912,7 +903,7 @@ def save_trajectory(model, frames, path, arguments):
     with torch.no_grad():
         columns = [model.vae.decode(frame / scale) for frame in frames]
     pictures = [to_pil(column[row]) for row in (0, 1) for column in columns]
-    write_png(path, grid(pictures, len(columns)), arguments)
+    write_png(path, arrange(pictures, len(columns)), arguments)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1054,7 +1045,7 @@ def draw_pictures(args, model, bar):
         columns = 2 * columns
     # The file says how to draw it again.
     arguments = vars(args) | {"prompt": prompts, "image": image}
-    write_png(args.out, grid(pictures, columns), arguments)
+    write_png(args.out, arrange(pictures, columns), arguments)
     if args.trajectory:
         strip = Path(args.out).with_name(f"{Path(args.out).stem}-trajectory.png")
         save_trajectory(model, frames, strip, arguments)
@@ -1086,7 +1077,7 @@ def draw_joint(args, model, bar):
         pictures += [to_pil(picture) for row in zip(*shown) for picture in row]
         for name in drawn.keys() - known.keys():
             lines += describe(model, name, drawn[name])
-    write_png(args.out, grid(pictures, len(shown)), vars(args))
+    write_png(args.out, arrange(pictures, len(shown)), vars(args))
     given = ", ".join(args.given) or "nothing"
     return [*lines, f"{args.task}: {', '.join(drawn)}; given: {given} -> {args.out}"]
 
