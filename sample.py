@@ -977,6 +977,9 @@ def check_args(args):
     args.out = args.out or f"samples/{args.task}.png"
     if Path(args.out).suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: pictures are written as .png files")
+    # Refused now, and not after minutes of drawing.
+    if Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a folder")
     if args.model is None:
         # The model that ships knows MTU's tasks, and perhaps some that were added to it.
         trained = rule and args.task not in ALL
