@@ -40,14 +40,17 @@ In y_t = z_t - C_t all of this is plain DDPM. So v, where the network predicts i
 and a known x is no more than a shift. What changes is what the network sees, z_t, and that it
 predicts every x_i.
 
-What each task of data.TASKS means by z_0; x; E(x); head:
+The tasks of data.TASKS, where x is the other modality, E encodes it and the head predicts it:
 
-    translate   an emoji as Twitter draws it; as Google does; x itself; a copy of the output block
-    masked      a picture; it with square patches set to zero; x itself; the same without SiLU
-    label       a picture; its category; the U-Net reading the category's name (on pixels, its
-                class embedding), normalised; a linear layer on the middle block, or a classifier
-    repr        a picture; a vector of its caption or of the picture; the U-Net reading it as one
-                token; two layers on the middle block
+                z_0               x                   E(x)                 head
+    translate   Twitter's emoji   Google's            x itself             a copied output block
+    masked      a picture         with zero patches   x itself             the same, without SiLU
+    label       a picture         its category        U-Net of the name    linear, or a classifier
+    repr        a picture         a vector about it   U-Net of one token   two layers
+
+The U-Net of label reads the category's name as a prompt (on pixels, as its class embedding), and
+what it returns is normalised. The vector of repr is a caption's or the picture's, and the U-Net
+reads it as a prompt of one token. The heads of both read the middle block.
 
 The paper's variants: -U sees z_t alone, -X sees x beside it (`widen`). -M reads the label off the
 middle block, -E by a classifier. The starred ones are fine-tuned with some samples that lack x;
@@ -704,8 +707,8 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
         mean, std = process.marginal(z0, E, t)
         return mean + std * noise
 
-    # As all samplers here, this one starts from pure noise at whatever timestep comes first; what
-    # it adds is C_T.
+    # All samplers here start from noise of variance 1, whatever timestep comes first. This one adds
+    # C_T, as Eq. 3 ends in N(C_T, 1). A known picture instead says where z is at that timestep.
     z = process.aggregate(E, visited[0]) + noise if z0 is None else noisy(visited[0])
     for i, (t, r) in enumerate(zip(visited, visited[1:])):
         batch_t = torch.full((len(z),), t, dtype=torch.long, device=z.device)
@@ -773,7 +776,7 @@ def main():
     parser = Parser("Draw the forward process of one emoji in two styles, z_0 and x.")
     parser.add_argument("--out", default="samples/aggregation.png", help="where the picture goes")
     args = parser.parse_args()
-    dragon = builtin("translate", "train")[585]
+    dragon = builtin("translate", "train")[585]  # one whose drawings differ in shape
     x, z0 = dragon["x"][None], dragon["target"][None]
     alpha_bar = Diffusion.from_config({}).alpha_bar
     noise = randn(z0.shape, seeded([0]))

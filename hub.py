@@ -30,8 +30,10 @@ def end_quietly(kind, error, trace):
     sys.exit(130)
 
 
-# Set before the imports that take seconds. So the commands import this file first.
-sys.excepthook = end_quietly
+# Set before the imports that take seconds, so the commands import this file first. Other people's
+# programs, which import it too, keep what they have.
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    sys.excepthook = end_quietly
 
 import torch  # noqa: E402
 from PIL.PngImagePlugin import PngInfo  # noqa: E402

@@ -12,9 +12,10 @@ reaches the layers as cond.task_emb. Each layer has a router g of its own, two l
 ReLU between them. Each task also has its own layer norms before the experts (Psi_L) and its own
 input convolution (Psi_C). All of these train. Attention, residual blocks, time embedding and output
 convolution are shared by the tasks and stay frozen. Eq. 2, where enc(c_I) is the latent of the
-source picture and c_T the text, is the training step in train.py (the paper lists the former as a
-separate input; its text says that it is concatenated with z_t). The mean is over examples, noise
-eps and timesteps t. The squared norm for one sample, averaged over C, H and W, is Diffusion.error.
+source picture and c_T the text, is the training step in train.py (the paper's formula lists the
+source as a separate input; its text says that it is concatenated with z_t). The mean is over
+examples, noise eps and timesteps t. The squared norm for one sample, averaged over C, H and W, is
+Diffusion.error.
 
 No loop over experts is needed. Expert E_i(x) = V_i h_i(x) + b_i owns slice i of the inner
 activations h of the dense layer (with GEGLU, h is value times gelu(gate)) and the matching columns

@@ -524,6 +524,13 @@ def test_ctrl_c_during_the_imports_is_no_traceback():
         assert done.returncode == code and re.search(words, done.stderr)
 
 
+def test_a_program_from_elsewhere_keeps_its_own_way_to_end(tmp_path):
+    (tmp_path / "own.py").write_text("import hub; raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, tmp_path / "own.py"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stderr.endswith("\nKeyboardInterrupt\n")
+
+
 def test_a_mistake_of_ours_shows_its_traceback_and_a_command_without_mistakes_just_runs():
     def main():
         raise RuntimeError("a bug")
