@@ -65,8 +65,9 @@ EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
 # Defaults of --num-experts and its companions, which shape new experts only.
 EXPERTS = dict(num_experts=4, expert_width=None, expert_init="preserve", top_k=None)
-# Peak learning rate of routers, at most: the paper's. At the rate that experts bear, all units of a
-# router's ReLU die, and then every task has the same mixture of experts.
+# Peak learning rate of routers and of e_task, at most: the paper's. At the rate that experts bear,
+# they drift to where no unit of a router's ReLU is active for any task. No gradient reaches them
+# there, and every task has the same mixture of experts.
 ROUTER_LR = 1e-4
 WORDLESS = ("uncond", "class")  # these networks read no text
 
@@ -567,7 +568,7 @@ def parameter_groups(net, weight_decay, lr):
 
     Decay would make the rows of tasks that are absent from a batch drift, and a task that was
     added later must leave the older ones as they are. ANT-UW's weights have the learning rate of
-    their paper, and routers at most MTU's.
+    their paper, and the routers and what they read at most MTU's.
     """
     tables = {id(p) for module in net.modules()
               if isinstance(module, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding))
@@ -580,7 +581,7 @@ def parameter_groups(net, weight_decay, lr):
         decay, peak = 0.0 if no_decay else weight_decay, lr
         if name.startswith("uncertainty."):
             decay, peak = 0.0, 0.025
-        elif ".router." in name:
+        elif ".router." in name or "task_embedding" in name:
             peak = min(lr, ROUTER_LR)
         groups.setdefault((decay, peak), []).append(p)
     return [dict(params=params, weight_decay=decay, peak_lr=peak)
