@@ -5,9 +5,10 @@ is cut into patches of p x p, each patch becomes one token, and a plain transfor
 sequence. There is no U: all blocks have the same width and see the whole picture. DTR's main
 results are on this network.
 
-The timestep t and the class y reach a block through its norms only ("adaLN-Zero", section 3.2):
+The timestep t and the class y reach a block through shifts, scales and gates alone ("adaLN-Zero",
+section 3.2):
 
-    c = MLP(sinusoids of t) + table[y]                              one vector for each sample
+    c = MLP_t(sinusoids of t) + table[y]                            one vector for each sample
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Linear(SiLU(c))
     x = x + gate_1 * Attention(norm(x) * (1 + scale_1) + shift_1)
     x = x + gate_2 * MLP(norm(x) * (1 + scale_2) + shift_2)
@@ -25,9 +26,10 @@ sinusoids of t have a freq_shift of 1 (official: 0), the norm before the MLP has
 (official: 1e-6), and the positions of a picture of another size are stretched to the size of
 training.
 
-DTR attaches as in unet.py: routing.Routed turns a block into block(m x) + (1 - m) x, which is line
+DTR attaches from outside: routing.Routed turns a block into block(m x) + (1 - m) x, which is line
 for line the official DTR code. Every block has the same width and therefore the same mask; the last
-layer is not routed. The random masks of the control R-TR are drawn for each block anew, there too.
+layer is not routed. The random masks of the control R-TR are drawn anew for each block, as in the
+official code.
 
     python dit.py       prints the sizes of all configurations, and draws DiT-XL/2
 
@@ -356,7 +358,7 @@ NOTES = (
     "Left: the network. Middle: one of its blocks, with DTR. Right: what t and the class do.",
     "Blue: the tensor that leaves a box, tokens x channels but for pictures and vectors.",
     "Orange: where DTR's mask m acts, and on how many channels. The updates of a block do not read",
-    "what m hides of x, but write to all channels. (1 - m) x leads the hidden ones around them.",
+    "what m hides of x, but write to all channels. (1 - m) x carries the hidden ones past them.",
 )
 
 

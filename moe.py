@@ -15,7 +15,7 @@ convolution are shared by the tasks and stay frozen. Eq. 2, where enc(c_I) is th
 source picture and c_T the text, is the training step in train.py (the paper's formula lists the
 source as a separate input; its text says that it is concatenated with z_t). The mean is over
 examples, noise eps and timesteps t. The squared norm for one sample, averaged over C, H and W, is
-Diffusion.error.
+Diffusion.error (of v where the network predicts v, as the miniature does).
 
 No loop over experts is needed. Expert E_i(x) = V_i h_i(x) + b_i owns slice i of the inner
 activations h of the dense layer (with GEGLU, h is value times gelu(gate)) and the matching columns
@@ -26,10 +26,10 @@ of its output matrix V, so that
 which is the pretrained layer with its inner activations multiplied by w. For a fixed task w is
 constant and can be multiplied into V, and an ordinary U-Net remains: `fold`.
 
-At the start the routers end in zeros, so every w_i is 1/N, and every b_i is the pretrained b. An
-expert has the share G of the layer's d_FFN units, so that N experts hold each pretrained unit N G
-times, in copies whose output weights have the pretrained ones as their mean, and N G times them as
-their sum. With h and V of the pretrained layer from here on,
+At the start the routers end in zeros (but for top_k), so every w_i is 1/N, and every b_i is the
+pretrained b. An expert has the share G of the layer's d_FFN units, so that N experts hold each
+pretrained unit N G times, in copies whose output weights have the pretrained ones as their mean,
+and N G times them as their sum. With h and V of the pretrained layer from here on,
 
     sum_i w_i E_i(x) = 1/N sum_i V_i h_i(x) + sum_i w_i b
                      = 1/N (N G) V h(x) + b                         since sum_i w_i = 1
@@ -69,7 +69,7 @@ from chart import Axis, arrange, cells, table
 from hub import Parser, UserError, blaming, command, read_json, replacing, write_png, write_text
 from unet import CONFIGS, BasicTransformerBlock, Conv2d, FeedForward, LayerNorm, UNet
 
-TASKS = ("t2i", "edit", "sr", "inpaint")  # the names in data.TASKS
+TASKS = ("t2i", "edit", "sr", "inpaint")  # the same as data.ALL
 
 # Parts of parameter names: the tables that have a row per task, and what `trainable` lets train. In
 # the paper's Table 1 tuning the feed-forward layers alone does best on all three picture tasks.
@@ -195,8 +195,9 @@ class ExpertFeedForward(nn.Module):
 
     def router_weights(self, task_embedding):
         """Compute w of Eq. 1: task_embedding (B, d_task) -> (B, N), whose rows sum to 1."""
-        # Neither the timestep nor the text has a say. The paper has no loss that balances the load
-        # of the experts, and needs none, as every expert runs for every sample (without top_k).
+        # w depends on the task alone, on neither timestep nor text. The paper has no loss that
+        # balances the load of the experts, and needs none, as every expert runs for every sample
+        # (without top_k).
         g = self.router(task_embedding).float()
         if self.top_k is not None:
             # Every expert is still computed; top_k only shows how good the result is with k of
@@ -213,7 +214,7 @@ class ExpertFeedForward(nn.Module):
     def forward(self, x, cond):                                                 # (B, L, C)
         h = self.net[0](x)                                              # (B, L, N d_expert)
         w = self.router_weights(cond.task_emb).to(h.dtype)                      # (B, N)
-        h = h * self.factors(w)[:, None]                                        # w_i h_i(x)
+        h = h * self.factors(w)[:, None]                                        # scale w_i h_i(x)
         bias = w @ self.out_bias.to(w.dtype)                                    # sum_i w_i b_i
         return F.linear(h, self.net[2].weight) + bias[:, None]
 
@@ -240,8 +241,9 @@ def repeat_width(ff, repeats):
     # The rows of the projection are the inner units' values, then their gates.
     rows = torch.arange(project.out_features).view(2, -1).repeat(1, repeats).flatten()
     filled(project, project.weight.detach()[rows], project.bias.detach()[rows])
-    # Equal copies would get equal gradients for ever. Random changes of their output weights, whose
-    # mean over a unit's copies is zero, part them and leave the layer's output as it is.
+    # Equal copies with equal router weights would get equal gradients for ever. Random changes of
+    # their output weights, whose mean over a unit's copies is zero, make them differ and leave the
+    # layer's output as it is.
     weight = out.weight.detach()[:, None].repeat(1, repeats, 1)                 # (C, N G, d_FFN)
     noise = 0.1 * weight * torch.randn_like(weight)
     weight = weight + noise - noise.mean(dim=1, keepdim=True)
@@ -421,7 +423,7 @@ def fold(unet, task):
 
 def expert_layers(unet):
     """Find the layers that are cut into experts -> {name: layer}."""
-    # In `python moe.py` this class is not the one of the `moe` that sample.py imports.
+    # No isinstance: `python moe.py` is the module __main__, and sample.py imports another `moe`.
     return {name.replace(".transformer_blocks.0.ff", ""): module
             for name, module in unet.named_modules() if hasattr(module, "router")}
 
@@ -566,8 +568,8 @@ def write_task(task, path, out):
 def print_size(label, unet):
     """Print parameters and FLOPs of a U-Net, in one row.
 
-    For SD 1.5 this is 803 GFLOP. The paper's 0.67 TFLOP is what remains without the two matrix
-    products inside attention, which take 126.
+    For SD 1.5 this is 803 GFLOP. The paper's 0.67 TFLOP is about what remains without the
+    two matrix products inside attention, which take 126.
     """
     from train import count_flops
     total = sum(p.numel() for p in unet.parameters())

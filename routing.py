@@ -18,9 +18,10 @@ Block_l stands for the updates alone, without the residual path.
 
 This file computes the first formula, the code's. Both windows slide from the first channels to the
 last. With t and c from 0, the paper's is edge(t) <= c < edge(t + 1) + C_b: wider where the edge
-moves, else the same. So the two differ by a channel at an edge of the window at DiT's widths, and
-by two at the widest blocks of a U-Net. t is the original timestep, also where sampling visits only
-some. The control R-TR (random task routing, mode "random") draws C_b channels at random for each t.
+moves, else C_b wide. An edge moves by at most (C - C_b) alpha / T channels a timestep, so the two
+differ by one channel at DiT's widths and by two at the widest blocks of a U-Net. t is the original
+timestep, also where sampling visits only some. The control R-TR (random task routing, mode
+"random") draws C_b channels at random for each t.
 
 Two timesteps share what both windows cover, C_b - |start(t) - start(s)| channels where this is
 positive. As a share of C_b it is, but for rounding,

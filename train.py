@@ -61,13 +61,12 @@ SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012
                  prediction_type="v_prediction", rescale_betas_zero_snr=True)
 # Text and image scales that suit the miniature.
 GUIDANCE = {"t2i": [3.0, 1.0], "edit": [2.0, 1.5], "inpaint": [3.0, 1.5]}
-EMA_DECAY = 0.9999  # of the weight average, at most; less in the first steps
+EMA_DECAY = 0.9999  # of the weight average, reached after 90,000 steps and smaller before
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
 # Defaults of --num-experts and its companions, which shape new experts only.
 EXPERTS = dict(num_experts=4, expert_width=None, expert_init="preserve", top_k=None)
-# Peak learning rate of routers and of e_task, at most: the paper's. At the rate that experts bear,
-# they drift to where no unit of a router's ReLU is active for any task. No gradient reaches them
-# there, and every task has the same mixture of experts.
+# Peak learning rate of routers and of e_task, at most: the paper's. At the experts' rate here, all
+# units of the routers' ReLUs die, and then every task has the same mixture of experts.
 ROUTER_LR = 1e-4
 WORDLESS = ("uncond", "class")  # these networks read no text
 
@@ -120,7 +119,8 @@ def get_args(words=None):
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--lr", type=between(1e-12, 1e3, float), help="peak learning rate "
                               "(default: 1.6e-2 for new experts of the miniature, 1e-3 for other "
-                              "training of it, 1e-4 for larger models; paper: 1e-4, SDXL 5e-5)")
+                              "training of it, 1e-4 for larger models; paper: 1e-4, SDXL 5e-5); "
+                              f"routers and e_task have at most {ROUTER_LR}")
     optimisation.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine",
                               help="after the warm-up; cosine ends at zero")
     optimisation.add_argument("--warmup", type=between(0, 1e9), default=20,
@@ -150,7 +150,7 @@ def get_args(words=None):
     dtr.add_argument("--routing", choices=routing.MODES, help="mask channels by timestep; random "
                      "masks are the paper's control, halves have a second window for skips")
     dtr.add_argument("--alpha", type=between(1e-6, 1e6, float), default=4.0,
-                     help="exponent of the window's shift, (t / T)^alpha")
+                     help="exponent of the window's shift, (t / (T - 1))^alpha")
     dtr.add_argument("--beta", type=between(1e-6, 1, float), default=0.8,
                      help="share of channels that a timestep sees")
 
@@ -466,7 +466,7 @@ def prepare_loaded(args, tasks, model):
         if is_miniature(model):
             model.index["guidance"] = GUIDANCE
             if args.lr is None and args.train != "all":
-                # New experts stand larger steps than weights that have learned already.
+                # The best of three rates for a short run (experiments/RESULTS.md).
                 args.lr = 1.6e-2
     elif given := [name for name, value in EXPERTS.items() if getattr(args, name) != value]:
         raise UserError(f"--{given[0].replace('_', '-')} shapes new experts, and {args.model} gets "
@@ -684,7 +684,7 @@ def peak_flops(device, precision):
 
 
 class Meter:
-    """Mean losses, by name and range of timesteps, and the speed, since they were last read.
+    """Mean losses, by name and range of timesteps, since they were last read.
 
     names: tasks, and "MODALITY head" for the heads of MT-Diffusion.
     """
@@ -693,7 +693,7 @@ class Meter:
         self.names = names
         self.num_timesteps = num_timesteps
         self.records = []                   # of each micro-batch: tasks, timesteps, loss terms
-        self.seconds = 0.0                  # in training steps
+        self.seconds = 0.0                  # that steps took since the last line of the log
 
     def add(self, batch, terms):
         """terms: {"denoising" or modality: (B,)}. Nothing waits for the device before `read`."""
@@ -792,7 +792,7 @@ def held_out_terms(model, net, examples, device, batch_size, encode_text=None):
     for first in range(0, len(examples), batch_size):
         batch = collate(examples[first:first + batch_size])
         t, noise = batch["t"].to(device), batch["noise"].to(device)
-        # From here on as in the training step, but without a gradient.
+        # From here on as in the training step, without gradient, autocast or loss weight.
         x0, source = encoder(batch, device)
         context, added = encode_text(tuple(batch["prompt"]))
         known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:], device)
@@ -979,7 +979,7 @@ def train(args, model, teacher, opened, rank, world):
                     i = finite.index(False)
                     raise UserError(f"{args.data if encoded else args.model} gives losses that are "
                                     f"not finite, for {batch['task'][i]} at t = {batch['t'][i]}: "
-                                    "it is damaged, or too large for --precision")
+                                    "it is damaged")
         return held_out.read()[:2]
 
     # Arguments and data have been checked. From here on, files are written.
@@ -1023,11 +1023,12 @@ def train(args, model, teacher, opened, rank, world):
 
             for micro in range(accumulation):
                 # A function of (seed, step, index in the batch). For guidance, some prompts and
-                # sources in it are empty.
+                # sources in it are empty, as often as data.TASKS says.
                 batch = next_batch(batches)
                 t, noise = batch["t"].to(device), batch["noise"].to(device)
                 task = task_rows(model, batch, device)
-                # The encoders are frozen. source: what the network reads beside z_t, or None.
+                # The encoders are frozen. source: what the network reads beside z_t (zeros for
+                # t2i among other tasks), or None.
                 # added: SDXL's pooled text and sizes, or class labels, or None.
                 # known: the other modality of MT-Diffusion, and empty for every other method.
                 with torch.no_grad(), autocast():
@@ -1048,7 +1049,7 @@ def train(args, model, teacher, opened, rank, world):
                         if teacher is not None:                      # DeMe Eq. 5, second term
                             with torch.no_grad():
                                 pretrained = teacher(z, t, context, task, added)
-                            channels = x0.shape[1]   # ADM has C more, for a variance: left out
+                            channels = x0.shape[1]   # the variance's C, of ADM and DiT: left out
                             distance = merge.consistency_loss(out[:, :channels],
                                                               pretrained[:, :channels])
                             loss = loss + args.consistency * distance

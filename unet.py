@@ -120,7 +120,7 @@ class Cond(NamedTuple):
     t: torch.Tensor                # (B,) timesteps
     task: torch.Tensor | None      # (B,) rows of the tasks in a method's tables
     task_emb: torch.Tensor | None  # (B, width) their embedding, where a method has added a table
-    added: dict | None             # SDXL: text_embeds (B, 1280) and time_ids (B, 6)
+    added: dict | None             # SDXL: text_embeds (B, 1280), time_ids (B, 6); or class_labels
 
 
 def sinusoidal(t, width, flip_sin_to_cos=True, freq_shift=0):
