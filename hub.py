@@ -32,7 +32,8 @@ def end_quietly(kind, error, trace):
 
 # Set before the imports that take seconds, so the commands import this file first. Other people's
 # programs, which import it too, keep what they have.
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+here = Path(__file__).resolve().parent
+if Path(sys.argv[0]).resolve().parent in (here, here / "experiments"):
     sys.excepthook = end_quietly
 
 import torch  # noqa: E402
