@@ -173,6 +173,13 @@ def pick_device(name=None):
     return torch.device(name)
 
 
+def is_slow_in_bf16(device):
+    """Say whether a device lacks instructions for bf16: a CPU without them is best left at fp32."""
+    # Without oneDNN, as in some builds for ARM, nothing is known of its speed.
+    return (device.type == "cpu" and torch.backends.mkldnn.is_available()
+            and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def compiled(function, device):
     """torch.compile, or a UserError where it cannot work."""
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):

@@ -46,8 +46,8 @@ import routing
 from data import ALL, ASSETS, TASKS, Encoder, Examples, collate
 from diffusion import UncertaintyWeight
 from hub import ADVICE, Parser, UserError, append_line, between, blaming, command, compiled
-from hub import is_first, load_state, lock, pick_device, read_scalars, reading, refuse_idle
-from hub import replacing, save_state, write_json
+from hub import is_first, is_slow_in_bf16, load_state, lock, pick_device, read_scalars, reading
+from hub import refuse_idle, replacing, save_state, write_json
 from sample import JOINT, Model, check_parts, latent_shape, load_model, pipeline_index
 from sample import sample_grid
 from unet import CONFIGS, UNet
@@ -496,6 +496,9 @@ def fill_defaults(args, model, device):
         raise UserError(f"--loss-weight v is for models that predict the noise; {args.model} "
                         "predicts v already")
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if args.precision == "bf16" and is_slow_in_bf16(device):
+        print0("This processor has no instructions for bf16: --precision fp32 is many times as "
+               "fast here.")
     if args.lr is None:
         args.lr = 1e-3 if is_miniature(model) else 1e-4
     args.steps = args.steps or (5000 if args.model == "scratch" else 200)

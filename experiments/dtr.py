@@ -17,9 +17,9 @@ DTR against R-TR says whether what neighbours share is what helps.
 With --adm, ADM-tiny asks whether DTR gains less in a U-Net, whose up blocks lose only skip channels
 at low t and only the backbone's at high t: its third arm has a window for each of them.
 
-The order is by quarter of the training, then by seed, then by arm: wherever it ends, what is there
-can be compared. Rule for stopping early, fixed before the first run: when the mean distance of
-`plain` falls by less than 3 % from one quarter to the next, the later quarters are left out.
+The order is by seed, then by arm, and each run goes through its four quarters before the next one
+begins: wherever it ends, only the last run has to be kept for going on. Rule for stopping early:
+none.
 """
 import functools
 from pathlib import Path
@@ -56,18 +56,21 @@ ADM = {
 }
 
 
-def make_stages(args, measure, start, step):
-    """List the stages of one quarter. measure(folder, draws=) -> distances."""
+def make_stages(args, measure):
+    """List the stages: by seed, by arm, by quarter. measure(folder, draws=) -> distances."""
     arms = ARMS | (WEIGHTED if args.weighted else {}) | (ADM if args.adm else {})
+    ends = [args.steps * number // 4 for number in range(5)]
     stages = []
     for seed in range(args.seeds):
         for arm, (options, seeds) in arms.items():
-            if seed < seeds:
-                base = OPTIONS
-                if arm in ADM:
-                    base = f"{ADM_OPTIONS} --model " + str(frame.fresh_model(
-                        f"{args.out}/new-adm-{seed}", "adm-tiny", seed, frame.CLASSES))
-                folder = Path(args.out) / f"{frame.slug(arm)}-{seed}"
+            if seed >= seeds:
+                continue
+            base = OPTIONS
+            if arm in ADM:
+                base = f"{ADM_OPTIONS} --model " + str(frame.fresh_model(
+                    f"{args.out}/new-adm-{seed}", "adm-tiny", seed, frame.CLASSES))
+            folder = Path(args.out) / f"{frame.slug(arm)}-{seed}"
+            for start, step in zip(ends, ends[1:]):
                 # How far two draws from one network differ is shown once.
                 draws = 3 if (arm, seed, step) == ("plain", 0, args.steps) else 1
                 stages.append(frame.Stage(
@@ -91,15 +94,9 @@ def main():
         raise UserError("--steps is at least 4 and --seeds at least 1")
     if not args.report:
         runner = frame.Runner(args, dict(options=OPTIONS, steps=args.steps))
-        ends = [args.steps * number // 4 for number in range(5)]
-        quarters = [make_stages(args, runner.frame.measure, *ends[i:i + 2]) for i in range(4)]
-        runner.announce(sum(quarters, []))
-        for quarter in quarters:
-            if not runner.run(quarter):
-                break
-            if frame.is_flat(runner.rows, "plain"):
-                print(f"stopped early at step {quarter[0].step}: plain's distance is flat")
-                break
+        stages = make_stages(args, runner.frame.measure)
+        runner.announce(stages)
+        runner.run(stages)
     frame.report(args.results)
 
 

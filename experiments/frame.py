@@ -47,8 +47,8 @@ import common
 import adm
 import data
 from emoji import to_tensor
-from hub import Parser, UserError, blaming, command, open_weights, read_json, replacing
-from hub import write_json
+from hub import Parser, UserError, blaming, command, is_slow_in_bf16, open_weights, pick_device
+from hub import read_json, replacing, write_json
 from measures import frechet_distance
 from sample import Model, generate, load_model, pipeline_index
 
@@ -170,7 +170,8 @@ def draw(model, count, *, steps, seed, ensemble=(), precision="bf16", batch_size
 
     Without guidance, which would trade variety for likeness. Every class has equally many pictures,
     as in the test set. Picture i starts from the noise of seed + i, whatever the model and the
-    batch. ensemble: see sample.generate. precision: bf16 takes half the time of fp32.
+    batch. ensemble: see sample.generate. precision: bf16 takes half the time of fp32, or, on a
+    processor without instructions for it, many times as much.
     """
     (task,) = model.tasks
     prompts = [str(i % CLASSES) if task == "class" else "" for i in range(count)]
@@ -286,8 +287,9 @@ def add_options(parser, name):
                         help="no stage begins that would end later than this")
     parser.add_argument("--count", type=int, default=2000, help="pictures drawn for a distance")
     parser.add_argument("--draw-steps", type=int, default=50, help="DDIM steps of a picture")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16",
-                        help="precision of training and drawing")
+    parser.add_argument("--precision", choices=("fp32", "bf16"),
+                        default="fp32" if is_slow_in_bf16(pick_device()) else "bf16",
+                        help="precision of training and drawing (default: bf16 where it is fast)")
     parser.add_argument("--out", default=f"runs/{name}", help="folder for the runs")
     parser.add_argument("--results", default=str(RESULTS / f"{name}.json"),
                         help="file that receives a row for each stage")
@@ -369,7 +371,9 @@ class Runner:
     def run(self, stages):
         """Run the stages that are not done, in order -> whether the time was enough for all."""
         for stage in self.remaining(stages):
-            minutes = self.estimate(stage)
+            gone = stage.start > 0 and not stage.out.is_dir()
+            # A run whose folder is gone begins at its first step again.
+            minutes = self.estimate(stage._replace(start=0) if gone else stage)
             left = self.args.minutes - self.minutes
             if minutes > left:
                 print(f"{stage.name} would take about {minutes:.0f} minutes, and {left:.0f} are "

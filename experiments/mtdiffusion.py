@@ -30,8 +30,9 @@ Beside the distance, with the networks at the end:
     accuracy, tuned     the head on the clean picture after 500 steps of training as a classifier;
                         `from scratch` is the same for a new network
 
-Rule for stopping early, fixed before the first run: none; the second half of the training comes
-after the first half of all arms and seeds.
+The order is by seed, then by arm, and each run goes through both halves of its training before the
+next one begins: wherever it ends, only the last run has to be kept for going on. Rule for stopping
+early, fixed before the first run: none.
 """
 import functools
 from pathlib import Path
@@ -187,24 +188,23 @@ def measure(args, the_frame, arm, seed, folder, last):
 
 
 def make_stages(args, the_frame):
-    """List the stages: half of the training of all arms and seeds, and then the other half."""
+    """List the stages: by seed, by arm, and the two halves of each run."""
     stages = []
     half = args.steps // 2
-    for start, step in ((0, half), (half, args.steps)):
-        for seed in range(args.seeds):
-            for arm, task in ARMS.items():
-                options = f"{OPTIONS} {task} --model {base(args, arm, seed)}"
-                if is_label(arm):
-                    options += f" --k {args.k}"
-                folder = Path(args.out) / f"{frame.slug(arm)}-{seed}"
+    for seed in range(args.seeds):
+        for arm, task in ARMS.items():
+            options = f"{OPTIONS} {task} --model {base(args, arm, seed)}"
+            if is_label(arm):
+                options += f" --k {args.k}"
+            folder = Path(args.out) / f"{frame.slug(arm)}-{seed}"
+            for start, step in ((0, half), (half, args.steps)):
                 stages.append(frame.Stage(
                     arm, seed, step,
                     functools.partial(measure, args, the_frame, arm, seed, folder,
                                       step == args.steps),
                     pictures=args.count, options=options, out=folder, start=start))
-    stages += [frame.Stage("from scratch", seed, args.steps,
-                           functools.partial(scratch_accuracy, args, seed), pictures=0)
-               for seed in range(args.seeds)]
+        stages.append(frame.Stage("from scratch", seed, args.steps,
+                                  functools.partial(scratch_accuracy, args, seed), pictures=0))
     return stages
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from hub import (Parser, UserError, command, pick_device, read_json, replacing,  # noqa: E402
-                 write_json)
+from hub import (Parser, UserError, command, is_slow_in_bf16, pick_device,  # noqa: E402
+                 read_json, replacing, write_json)
 from vae import CONFIGS, VAE  # noqa: E402
 
 KL_WEIGHT = 1e-6
@@ -63,7 +63,7 @@ class Pictures:
 
 
 def train(vae, pictures, args, device):
-    """Train all weights in place, in bf16 autocast."""
+    """Train all weights in place, in bf16 where that is fast."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     bar = tqdm(range(args.steps), desc="autoencoder")
     for step in bar:
@@ -71,7 +71,7 @@ def train(vae, pictures, args, device):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / WARMUP, cosine)
         images = pictures.batch(step).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=not is_slow_in_bf16(device)):
             mean, logvar = vae.encode(images)
             output = vae.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
         mean = mean.float()

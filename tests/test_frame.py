@@ -2,6 +2,7 @@
 import gzip
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +291,19 @@ def test_no_stage_begins_that_would_end_too_late(world, capsys):
     assert "a, seed 0, step 60 would take about 8 minutes" in capsys.readouterr().out
 
 
+def test_a_run_whose_folder_is_gone_is_known_to_begin_anew(world, capsys):
+    world.args.minutes = 9.0
+    world.rate = 1.0
+    runner = frame.Runner(world.args, {})
+    assert runner.run([world.stage("a", 10)])
+    second = world.stage("a", 58, 10)   # 480 images, 8 minutes; from the first step 9.7
+    shutil.rmtree(second.out)
+    assert not runner.run([second])
+    assert "about 10 minutes" in capsys.readouterr().out
+    second.out.mkdir()
+    assert runner.run([second])
+
+
 def test_all_work_is_announced_by_a_probe_that_leaves_nothing_behind(world, capsys):
     world.rate = 10.0
     runner = frame.Runner(world.args, {})
@@ -360,28 +374,28 @@ def options_of(stage):
     return dict(zip(words, words[1:]))
 
 
-def test_dtr_compares_equal_runs_quarter_by_quarter(tmp_path):
+def test_dtr_compares_equal_runs_and_ends_one_before_the_next_begins(tmp_path):
     args = SimpleNamespace(out="runs", count=20, steps=8, seeds=3, weighted=False, adm=False)
     measure = lambda folder, draws: None  # noqa: E731
-    quarters = [dtr.make_stages(args, measure, start, start + 2) for start in (0, 2, 4, 6)]
-    for number, quarter in enumerate(quarters):
-        names = [(stage.arm, stage.seed) for stage in quarter]
-        assert names == [("plain", 0), ("DTR", 0), ("R-TR", 0), ("plain", 1), ("DTR", 1),
-                         ("plain", 2), ("DTR", 2)]
-        assert {(stage.start, stage.step) for stage in quarter} == {(2 * number, 2 * number + 2)}
-        plain, routed, random = (options_of(stage) for stage in quarter[:3])
-        assert routed == plain | {"--routing": "dtr"} | {"200": "--routing"}
-        assert random["--routing"] == "random"
-        # Otherwise a longer run would not repeat the shorter one.
-        assert plain["--lr-schedule"] == "constant"
-        assert len({stage.out for stage in quarter}) == 7
-    assert [stage.out for stage in quarters[0]] == [stage.out for stage in quarters[3]]
-    assert [stage.pictures for stage in quarters[3]] == [60, 20, 20, 20, 20, 20, 20]
+    stages = dtr.make_stages(args, measure)
+    runs = [stages[i:i + 4] for i in range(0, len(stages), 4)]
+    assert [(run[0].arm, run[0].seed) for run in runs] == [
+        ("plain", 0), ("DTR", 0), ("R-TR", 0), ("plain", 1), ("DTR", 1), ("plain", 2), ("DTR", 2)]
+    for run in runs:
+        assert [(stage.start, stage.step) for stage in run] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+        assert len({(stage.arm, stage.seed, stage.out, stage.options) for stage in run}) == 1
+    assert len({run[0].out for run in runs}) == 7
+    plain, routed, random = (options_of(run[0]) for run in runs[:3])
+    assert routed == plain | {"--routing": "dtr"} | {"200": "--routing"}
+    assert random["--routing"] == "random"
+    # Otherwise a longer run would not repeat the shorter one.
+    assert plain["--lr-schedule"] == "constant"
+    assert [run[3].pictures for run in runs] == [60, 20, 20, 20, 20, 20, 20]
     args.weighted = True
-    assert {stage.arm for stage in dtr.make_stages(args, measure, 0, 2)} > {"DTR, ANT-UW"}
+    assert {stage.arm for stage in dtr.make_stages(args, measure)} > {"DTR, ANT-UW"}
     args.weighted, args.adm, args.out = False, True, tmp_path
-    plain, routed, halves = (stage for stage in dtr.make_stages(args, measure, 0, 2)
-                             if stage.arm in dtr.ADM and stage.seed == 1)
+    plain, routed, halves = (stage for stage in dtr.make_stages(args, measure)
+                             if stage.arm in dtr.ADM and stage.seed == 1 and stage.start == 0)
     assert routed.options == plain.options + " --routing dtr"
     assert halves.options == plain.options + " --routing halves"
     assert load_model(options_of(plain)["--model"]).tasks == ["class"]
@@ -398,10 +412,13 @@ def test_mtdiffusion_has_controls_that_differ_in_one_thing(monkeypatch):
     assert arms["M, no aggregation"].replace(mtdiffusion.NO_AGGREGATION, "") == arms["M"]
     assert "--k 3.0" in arms["M"] and "--k" not in arms["U"]
     # The same first weights for all that have the same inputs.
-    models = {stage.arm: options_of(stage)["--model"] for stage in stages[6:12]}
+    second = [stage for stage in stages if stage.seed == 1 and stage.options]
+    models = {stage.arm: options_of(stage)["--model"] for stage in second}
     assert models["plain"] == models["U"] == models["X"] == models["x beside z"]
     assert models["M"] == models["M, no aggregation"] != models["plain"]
-    assert {stage.seed for stage in stages[6:12]} == {1}
+    # A run ends before the next one begins.
+    assert [stage.start for stage in second] == 6 * [0, 4]
+    assert [stage.arm for stage in second[::2]] == list(mtdiffusion.ARMS)
 
 
 def test_replacement_shows_the_network_what_is_visible_and_returns_it():

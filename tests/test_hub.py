@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -564,6 +565,17 @@ def test_a_device_or_a_compiler_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with refused(r"--compile on CPU needs a C\+\+ compiler"):
         hub.compiled(len, torch.device("cpu"))
+
+
+def test_a_processor_without_instructions_for_bf16_is_known():
+    """By the flags that Linux reads off an x86 processor."""
+    information = Path("/proc/cpuinfo")
+    if not information.exists() or "avx2" not in information.read_text():
+        pytest.skip("no x86 processor under Linux")
+    known = re.search("avx512bw|avx_ne_convert", information.read_text())
+    assert hub.is_slow_in_bf16(torch.device("cpu")) == (known is None)
+    assert not hub.is_slow_in_bf16(torch.device("cuda"))
+
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "*", "a?.safetensors", "/etc/passwd", ""])

@@ -721,6 +721,16 @@ def test_the_peak_is_that_of_the_device(monkeypatch):
     assert train.peak_flops(torch.device("cpu"), "bf16") is None
 
 
+def test_bf16_on_a_processor_without_instructions_for_it_is_remarked(monkeypatch, capsys):
+    for slow, precision, remarked in ((True, "bf16", True), (True, None, False),
+                                      (False, "bf16", False)):
+        monkeypatch.setattr(train, "is_slow_in_bf16", lambda device, slow=slow: slow)
+        args = train.get_args(["--precision", precision] if precision else [])
+        train.fill_defaults(args, load_model(ASSETS / "tiny"), torch.device("cpu"))
+        assert args.precision == (precision or "fp32")
+        assert ("--precision fp32 is many times as fast" in capsys.readouterr().out) == remarked
+
+
 def test_means_per_task_and_range_of_timesteps():
     """In the log and held out; nan where a sample has no such modality, or is not finite."""
     examples = [dict(task=task, t=t) for t in (0, 249, 250, 999) for task in ("edit", "sr")]
