@@ -27,16 +27,17 @@ which is the pretrained layer with its inner activations multiplied by w. For a 
 constant and can be multiplied into V, and an ordinary U-Net remains: `fold`.
 
 At the start the routers end in zeros (but for top_k), so every w_i is 1/N, and every b_i is the
-pretrained b. An expert has the share G of the layer's d_FFN units, so that N experts hold each
-pretrained unit N G times, in copies whose output weights have the pretrained ones as their mean,
-and N G times them as their sum. With h and V of the pretrained layer from here on,
+bias b_0 of the pretrained layer, V_0 h_0(x) + b_0. An expert has the share G of the layer's d_FFN
+units. With the default G = 1/N the experts hold each pretrained unit once, so that sum_i V_i h_i(x)
+is V_0 h_0(x). In general they hold it N G times, in copies whose output weights have the pretrained
+ones as their mean, and N G times them as their sum. Hence
 
-    sum_i w_i E_i(x) = 1/N sum_i V_i h_i(x) + sum_i w_i b
-                     = 1/N (N G) V h(x) + b                         since sum_i w_i = 1
-                     = G V h(x) + b
+    sum_i w_i E_i(x) = 1/N sum_i V_i h_i(x) + sum_i w_i b_0
+                     = 1/N (N G) V_0 h_0(x) + b_0                   since sum_i w_i = 1
+                     = G V_0 h_0(x) + b_0
 
-So the plain copy, `init="literal"`, gives G times the pretrained output, bias apart; by default
-G = 1/N. By default ("preserve") we therefore divide the activations by G, and V h(x) + b is left.
+So the plain copy, `init="literal"`, gives G times the pretrained output, bias apart. By default
+("preserve") we therefore divide the activations by G, and V_0 h_0(x) + b_0 is left.
 The task norms and convolutions start as copies too, with zeros where they meet the source picture.
 So training starts at the pretrained network, unless top_k drops experts.
 

@@ -13,7 +13,7 @@ and so twice the weight of another; the weights still sum to the number of tasks
 Data, noise and timesteps follow from (seed, step, place in the batch) alone. So the same command
 again resumes a run, bit for bit on a CPU, and another number of processes changes only rounding.
 
-Letters: B batch, C channels, h w latent, S text length, D text width.
+Letters: B samples of a micro-batch, C channels, h w latent, S text length, D text width.
 """
 import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import contextlib
