@@ -7,7 +7,8 @@ Dhariwal and Nichol 2021 (ADM, arXiv 2105.05233, section 3): the time scales and
 norm puts out (AdaGN), an attention head has 64 channels, residual blocks halve and double the
 picture, and the network may read a class. It has twice as many output channels as input channels;
 the second half predicts the variance (Nichol and Dhariwal 2021, Eq. 15, and
-Diffusion.variance_loss). ADM is the backbone of MT-Diffusion and of DTR's results on a U-Net.
+Diffusion.variance_loss). ADM is the backbone of MT-Diffusion's masked and label tasks, and of DTR's
+results on a U-Net.
 
 The forward pass and `Cond` are those of unet.py, so DTR, DeMe and MT-Diffusion attach as they do
 there. MTU finds no feed-forward network here. Only models on pixels need this file.
@@ -255,7 +256,8 @@ class UNet2D(UNet):
 
     def add_condition(self, width):
         classes = self.config["num_class_embeds"]
-        self.num_class_embeds = classes     # the last one means no class
+        # ImageNet's 1000 rows are all classes; in models that are trained here the last is none.
+        self.num_class_embeds = classes
         self.class_embedding = None if classes is None else nn.Embedding(classes, width)
 
     def make_resnet(self, cin, cout, resample=None):

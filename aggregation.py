@@ -32,8 +32,8 @@ mean something else.
 
 These formulas were reconstructed from the paper's prose and by the derivations that stand beside
 each method below; tests/test_aggregation.py verifies each by another way to compute it. Eq. 3 is
-quoted elsewhere in two forms, which differ by a factor on w. Ours is the one whose posterior has
-exactly one term more than DDPM's, without a factor, as Remark 2 says. Eq. 8 is lost: what stands
+quoted elsewhere in two forms, which differ by a factor on w. Both have a posterior with one term
+more than DDPM's, as Remark 2 says; in ours this term is A_t itself. Eq. 8 is lost: what stands
 above is the likeliest of several special cases.
 
 In y_t = z_t - C_t all of this is plain DDPM. So v, where the network predicts it, is DDPM's of y,
@@ -49,17 +49,19 @@ The tasks of data.TASKS, where x is the other modality, E encodes it and the hea
     repr        a picture         a vector about it   U-Net of one token   two layers
 
 The U-Net of label reads the category's name as a prompt (on pixels, as its class embedding), and
-what it returns is normalised. The vector of repr is a caption's or the picture's, and the U-Net
-reads it as a prompt of one token. The heads of both read the middle block.
+what it returns is normalised. The vector of repr is that of a caption, and the U-Net reads it as a
+prompt of one token. The linear head and that of repr read the middle block, the classifier reads
+the picture that the U-Net's output stands for.
 
-The paper's variants: -U sees z_t alone, -X sees x beside it (`widen`). -M reads the label off the
-middle block, -E by a classifier. The starred ones are fine-tuned with some samples that lack x;
-here some lack it from the first step.
+The paper's variants: -U sees z_t alone, -X sees x beside it (`widen_input`). -M reads the label off
+the middle block, -E by a classifier. The starred ones are fine-tuned with some samples that lack
+x; here some lack it from the first step.
 
     python aggregation.py       draws the forward process with and without aggregation
 
 In code t runs over 0..T-1 as in diffusion.py: alpha_bar[t] is ab_{t+1}, and t = -1 means clean.
-Letters: B batch, C channels, H W latent or picture, M modalities, T timesteps, K classes, D width.
+Letters: B batch, C channels, H W or h w height and width of z, M modalities, T timesteps, K
+classes, D width, S tokens of a context, L positions of a picture.
 """
 import hub  # noqa: F401  the first import, so that Ctrl-C ends quietly
 import copy
@@ -83,7 +85,7 @@ LAMBDA = 0.1
 # -------------------------------------------------------------------------------------------------
 # The weights w_t. The paper does not print them; its prose suggests that they are small "when t is
 # small". Weights of order 1 would drown the unit noise. The functions below are our choices. Each
-# is Eq. 7, c_t = sqrt(a_t) (c_{t-1} + w_t), solved for the c_t that is wanted:
+# solves Eq. 7, c_t = sqrt(a_t) (c_{t-1} + w_t), for w_t, given the c_t that is wanted:
 #     w_t = c_t / sqrt(a_t) - c_{t-1},    where sqrt(ab_t / a_t) = sqrt(ab_{t-1})
 
 def on_cpu(numbers):
@@ -211,9 +213,9 @@ class Aggregation:
 
     def posterior(self, z0, zt, E, t, r=None):
         """Eq. 5 and 9 -> mean and var of z_{t-1}, or of z_r for any r < t."""
-        # Lemma 4 multiplies two Gaussians in z: N(z; sqrt(ab_{t-1}) z_0 + C_{t-1}, 1 - ab_{t-1})
-        # and N(z_t; sqrt(a_t) (z + A_t), 1 - a_t). As in diffusion.posterior, the product has
-        # variance 1 / P and mean Q / P with
+        # Lemma 4 multiplies two Gaussians in z = z_{t-1}: N(z; sqrt(ab_{t-1}) z_0 + C_{t-1},
+        # 1 - ab_{t-1}) and N(z_t; sqrt(a_t) (z + A_t), 1 - a_t). As in diffusion.posterior, the
+        # product has variance 1 / P and mean Q / P with
         #     P = 1 / (1 - ab_{t-1}) + a_t / (1 - a_t) = (1 - ab_t) / ((1 - ab_{t-1}) (1 - a_t))
         #     Q = (sqrt(ab_{t-1}) z_0 + C_{t-1}) / (1 - ab_{t-1})
         #         + sqrt(a_t) (z_t - sqrt(a_t) A_t) / (1 - a_t),
@@ -242,7 +244,7 @@ class Aggregation:
         #     (1 - a_t) C_{t-1} - a_t (1 - ab_{t-1}) A_t - (1 - a_t) (C_{t-1} + A_t),
         # which is -(1 - ab_t) A_t: of X only -A_t remains beside DDPM's Eq. 11 (Remark 2).
         #
-        # So classifier guidance of scale g is E = grad log p(label | z_t) with w_t = -g var_t, and
+        # So classifier guidance of scale g is E = grad log p(label | z_t) with w_t = -g s2_t, and
         # classifier-free guidance is E = eps(label) - eps with
         # w_t = g (1 - a_t) / sqrt(a_t (1 - ab_t)) (Appendix D).
         ab = self.at(self.ab, t)
@@ -323,7 +325,8 @@ class Classifier(nn.Module):
 
     It is the encoder half of ADM's U-Net with attention pooling; guided-diffusion's is 128 wide
     and 4 deep. The paper puts it on "the output". Our reading is the picture that the output and
-    z_t stand for, z_0 + C_t / sqrt(ab_t): C_t cannot be subtracted without knowing x.
+    z_t stand for. It is z_0 + C_t / sqrt(ab_t) where the network predicts eps, and z_0 +
+    sqrt(ab_t) C_t where it predicts v: C_t cannot be subtracted without knowing x.
     """
     probabilities = True
 
@@ -379,7 +382,7 @@ HEADS_OF = {"source": ("image",), "masked": ("image",), "label": ("linear", "cla
 
 
 class Heads(nn.ModuleDict):
-    """Hold one head a modality, in the order of E's rows, and the process that they belong to.
+    """Hold one head per modality, in the order of E's rows, and the process that they belong to.
 
     modalities: name -> dict(kind=, a name in HEADS; weights=, a name in SCHEDULES, and its k=;
     options of that kind of head). channels: of z. `diffusion` tells what the network predicts.
@@ -413,9 +416,6 @@ def add_heads(unet, modalities, channels, diffusion):
     if "aggregation" in unet.config:
         names = ", ".join(unet.config["aggregation"]["modalities"])
         raise UserError(f"this U-Net has heads already: {names}")
-    # Older folders also record the size of a head, which follows from that of the U-Net.
-    modalities = {name: {key: m[key] for key in m if key not in ("width", "depth")}
-                  for name, m in modalities.items()}
     heads = Heads(unet, modalities, channels, diffusion)
     # Heads always train, also beside a U-Net that is frozen.
     unet.heads = heads.to(unet.conv_out.weight).requires_grad_(True)
@@ -477,7 +477,7 @@ def prepare(model, task, modality, *, head=None, input="z", weights="vanishing",
             model.texts and vectors(model, [""]).shape[1] == unet.config["cross_attention_dim"]):
         raise UserError("repr enters as one token of the U-Net's cross-attention: it needs a text "
                         "encoder whose pooled state is as wide")
-    # One row of the embedding a class, and one for no class.
+    # One row of the embedding per class, and one for no class.
     embedded = unet.config.get("num_class_embeds")
     if modality == "label" and not model.texts and embedded != len(classes) + 1:
         raise UserError("label enters a model on pixels by its class embedding, which this one "
@@ -546,14 +546,13 @@ def class_names(unet):
 
 
 def encode_classes(model, shape):
-    """Encode all K classes -> E (K, C, h, w), whose mean over k is 0 and whose mean square is 1.
+    """Encode all K classes -> E (K, C, h, w), whose mean over classes is 0 and mean square is 1.
 
     shape: (C, h, w). The U-Net reads the names of the classes or, on pixels, its class embedding.
-    What it answers differs little between classes (in assets/tiny by 0.13, around a common part of
-    0.34 that carries no information), so that a label would hardly show in the noise of z_t. Hence
-    the normalisation, which the paper does not mention; its scale is k. E = 0, which stands for an
-    unknown label, is now the mean of all classes. A label model that was trained before this
-    normalisation has learned other encodings: train it anew.
+    What it answers differs little between classes: in assets/tiny the root mean square is 0.13
+    around a common part of 0.34 that carries no information, so that a label would hardly show in
+    the noise of z_t. Hence the normalisation, which the paper does not mention. How strongly a
+    label shows is then up to k alone. E = 0, for an unknown label, is the mean of all classes.
     """
     if model.texts:
         # A text-to-image model knows what the classes' names mean.
@@ -648,8 +647,10 @@ def loss(heads, predict, z0, batch_x, noise, t, *, head_weight=LAMBDA, **weighti
     A sample that does not keep its x has E = 0 and no KL; its KL term is reported as NaN.
     """
     # The paper's prose names the four terms of Eq. 2, and this is our derivation. Eq. 1 draws X at
-    # each step; q(x_i) is the example's own x_i, always the same. We assume that z_{t-1} and the
-    # x_i are independent given z_t: p(z_{t-1}, X | z_t) = p(z_{t-1} | z_t) prod_i p(x_i | z_t).
+    # each step; q(x_i) is a point mass at the example's own x_i, the same at each. We assume that
+    # the x_i are independent given z_t: p(z_{t-1}, X | z_t) = p(z_{t-1} | z_t, X) prod_i p(x_i |
+    # z_t). Below, p(z_{t-1} | z_t) is short for p(z_{t-1} | z_t, X).
+    #
     # By Jensen's inequality -log p(z_0) is at most the mean over q of log(q / p), where q is the
     # density of all that is drawn after z_0, and p that of the same and z_0. With Eq. 1 this is
     #     -log p(z_T) + sum_t log(q(z_t | z_{t-1}, X) / p(z_{t-1} | z_t))
@@ -660,8 +661,10 @@ def loss(heads, predict, z0, batch_x, noise, t, *, head_weight=LAMBDA, **weighti
     #     KL(q(z_T | z_0, X) || p(z_T)) + sum_{t>1} KL(q(z_{t-1} | z_t, z_0, X) || p(z_{t-1} | z_t))
     #     + sum_t sum_i KL(q(x_i) || p(x_i | z_t)) - log p(z_0 | z_1).
     # The first term has no parameters. In the second, both Gaussians have the variance s2_t and,
-    # by Eq. 9, means that differ in eps alone, if p's has the same A_t. So it is
+    # by Eq. 9, means that differ in eps alone, as p's has the A_t of the same X. So it is
     #     (1 - a_t)^2 / (2 s2_t a_t (1 - ab_t)) || eps - eps_theta ||^2.
+    # The last term, for a Gaussian p around mu_1, is such a square too, since mu_1 is z_0 where
+    # eps_theta is eps.
     # Eq. 6 replaces these factors by 1, and gives the KL terms the factor lambda.
     E = torch.stack([batch_x[name].E * batch_x[name].keep[:, None, None, None] for name in heads])
     # Eq. 4, as y_t + C_t: with w = 0 this is DDPM to the last bit.
@@ -707,8 +710,8 @@ def sample(heads, predict, encoders, noise, *, known=None, z0=None, steps=50, sa
         mean, std = process.marginal(z0, E, t)
         return mean + std * noise
 
-    # All samplers here start from noise of variance 1, whatever timestep comes first. This one adds
-    # C_T, as Eq. 3 ends in N(C_T, 1). A known picture instead says where z is at that timestep.
+    # All samplers start from noise of variance 1, whatever timestep t comes first. By Eq. 4 the
+    # mean of z_t is then near C_t, so this one adds C_t. A known picture says where z_t is exactly.
     z = process.aggregate(E, visited[0]) + noise if z0 is None else noisy(visited[0])
     for i, (t, r) in enumerate(zip(visited, visited[1:])):
         batch_t = torch.full((len(z),), t, dtype=torch.long, device=z.device)

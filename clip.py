@@ -524,7 +524,7 @@ class VisionEmbeddings(nn.Module):
         num_patches = (config["image_size"] // patch) ** 2
         self.class_embedding = nn.Parameter(torch.randn(D) * D ** -0.5)
         self.patch_embedding = nn.Conv2d(config["num_channels"], D, patch, patch, bias=False)
-        # One position for the class token, whose state sums the picture up, and one a patch.
+        # One position for the class token, whose state sums the picture up, and one per patch.
         self.position_embedding = nn.Embedding(1 + num_patches, D)
 
     def forward(self, pixels):

@@ -75,7 +75,7 @@ PROCESS = dict(
 # How our samplers step. A scheduler that steps in another way describes the same process, but none
 # of ours draws the picture that it would draw.
 STEPPING = dict(
-    # DPM++ treats the values after the first, which other solvers have written, as the first.
+    # diffusers' DPM++ reads each later value, which files of other solvers hold, as the first.
     algorithm_type=("dpmsolver++", "deis"),
     solver_type=("midpoint", "logrho", "bh1", "bh2"),
     solver_order=(2,),
@@ -227,7 +227,7 @@ class Diffusion:
         """Return alpha_bar at one timestep; below 0 is the level at which DDIM and PNDM end."""
         if t < 0 and self.config["set_alpha_to_one"]:
             return torch.ones_like(self.alpha_bar[0])       # clean
-        return self.alpha_bar[max(t, 0)]                    # for Stable Diffusion that of t = 0
+        return self.alpha_bar[max(t, 0)]    # below 0 that of t = 0, as in Stable Diffusion
 
     def add_noise(self, x0, noise, t):
         """Draw x_t from q(x_t | x_0): x0, noise (B, C, H, W), t (B,) long -> (B, C, H, W)."""
@@ -235,8 +235,8 @@ class Diffusion:
         return signal * x0 + sigma * noise          # DDPM Eq. 4; z_t of MTU Eq. 2
 
     # ---------------------------------------------------------------------------------------------
-    # What the network predicts: the noise eps, or v, a mixture of noise and picture. To tell eps
-    # from x_t is trivial where x_t is nearly all noise; v has something to say at every level, and
+    # What the network predicts: the noise eps, or v, a mixture of noise and picture. To read eps
+    # off x_t is trivial where x_t is nearly all noise; v has something to say at every level, and
     # it is what a schedule that ends at alpha_bar = 0 needs. As signal^2 + sigma^2 = 1, x_t and v
     # are x0 and eps turned by an angle, and the turn back solves them. The mixed terms cancel:
     #     x_t = signal x0 + sigma eps     signal x_t - sigma v = (signal^2 + sigma^2) x0 = x0
@@ -322,7 +322,8 @@ class Diffusion:
             return torch.ones_like(alpha_bar)
         # At a given x_t, x0 = (x_t - sigma eps) / signal, with which v = signal eps - sigma x0 is
         # (eps - sigma x_t) / signal. So an error of eps, over signal, is an error of v.
-        # The forms below are finite at alpha_bar = 0, where min(5, snr) / snr would be 0 / 0.
+        # In this form min-snr and p2 are finite at alpha_bar = 0, where min(5, snr) / snr would be
+        # 0 / 0. v is not, but no network that predicts the noise is trained there.
         snr = alpha_bar / (1 - alpha_bar)
         weight = {"v": 1 / alpha_bar, "min-snr": (5 / snr).clamp(max=1), "p2": 1 / (1 + snr)}[kind]
         return weight if predicts_noise else weight * alpha_bar
@@ -431,7 +432,10 @@ def posterior(alpha_bar, alpha_bar_prev):
 
 
 def learned_variance(v, low, high):
-    """Interpolate between the logarithms of two variances: v = -1 is low, 1 is high (Eq. 15)."""
+    """Interpolate the logarithms of two variances, improved DDPM Eq. 15: -1 is low and 1 is high.
+
+    This v is that paper's, and not the v that a network may predict in the place of the noise.
+    """
     share = (v + 1) / 2
     return share * high + (1 - share) * low
 

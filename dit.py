@@ -63,7 +63,7 @@ DEFAULTS = dict(
     num_embeds_ada_norm=1000,     # classes, without the row for "no class"
     norm_eps=1e-5,                # of the norm before the MLP; the others have 1e-6
     norm_num_groups=32,           # no effect, as in diffusers: DiT has no group norm
-    upcast_attention=False,       # no effect: every softmax runs in fp32
+    upcast_attention=False,       # accepted, and without effect here
 )
 
 # The values that are implemented, of keys that have a choice of values in diffusers. Older files
@@ -132,14 +132,14 @@ class AdaLayerNormZero(nn.Module):
         self.linear = nn.Linear(width, 6 * width)
 
     def forward(self, cond):
-        c = cond.temb                                               # (B, D)
+        embedding = cond.temb                                       # (B, D)
         if self.emb is not None:
-            c = self.emb(cond.t, cond.added["class_labels"])
-        return self.linear(F.silu(c))[:, None].chunk(6, dim=-1)
+            embedding = self.emb(cond.t, cond.added["class_labels"])
+        return self.linear(F.silu(embedding))[:, None].chunk(6, dim=-1)
 
 
 class FeedForward(nn.Module):
-    """The MLP. It is no unet.FeedForward: MTU cuts those into experts, whose first layer gates."""
+    """The MLP: two linear layers and a GELU, without the gate of unet.FeedForward."""
 
     def __init__(self, width):
         super().__init__()

@@ -13,7 +13,9 @@ Adding up what the copies have learned gives one network again, as fast as the p
              channel projection of features F: P F, where P (C, C) starts at the identity; the
              paper calls the matrix W
 
-theta is the frozen pretrained network. We differ from the paper and its official code:
+theta is the frozen pretrained network, theta_i is copy i, and eps_theta and eps_i are the noises
+that they predict in x_t, where eps is the true one. w_i is a weight for each copy, and p is a
+share. We differ from the paper and its official code:
 
     - Ranges and copies count from 0, and ceil cuts the timesteps where N does not divide T.
     - Every sample decides for itself whether it is drawn globally; the official code decides once
@@ -136,8 +138,9 @@ def add_projections(unet, placement="convolutions"):
 
     "convolutions": after the second convolution of each residual block, before its sum, and after
     each convolution that halves or doubles the size. fold_projections removes them exactly.
-    "blocks": as in the official code, after each down, mid and up block. These do not fold, because
-    the skips leave before them. The network keeps them, and they are merged like all weights.
+    "blocks": as in the official code, after each down, mid and up block. These do not all fold:
+    some blocks end in a residual sum, and others have passed on their output as a skip before. The
+    network keeps them, and they are merged like all weights.
     """
     if placement == "convolutions":
         for name, module in unet.named_modules():
@@ -227,8 +230,9 @@ def search_weights(score, n, grid=tuple(i / 10 for i in range(11)), rounds=5):
     """Search the weights of Eq. 8 one coordinate after the other, from 1/N each -> weights, score.
 
     score: takes a tuple of n weights and returns a number, lower is better: a held-out loss, FID,
-    anything. A round tries the whole grid for one weight after another; the search ends when a
-    round changes nothing. The full grid for the paper's N = 4 would take 11^4 = 14,641 scores.
+    anything. A round tries the whole grid for one weight after another; the search ends after a
+    round that changes nothing, and at the latest after `rounds`. The full grid for the paper's
+    N = 4 would take 11^4 = 14,641 scores.
     """
     # The same weights come up many times, so scores are cached. A score that is not finite counts
     # as infinite.

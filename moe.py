@@ -8,14 +8,15 @@ router mixes them by task:
                  || eps - f_theta(Psi_C^task([z_t, enc(c_I)]), c_T, t) ||^2
 
 e_task is a learned vector of the task, the same for all layers: a row of unet.task_embedding, which
-reaches the layers as cond.task_emb. Each layer has a router g of its own, two linear maps with a
-ReLU between them. Each task also has its own layer norms before the experts (Psi_L) and its own
-input convolution (Psi_C). All of these train. Attention, residual blocks, time embedding and output
-convolution are shared by the tasks and stay frozen. Eq. 2, where enc(c_I) is the latent of the
-source picture and c_T the text, is the training step in train.py (the paper's formula lists the
-source as a separate input; its text says that it is concatenated with z_t). The mean is over
-examples, noise eps and timesteps t. The squared norm for one sample, averaged over C, H and W, is
-Diffusion.error (of v where the network predicts v, as the miniature does).
+reaches the layers as cond.task_emb. Each layer has a router g of its own, two linear maps (theta_r)
+with a ReLU between them. theta is the whole network. Each task also has its own layer norms before
+the experts (Psi_L) and its own input convolution (Psi_C). All of these train. Attention, residual
+blocks, time embedding and output convolution are shared by the tasks and stay frozen. Eq. 2, where
+enc(c_I) is the latent of the source picture and c_T the text, is the training step in train.py (the
+paper's formula lists the source as a separate input; its text says that it is concatenated with
+z_t). The mean is over examples, noise eps and timesteps t. The squared norm for one sample,
+averaged over C, H and W, is Diffusion.error (of v where the network predicts v, as the miniature
+does).
 
 No loop over experts is needed. Expert E_i(x) = V_i h_i(x) + b_i owns slice i of the inner
 activations h of the dense layer (with GEGLU, h is value times gelu(gate)) and the matching columns
@@ -38,8 +39,9 @@ ones as their mean, and N G times them as their sum. Hence
 
 So the plain copy, `init="literal"`, gives G times the pretrained output, bias apart. By default
 ("preserve") we therefore divide the activations by G, and V_0 h_0(x) + b_0 is left.
-The task norms and convolutions start as copies too, with zeros where they meet the source picture.
-So training starts at the pretrained network, unless top_k drops experts.
+The task norms and convolutions start as copies too, with zeros for the source picture where the
+base reads none. So training starts at the pretrained network, unless top_k drops experts or the
+base has input channels that a task lacks.
 
 We differ from the paper in this division. The paper prints the norm of Eq. 2 without its
 square. It calls the feed-forward layer a two-layer MLP and does not say how GEGLU is cut, where the
@@ -197,12 +199,11 @@ class ExpertFeedForward(nn.Module):
     def router_weights(self, task_embedding):
         """Compute w of Eq. 1: task_embedding (B, d_task) -> (B, N), whose rows sum to 1."""
         # w depends on the task alone, on neither timestep nor text. The paper has no loss that
-        # balances the load of the experts, and needs none, as every expert runs for every sample
-        # (without top_k).
+        # balances the load of the experts, and needs none: every expert runs for every sample.
         g = self.router(task_embedding).float()
         if self.top_k is not None:
-            # Every expert is still computed; top_k only shows how good the result is with k of
-            # them. exp(-inf) = 0, and the softmax renormalises the others.
+            # So it is with top_k too, which only shows how good the result is with k of them.
+            # exp(-inf) = 0, and the softmax renormalises the others.
             best = g.topk(self.top_k, dim=-1)
             g = torch.full_like(g, -math.inf).scatter(-1, best.indices, best.values)
         return g.softmax(dim=-1)
@@ -235,8 +236,8 @@ def repeat_width(ff, repeats):
     """Put copies of a feed-forward layer's units beside each other, in place.
 
     The paper's Table 4 has experts whose widths add up to more than the dense layer, N G > 1; how
-    they start it does not say. Here expert i (from 0) takes units i d_expert to
-    (i + 1) d_expert - 1 of the copies laid end to end.
+    they start it does not say. Here expert i takes units (i - 1) d_expert to i d_expert - 1 of the
+    copies laid end to end, where units count from 0.
     """
     project, out = ff.net[0].proj, ff.net[2]
     # The rows of the projection are the inner units' values, then their gates.

@@ -65,8 +65,8 @@ EMA_DECAY = 0.9999  # of the weight average, reached after 90,000 steps and smal
 BINS = 4  # the loss is logged for this many equal ranges of timesteps
 # Defaults of --num-experts and its companions, which shape new experts only.
 EXPERTS = dict(num_experts=4, expert_width=None, expert_init="preserve", top_k=None)
-# Peak learning rate of routers and of e_task, at most: the paper's. At the experts' rate here, all
-# units of the routers' ReLUs die, and then every task has the same mixture of experts.
+# Peak learning rate of routers and of e_task, at most: the paper's. In a long run at the experts'
+# rate all units of the routers' ReLUs died, and then every task had the same mixture of experts.
 ROUTER_LR = 1e-4
 WORDLESS = ("uncond", "class")  # these networks read no text
 
@@ -122,7 +122,7 @@ def get_args(words=None):
                               "training of it, 1e-4 for larger models; paper: 1e-4, SDXL 5e-5); "
                               f"routers and e_task have at most {ROUTER_LR}")
     optimisation.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine",
-                              help="after the warm-up; cosine ends at zero")
+                              help="times the warm-up; cosine falls to zero over all steps")
     optimisation.add_argument("--warmup", type=between(0, 1e9), default=20,
                               help="steps of linear warm-up")
     optimisation.add_argument("--weight-decay", type=between(0, 1e3, float), default=0.0,
@@ -571,7 +571,7 @@ def parameter_groups(net, weight_decay, lr):
 
     Decay would make the rows of tasks that are absent from a batch drift, and a task that was
     added later must leave the older ones as they are. ANT-UW's weights have the learning rate of
-    their paper, and the routers and what they read at most MTU's.
+    DTR's official code, and the routers and the task embedding at most MTU's.
     """
     tables = {id(p) for module in net.modules()
               if isinstance(module, (moe.TaskConv, moe.TaskLayerNorm, nn.Embedding))
@@ -602,7 +602,10 @@ def channels_last(network):
 
 
 def lr_factor(step, args):
-    """Return the learning rate's factor: linear warm-up, then constant or a cosine to zero."""
+    """Return the learning rate's factor: linear warm-up, times 1 or a cosine that ends at zero.
+
+    The cosine begins at the first step, so with a warm-up the rate stays just below --lr.
+    """
     warmup = min(1.0, (step + 1) / max(args.warmup, 1))
     if args.lr_schedule == "constant":
         return warmup
@@ -1052,7 +1055,7 @@ def train(args, model, teacher, opened, rank, world):
                         if teacher is not None:                      # DeMe Eq. 5, second term
                             with torch.no_grad():
                                 pretrained = teacher(z, t, context, task, added)
-                            channels = x0.shape[1]   # the variance's C, of ADM and DiT: left out
+                            channels = x0.shape[1]   # ADM and DiT have C more, for the variance
                             distance = merge.consistency_loss(out[:, :channels],
                                                               pretrained[:, :channels])
                             loss = loss + args.consistency * distance

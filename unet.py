@@ -6,9 +6,9 @@ and predicts the noise. The timestep enters in the residual blocks. In the trans
 position attends to all others and to the text. Modules, parameters and config keys have
 diffusers' names, so that the weights of either load in the other as they are.
 
-A method (moe.py, routing.py, aggregation.py, merge.py) attaches by swapping sub-modules in place.
-Whatever a block may depend on besides its input therefore travels in one value, `Cond`, and has
-one row per sample: a batch may mix timesteps, texts and tasks.
+A method attaches in place: moe.py swaps layers, routing.py and merge.py change the class of some,
+and aggregation.py adds heads. Whatever a block may depend on besides its input travels in one
+value, `Cond`, and has one row per sample: a batch may mix timesteps, texts and tasks.
 
 Letters: B batch, C channels, H W height and width of the latent, L = H W positions, S length of
 the text, D width of the text states, E width of the time embedding.
@@ -62,7 +62,7 @@ DEFAULTS = dict(
     addition_embed_type=None,                   # "text_time" in SDXL: picture sizes, pooled text
     addition_time_embed_dim=None,
     projection_class_embeddings_input_dim=None,
-    upcast_attention=False,                     # no effect here: every softmax runs in fp32
+    upcast_attention=False,                     # accepted, and without effect here
 )
 
 # The values that are implemented, of keys that have a choice of values in diffusers.
@@ -218,7 +218,8 @@ class Attention(nn.Module):
         v = self.split(self.to_v(context))
         fits = q.shape[2] * k.shape[2] <= 2 ** 20
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and fits:
-            # In bf16 on a CPU, the backward of the fused kernel is slower than plain products.
+            # In bf16 on a CPU the fused kernel's backward is slower than plain products. These
+            # hold all L x S scores at a time, so a long sequence takes the fused kernel.
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (B, heads, L, S)
             y = scores.softmax(-1).to(v.dtype) @ v
         else:

@@ -97,7 +97,7 @@ class Attention(unet.Attention):
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
 
     def forward(self, x):
-        # Keys and queries are as wide as the whole picture has channels, since there is one head.
+        # There is one head, so keys and queries have all C channels.
         # The fused kernel never holds all (hw, hw) weights, which are 1 GB at 128 x 128 latents.
         y = super().forward(self.group_norm(x).flatten(2).mT)    # (B, hw, C)
         return x + y.mT.reshape(x.shape)
@@ -251,8 +251,8 @@ class VAE(nn.Module):
     Weights and inputs may differ in floating dtype; the output has the input's, or autocast's.
     `tile` is the side of a tile in latents, a multiple of 4 since a quarter of it overlaps the next
     one, and bounds the memory that a large picture takes. Each tile is normalised by itself, so
-    colours may differ a little from the whole's. config["sample_size"] // factor, the size of
-    training pictures, is diffusers' choice.
+    colours may differ a little from the whole's. diffusers takes config["sample_size"] // factor,
+    the size of its training latents, as the tile.
     """
 
     def __init__(self, config):

@@ -5,10 +5,11 @@
     python tests/exercises.py check 4       try your function: one line per property, and a score
     python tests/exercises.py solution 4    put the project's own function back
 
-`blank` and `solution` change one function of your working copy and nothing else in its file. They
-compare it with the last commit (or another, --commit), so the project must be a git clone. `check`
-ends with exit code 0 if every property holds and 1 if not; with --json it prints one JSON object
-for a grading program. A mistake in the command itself ends in one line and exit code 2.
+`blank` and `solution` change the one or two functions of an exercise in your working copy, and
+nothing else in their file. They compare them with the last commit (or another, --commit), so the
+project must be a git clone. `check` ends with exit code 0 if every property holds and 1 if not;
+with --json it prints one JSON object for a grading program. A mistake in the command itself ends in
+one line and exit code 2.
 
 What an exercise asks stands here; the properties that grade it are in exercises/properties.py.
 """
@@ -54,7 +55,7 @@ TABLE = [
 Draw x_t from q(x_t | x_0), for the noise that is given.
 
 x0, noise: (B, C, H, W) floats. t: (B,) long, each sample's own timestep, 0 .. T - 1. Returns
-(B, C, H, W), on the device and in the type of x0. No input is changed.
+(B, C, H, W), on the device of x0, in its type or, for half precision, in fp32. No input is changed.
 
 self.alpha_bar (T,) holds the paper's alpha_bar, falling. Timesteps count from 0: self.alpha_bar[0]
 is the paper's alpha_bar_1, after the first step of noise."""),
@@ -172,8 +173,8 @@ for the channels that the timestep sees and 0 for the others.
 
 The paper and its official code differ by a channel or two. Asked is the code's window: it is
 always C_b channels wide, C_b = beta C rounded down. At t = 0 it begins at channel 0, and at
-t = T - 1 it ends at the last. In between its beginning moves by the power alpha of the share of the
-way that t has gone, rounded to the nearest channel.
+t = T - 1 it ends at the last. In between it begins at (C - C_b) s^alpha, rounded to the nearest
+channel, where s goes from 0 at t = 0 to 1 at t = T - 1.
 
 Not graded: half channels, which may be rounded up or down, and fractions of a timestep."""),
     exercise(
@@ -213,8 +214,7 @@ Draw timesteps for one copy of the model -> (size,) integers.
 t_range: (start, end), the copy's range; its last timestep is end - 1. T: number of all timesteps,
 0 .. T - 1. p_global: the paper's p. rng: a NumPy generator, from which all randomness comes.
 
-The paper draws a batch as one; here, every sample decides for itself which of the two it is drawn
-from.
+The official code draws a whole batch from one of the two; here, every sample decides for itself.
 
 Not graded: refusing impossible ranges."""),
     exercise(
@@ -266,7 +266,7 @@ Return mean and variance of q(z_{t-1} | z_t, z_0, X), Eqs. 5 and 9.
 z0, zt: (B, C, H, W). E: (M, B, C, H, W). t: a number or (B,), and t = 0 goes to the clean picture.
 The mean has z0's shape; the variance broadcasts against it. See `marginal` for the tables.
 
-Not graded: r, another timestep below t to go to; DDIM needs it."""),
+Not graded: r, another timestep below t to go to; DDPM in fewer steps needs it."""),
     exercise(
         17, 3, "a head and its loss", "MT-Diffusion section 2.2.4 and Eq. 6", "aggregation.py",
         LinearHead__forward="""
@@ -276,7 +276,7 @@ features["mid"]: (B, C, H, W), what the middle block puts out. self.linear maps 
 has one linear layer there and does not say how positions are combined: take their mean. t is not
 read. Gradients reach the features and the layer.""",
         divergence="""
-Return each sample's KL(q(x) || p(x | z_t)) of Eq. 6, up to a constant that depends on x alone.
+Return each sample's KL(q(x) || p(x | z_t)) of Eq. 6, up to factors and terms without the network.
 
 Where head.probabilities is true, x is a class (B,) long and output (B, K) logits; q is certain of
 the class. Otherwise x and output have the shape (B, ..) and p is a Gaussian around output; take the

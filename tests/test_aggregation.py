@@ -38,7 +38,7 @@ SMALL = CONFIGS["tiny"] | dict(block_out_channels=(32, 64, 64), cross_attention_
 PIXELS = adm.CONFIGS["adm-tiny"] | dict(num_class_embeds=None)
 SOURCE = dict(kind="image", weights="vanishing", k=1.0)
 LABEL = dict(kind="linear", classes=["a", "b", "c"], weights="vanishing", k=1.0)
-CLASSIFIER = LABEL | dict(kind="classifier", width=32, depth=1)
+CLASSIFIER = LABEL | dict(kind="classifier")
 
 
 def diffusion(betas="linear", **changes):
@@ -991,12 +991,6 @@ def test_folders_are_rebuilt_and_other_loaders_refuse_them(pixels, tmp_path):
     for name, model in (("x", attached("masked", input="x")),
                         ("e", attached("label", "classifier", base=routed))):
         model.save(tmp_path / name)
-        if name == "e":
-            # Older folders also record the size of the head, which follows from the U-Net's.
-            path = tmp_path / "e" / "unet" / "config.json"
-            config = json.loads(path.read_text())
-            config["aggregation"]["modalities"]["label"] |= dict(width=32, depth=1)
-            path.write_text(json.dumps(config))
         again = load_model(tmp_path / name)
         assert again.unet.config["aggregation"] == model.unet.config["aggregation"]
         assert again.tasks == model.tasks and aggregation.reads_x(again.unet) == (name == "x")
