@@ -242,7 +242,7 @@ class UNet2D(UNet):
     `forward` is UNet's; its context is None, and classes come as added={"class_labels": (B,)}.
     Height and width must be multiples of `multiple`, since every level but the last halves them.
     """
-    diffusers_name = "UNet2DModel"
+    class_names = ("UNet2DModel",)
     defaults = DEFAULTS
     implemented = IMPLEMENTED
     rename = staticmethod(older_attention_names)  # google/ddpm-cifar10-32 is of 2022

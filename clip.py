@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import UserError, blaming, complete, fetch, load_module, read_json, save_weights
-from hub import write_json, write_text
+from hub import Network, UserError, blaming, complete, fetch, read_json, save_weights, write_json
+from hub import write_text
 
 # -------------------------------------------------------------------------------------------------
 # Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909). A text is cut into words, and a word
@@ -400,7 +400,7 @@ class Encoder(nn.Module):
         return x, before
 
 
-class Tower(nn.Module):
+class Tower(Network):
     """What both towers share: the config, the projection, first weights, and the model folder.
 
     config: transformers' keys, as far as they differ from the defaults; "architectures" says
@@ -411,11 +411,11 @@ class Tower(nn.Module):
         super().__init__()
         if f"{self.kind}_config" in config:
             # In a whole CLIPModel both towers project, to a width that is said at the top.
-            config = dict(config[f"{self.kind}_config"], architectures=self.models[1],
+            config = dict(config[f"{self.kind}_config"], architectures=self.class_names[1],
                           projection_dim=config.get("projection_dim", 512))
         known = {key: value for key, value in config.items() if key in self.defaults}
-        implemented = dict(hidden_act=ACTIVATIONS, architectures=self.models)
-        self.config = complete(known, self.defaults, implemented, f"{self.subfolder} config")
+        implemented = dict(hidden_act=ACTIVATIONS, architectures=self.class_names)
+        self.config = complete(known, self.defaults, implemented, f"{self.folder} config")
 
     @property
     def projects(self):
@@ -433,22 +433,12 @@ class Tower(nn.Module):
         return nn.Identity()
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder=None, dtype=torch.float32):
-        """Load a tower from a model folder.
-
-        subfolder: a pipeline's text_encoder or image_encoder by default. With "" the tower lies at
-        the top, by itself or in a whole CLIPModel such as openai/clip-vit-large-patch14.
-        dtype: of the parameters in memory.
-        """
-        folder = fetch(path_or_hub_id, cls.subfolder if subfolder is None else subfolder)
-        return load_module(cls, folder, cls.models, cls.rename, dtype)
-
-    @classmethod
     def rename(cls, key):
         """Turn a key of any version's file into ours, those of transformers up to 5.5.
 
         Later versions leave out "text_model." and "vision_model."; older ones stored position_ids,
-        which are no weights. Of a whole CLIPModel the other tower is left out.
+        which are no weights. Of a whole CLIPModel, such as openai/clip-vit-large-patch14, the other
+        tower is left out.
         """
         if key.endswith("position_ids") or key.startswith(cls.other_keys):
             return None
@@ -457,6 +447,7 @@ class Tower(nn.Module):
         return key if ours else prefix + key
 
     def save_pretrained(self, folder, dtype=None):
+        """Write weights and config.json into a folder, as transformers does."""
         config = dict(self.config, architectures=[self.config["architectures"]],
                       model_type=f"clip_{self.kind}_model")
         save_weights(self, folder, config, "model.safetensors", dtype)
@@ -488,8 +479,8 @@ class TextTransformer(nn.Module):
 class CLIPText(Tower):
     """transformers' CLIPTextModel or CLIPTextModelWithProjection."""
     kind = "text"
-    models = ("CLIPTextModel", "CLIPTextModelWithProjection")
-    subfolder = "text_encoder"
+    class_names = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    folder = "text_encoder"
     defaults = TEXT_DEFAULTS
     other_keys = ("logit_scale", "vision_model.", "visual_projection.")
 
@@ -546,8 +537,8 @@ class VisionTransformer(nn.Module):
 class CLIPVision(Tower):
     """transformers' CLIPVisionModelWithProjection or CLIPVisionModel."""
     kind = "vision"
-    models = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
-    subfolder = "image_encoder"
+    class_names = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+    folder = "image_encoder"
     defaults = VISION_DEFAULTS
     other_keys = ("logit_scale", "text_model.", "text_projection.")
 

@@ -44,7 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from chart import Box, diagram, output_shapes
-from hub import Parser, UserError, command, complete, fetch, load_module, save_weights, write_png
+from hub import Network, Parser, UserError, command, complete, write_png
 from unet import Attention, Cond, TimestepEmbedding, call, recompute, sinusoidal
 
 # -------------------------------------------------------------------------------------------------
@@ -74,7 +74,6 @@ IMPLEMENTED = dict(
     norm_elementwise_affine=(False,),
     norm_type=("ada_norm_zero",),
 )
-CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
 
 # The paper's Table 1 with patches of 2 x 2, for ImageNet at 256 x 256 pixels: latents of 4 x 32 x
 # 32, hence 256 tokens. At 512 x 512 pixels only sample_size differs.
@@ -205,12 +204,13 @@ class PatchEmbed(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # The network
 
-class DiT(nn.Module):
+class DiT(Network):
     """A diffusion transformer. config: differences from DEFAULTS, in diffusers' keys.
 
     Height and width must be multiples of `multiple`, the patch size.
     """
-    folder = "transformer"      # where a model keeps it
+    class_names = ("DiTTransformer2DModel", "Transformer2DModel")
+    folder = "transformer"
 
     def __init__(self, config):
         super().__init__()
@@ -329,26 +329,6 @@ class DiT(nn.Module):
             for block in self.transformer_blocks[1:]:
                 block.norm1.emb = copy.deepcopy(first.emb)
         return super().load_state_dict(state_dict, strict, assign)
-
-    @staticmethod
-    def rename(key):
-        """Turn a parameter's name in a file into its name here."""
-        return key
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="transformer", dtype=torch.float32):
-        """Load a DiT from a folder or from the hub, strictly. dtype: of the parameters in memory.
-
-        One that a method has changed is refused here; sample.load_model opens every kind.
-        """
-        return load_module(cls, fetch(path_or_hub_id, subfolder), CLASS_NAMES, dtype=dtype)
-
-    def save_pretrained(self, folder, dtype=None):
-        """Write weights and config.json into a folder, as diffusers does.
-
-        dtype: of the tensors in the file; None keeps the type of the parameters.
-        """
-        save_weights(self, folder, {"_class_name": CLASS_NAMES[0], **self.config}, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -515,24 +515,6 @@ def load_weights(module, folder, rename=lambda key: key, dtype=torch.float32):
     module.load_state_dict(state, assign=True)
 
 
-def load_module(kind, folder, names, rename=lambda key: key, dtype=torch.float32):
-    """Build a module of a class from the config.json in a folder, and fill it with its weights.
-
-    names: the class names that config.json may give, the usual one first. A network that a method
-    has changed has another name, since as a plain one it would draw nonsense.
-    """
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name", names[0])
-    if name not in names:
-        raise UserError(f"{folder} holds a {name}, not a {names[0]}; sample.load_model opens every "
-                        "kind of model")
-    # On the meta device nothing is allocated or drawn at random before the weights come.
-    with torch.device("meta"), blaming(folder / "config.json"):
-        module = kind(config)
-    load_weights(module, folder, rename, dtype)
-    return module
-
-
 def older_attention_names(key):
     """Turn the names that an attention's layers had before diffusers 0.17 into today's."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -682,6 +664,51 @@ def save_weights(module, folder, config, name="diffusion_pytorch_model.safetenso
     with replacing(Path(folder) / name) as beside:
         save_file(state, beside, metadata={"format": "pt"})
     write_json(Path(folder) / "config.json", config)
+
+
+# -------------------------------------------------------------------------------------------------
+# Networks
+
+class Network(torch.nn.Module):
+    """A network that a model keeps in a folder of its own, as a config.json and weights.
+
+    It is built from a config, and its `config` is the same with the defaults filled in.
+    """
+    class_names = ()    # what config.json may call it, the usual name first
+    folder = ""         # where a model keeps it
+
+    @staticmethod
+    def rename(key):
+        """Turn a parameter's name in a file into its name here, or into None to leave it out."""
+        return key
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, subfolder=None, dtype=torch.float32):
+        """Load a network from a model folder or from the hub, strictly.
+
+        subfolder: by default where a model keeps it. With "" it lies at the top, by itself.
+        dtype: of the parameters in memory.
+        """
+        folder = fetch(path_or_hub_id, cls.folder if subfolder is None else subfolder)
+        config = read_json(folder / "config.json")
+        name = config.get("_class_name", cls.class_names[0])
+        if name not in cls.class_names:
+            # One that a method has changed has another name: as a plain one it would draw nonsense.
+            raise UserError(f"{folder} holds a {name}, not a {cls.class_names[0]}; "
+                            "sample.load_model opens every kind of model")
+        # On the meta device nothing is allocated or drawn at random before the weights come.
+        with torch.device("meta"), blaming(folder / "config.json"):
+            network = cls(config)
+        load_weights(network, folder, cls.rename, dtype)
+        return network
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write weights and config.json into a folder, as diffusers does.
+
+        dtype: of the tensors in the file; None keeps the type of the parameters.
+        """
+        config = {"_class_name": self.class_names[0], **self.config}
+        save_weights(self, folder, config, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------

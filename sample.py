@@ -285,19 +285,17 @@ def pipeline_index(model):
         index[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
         index[f"text_encoder{number}"] = ["transformers", encoder.config["architectures"]]
 
+    network = model.unet.class_names[0]
     if model.unet.folder == "transformer":
         # diffusers has no pipeline for a transformer on pixels.
         pipeline = "DiTPipeline" if "vae" in index else "DiTPipeline2D"
-        network = "DiTTransformer2DModel"
     elif not model.texts:
         pipeline = "DDPMPipeline"
-        network = "UNet2DModel"
     else:
         xl = "XL" if model.text_encoder_2 else ""
         # There is a pipeline of its own for networks that read a picture beside z_t.
         edits = "" if model.tasks == ["t2i"] else "InstructPix2Pix"
         pipeline = f"StableDiffusion{xl}{edits}Pipeline"
-        network = "UNet2DConditionModel"
         if not xl:
             # Parts that are not in the folder must be named as missing, or diffusers looks for
             # them.

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hub import UserError, complete, fetch, load_module, per_level, save_weights
+from hub import Network, UserError, complete, per_level
 
 # -------------------------------------------------------------------------------------------------
 # Configurations
@@ -395,13 +395,13 @@ class UpBlock(Block):
         return x
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The U-Net of Stable Diffusion 1.x, 2.x and XL, of InstructPix2Pix and of inpainting models.
 
     config: differences from DEFAULTS, in diffusers' keys.
     """
-    diffusers_name = "UNet2DConditionModel"
-    folder = "unet"     # where a model keeps it
+    class_names = ("UNet2DConditionModel",)
+    folder = "unet"
     defaults = DEFAULTS
     implemented = IMPLEMENTED
 
@@ -542,21 +542,3 @@ class UNet(nn.Module):
         c = self.config
         waves = sinusoidal(numbers, width, c["flip_sin_to_cos"], c["freq_shift"])
         return waves.to(self.conv_out.weight.dtype)
-
-    @staticmethod
-    def rename(key):
-        """Turn a parameter's name in a file into its name here."""
-        return key
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="unet", dtype=torch.float32):
-        """Load a U-Net from a folder or from the hub, strictly. dtype: of its parameters."""
-        folder = fetch(path_or_hub_id, subfolder)
-        return load_module(cls, folder, [cls.diffusers_name], cls.rename, dtype)
-
-    def save_pretrained(self, folder, dtype=None):
-        """Write the weights and config.json into a folder, as diffusers does.
-
-        dtype: of the tensors in the file; None keeps the type of the parameters.
-        """
-        save_weights(self, folder, {"_class_name": self.diffusers_name, **self.config}, dtype=dtype)

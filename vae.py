@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import unet
-from hub import UserError, complete, fetch, load_module, older_attention_names, per_level
-from hub import save_weights
+from hub import Network, UserError, complete, older_attention_names, per_level
 
 # diffusers' defaults. A model's config.json, like an entry of CONFIGS, holds the differences.
 DEFAULTS = dict(
@@ -245,7 +244,7 @@ def in_fp32(network):
     return run
 
 
-class VAE(nn.Module):
+class VAE(Network):
     """diffusers' AutoencoderKL. config: its keys, as far as they differ from the defaults.
 
     Weights and inputs may differ in floating dtype; the output has the input's, or autocast's.
@@ -254,6 +253,9 @@ class VAE(nn.Module):
     colours may differ a little from the whole's. diffusers takes config["sample_size"] // factor,
     the size of its training latents, as the tile.
     """
+    class_names = ("AutoencoderKL",)
+    folder = "vae"
+    rename = staticmethod(older_attention_names)
 
     def __init__(self, config):
         super().__init__()
@@ -316,12 +318,3 @@ class VAE(nn.Module):
         """Decode unscaled latents (B, 4, h, w) -> pictures (B, 3, f h, f w), about [-1, 1]."""
         network = nn.Sequential(self.post_quant_conv, self.decoder)
         return self.run(network, latents, tile, scale=1, out_scale=self.factor)
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id, subfolder="vae", dtype=torch.float32):
-        """Load an autoencoder from a model folder. dtype: of its parameters in memory."""
-        folder = fetch(path_or_hub_id, subfolder)
-        return load_module(cls, folder, ["AutoencoderKL"], older_attention_names, dtype)
-
-    def save_pretrained(self, folder, dtype=None):
-        save_weights(self, folder, {"_class_name": "AutoencoderKL", **self.config}, dtype=dtype)

@@ -321,9 +321,9 @@ def test_states_equal_transformers_and_folders_go_both_ways(
         tmp_path, base, kind, projects, act, patch, end):
     # A patch of 5 does not divide 32: the last rows and columns are not seen.
     own = dict(eos_token_id=end) if kind is CLIPText else dict(patch_size=patch)
-    ours = small(kind, hidden_act=act, architectures=[kind.models[projects]], **own)
+    ours = small(kind, hidden_act=act, architectures=[kind.class_names[projects]], **own)
     ours.save_pretrained(tmp_path / "a")
-    theirs, info = getattr(transformers, kind.models[projects]).from_pretrained(
+    theirs, info = getattr(transformers, kind.class_names[projects]).from_pretrained(
         tmp_path / "a", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     x = torch.randn(2, 3, 32, 32)
@@ -339,7 +339,7 @@ def test_states_equal_transformers_and_folders_go_both_ways(
         assert torch.allclose(states, out.hidden_states[-2], atol=1e-5)
     expected = out[0] if projects else out.pooler_output
     assert pooled.shape == (len(x), ours.width) and torch.allclose(pooled, expected, atol=1e-5)
-    theirs.save_pretrained(tmp_path / kind.subfolder)
+    theirs.save_pretrained(tmp_path / kind.folder)
     assert_same(kind.from_pretrained(tmp_path).state_dict(), ours.state_dict())
 
 
@@ -383,7 +383,7 @@ def test_keys_of_all_versions_are_read(tmp_path, kind, layout):
 @pytest.mark.parametrize("projects", [False, True])
 @BOTH
 def test_every_weight_learns_under_autocast(base, kind, projects):
-    tower = small(kind, architectures=[kind.models[projects]])
+    tower = small(kind, architectures=[kind.class_names[projects]])
     x = base(["a cat", ""]) if kind is CLIPText else torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         out = tower(x)
