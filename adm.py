@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import unet
 from chart import Box, diagram, output_shapes
-from hub import MissingFolder, Parser, UserError, command, fetch, older_attention_names, write_png
+from hub import Parser, UserError, command, older_attention_names, write_png
 from unet import Cond, UNet
 
 # -------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ class UNet2D(UNet):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, subfolder="", dtype=torch.float32):
-        """Load as UNet.from_pretrained does. `places` says in which folder the files lie."""
+        """Load as Network.from_pretrained does, but by default from the top of a folder."""
         return super().from_pretrained(path_or_hub_id, subfolder, dtype)
 
 
@@ -327,20 +327,6 @@ class Pixels(nn.Module):
 
     def decode(self, z, tile=None):
         return z
-
-
-def places(path_or_hub_id):
-    """Find the folders of a model's U-Net and scheduler.
-
-    A pipeline keeps each part in a folder of its own, unet/ and scheduler/. In a repository like
-    google/ddpm-cifar10-32, the files of both lie at the top.
-    """
-    try:
-        unet_folder = fetch(path_or_hub_id, "unet")
-    except MissingFolder:
-        top = fetch(path_or_hub_id, "")
-        return top, top
-    return unet_folder, fetch(path_or_hub_id, "scheduler")
 
 
 # -------------------------------------------------------------------------------------------------

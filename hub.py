@@ -61,10 +61,6 @@ class UserError(ValueError):
     """Raised for invalid input. Commands print its one line and exit with code 2."""
 
 
-class MissingFolder(UserError):
-    """Raised where a model is there, and one of its folders is not."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, whose --help shows defaults and whose errors end in one line like any other."""
 
@@ -251,7 +247,7 @@ def fetch(path_or_hub_id, subfolder):
             raise UserError(f"no folder {name} here, and the hub did not give it: "
                             f"{reason}") from None
     if subfolder and not (root / subfolder).is_dir():
-        raise MissingFolder(f"{name} has no folder {subfolder}/: {describe(names)}")
+        raise UserError(f"{name} has no folder {subfolder}/: {describe(names)}")
     if not subfolder and not any(root.glob("*.json")):
         raise UserError(f"{name} has no model_index.json: {describe(names)}")
     # Every model has a U-Net, so this is asked once for each model that is loaded.

@@ -326,7 +326,7 @@ def load_model(path_or_hub_id, dtype=torch.float32, device="cpu"):
 
 def load_parts(path, dtype, device):
     """Load the parts of a model into the CPU's memory -> Model. device: where it will compute."""
-    _, index = find_index(path)
+    root, index = find_index(path)
     if "base" in index and not Path(path).is_dir():
         raise UserError(f"{path}: model_index.json names a base for the parts that are not there, "
                         "which works on this disk alone; download the repository and name its "
@@ -341,12 +341,11 @@ def load_parts(path, dtype, device):
     def place(part):
         return place_of(path, index, part)
 
-    if kind is adm.UNet2D:
-        # Models on pixels often have no folder for each part.
-        network_folder, scheduler_folder = adm.places(path)
-    else:
-        network_folder = fetch(place(kind.folder), kind.folder)
-        scheduler_folder = fetch(place("scheduler"), "scheduler")
+    # In a model on pixels such as google/ddpm-cifar10-32, the files of both lie at the top.
+    at_top = (kind is adm.UNet2D and (root / "scheduler_config.json").is_file()
+              and not (root / kind.folder).is_dir())
+    network_folder = root if at_top else fetch(place(kind.folder), kind.folder)
+    scheduler_folder = root if at_top else fetch(place("scheduler"), "scheduler")
     config = read_json(network_folder / "config.json")
     scheduler = read_json(scheduler_folder / "scheduler_config.json")
     # What diffusers' pipelines correct silently in old files is corrected here, once.

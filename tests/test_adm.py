@@ -1,4 +1,7 @@
 """DDPM's and ADM's U-Nets beside diffusers' UNet2DModel, and what stands around them."""
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -9,8 +12,7 @@ import adm
 import aggregation
 import emoji
 import hub
-from adm import CONFIGS, Pixels, SCHEDULER, UNet2D, network_boxes, places, scheduler_for
-from adm import zero_outputs
+from adm import CONFIGS, Pixels, SCHEDULER, UNet2D, network_boxes, scheduler_for, zero_outputs
 from conftest import call
 from data import to_pil
 from hub import UserError
@@ -174,16 +176,42 @@ def test_the_variance_is_learned_where_the_network_has_outputs_for_it():
         assert scheduler == scheduler_for(UNet2D(TINY[name]).config)
 
 
-def test_parts_are_found_in_both_layouts(tmp_path):
+@pytest.mark.parametrize("owner", ["here", "hub"])
+def test_parts_are_found_in_both_layouts(owner, tmp_path, monkeypatch):
+    """In folders of their own, or at the top as in google/ddpm-cifar10-32."""
+    def download(hub_id, subfolder):
+        """Give the files at the top, or those of one folder, as the hub does."""
+        source = Path(hub_id.replace("hub", "here"))
+        cache = Path("cache") / source.name
+        for file in (source / subfolder).glob("*.*"):
+            (cache / subfolder).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, cache / subfolder)
+        return cache, {path.name for path in source.iterdir()}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "download", download)
+    model = Model(UNet2D(CONFIGS["ddpm-tiny"]), Pixels(32), None, None, SCHEDULER, {})
+    model.index = pipeline_index(model)
+    model.save("here/folders")
+    shutil.copytree("here/folders/unet", "here/top")
+    shutil.copy("here/folders/scheduler/scheduler_config.json", "here/top")
+    shutil.copy("here/folders/model_index.json", "here/top")
+    # What lies beside the folders is not read.
+    hub.write_json("here/folders/config.json", {})
+    shutil.copytree("here/folders", "here/incomplete")
+    shutil.rmtree("here/incomplete/scheduler")
+    if owner == "here":
+        hub.write_json("here/folders/scheduler_config.json", {})
+
+    for name in ("folders", "top"):
+        again = load_model(f"{owner}/{name}")
+        assert again.scheduler == model.scheduler
+        assert all(torch.equal(value, again.unet.state_dict()[key])
+                   for key, value in model.unet.state_dict().items())
+    with pytest.raises(UserError, match=f"^{owner}/incomplete has no folder scheduler/"):
+        load_model(f"{owner}/incomplete")
     with pytest.raises(UserError, match="missing"):
-        places(tmp_path / "missing")
-    hub.write_json(tmp_path / "config.json", {})
-    assert places(tmp_path) == (tmp_path, tmp_path)  # google/ddpm-cifar10-32
-    (tmp_path / "unet").mkdir()
-    with pytest.raises(UserError, match="scheduler/"):
-        places(tmp_path)
-    (tmp_path / "scheduler").mkdir()
-    assert places(tmp_path) == (tmp_path / "unet", tmp_path / "scheduler")
+        load_model(f"{owner}/missing")
 
 
 @torch.no_grad()
