@@ -279,7 +279,7 @@ def classes():
 # -------------------------------------------------------------------------------------------------
 # What is held out, and which drawings make a pair
 
-def held_out(name):
+def is_held_out(name):
     """Say whether the concept, or the file, of this name is held out: one in ten is.
 
     The answer depends on the name alone, so it stays the same when data are added. Single drawings
@@ -290,7 +290,7 @@ def held_out(name):
 
 def rows_of(split):
     """List the emoji of a split, "train" or "heldout"."""
-    return [emoji for emoji in load() if held_out(emoji.concept) == (split == "heldout")]
+    return [emoji for emoji in load() if is_held_out(emoji.concept) == (split == "heldout")]
 
 
 def plain(split):

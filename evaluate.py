@@ -357,7 +357,7 @@ def measure_labels(model, dataset, numbers, args):
         right += [float(row.argmax() == example["x"])
                   for row, example in zip(drawn["label"], examples)]
     # No judge is needed, since the model itself gives the answer.
-    record = measures.describe(f"the model, of {drawn['label'].shape[1]} classes")
+    record = measures.identify(f"the model, of {drawn['label'].shape[1]} classes")
     tally = Tally(SimpleNamespace(record=record))
     tally.values["top-1"] = dict(value=right)
     return tally.scores()

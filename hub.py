@@ -231,7 +231,7 @@ def fetch(path_or_hub_id, subfolder):
             # A LoRA shows in the names of its tensors, whatever its file is called.
             with open_weights(root) as tensors:
                 names.update(tensors.keys())
-        raise UserError(f"no model folder at {name}, which is a file: {describe(names)}")
+        raise UserError(f"no model folder at {name}, which is a file: {what_it_is(names)}")
     elif (root.exists() or name.partition("@")[0].count("/") != 1 or name[0] in "./~"
           or root.parent.is_dir()):  # a misspelt runs/NAME is no hub id
         raise UserError(f"no model folder at {name} (a hub id has the form owner/name)")
@@ -247,9 +247,9 @@ def fetch(path_or_hub_id, subfolder):
             raise UserError(f"no folder {name} here, and the hub did not give it: "
                             f"{reason}") from None
     if subfolder and not (root / subfolder).is_dir():
-        raise UserError(f"{name} has no folder {subfolder}/: {describe(names)}")
+        raise UserError(f"{name} has no folder {subfolder}/: {what_it_is(names)}")
     if not subfolder and not any(root.glob("*.json")):
-        raise UserError(f"{name} has no model_index.json: {describe(names)}")
+        raise UserError(f"{name} has no model_index.json: {what_it_is(names)}")
     # Every model has a U-Net, so this is asked once for each model that is loaded.
     loras = [other for other in names if "lora" in other.lower() and other.endswith(".safetensors")]
     if subfolder == "unet" and loras:
@@ -297,7 +297,7 @@ def download(hub_id, subfolder):
     return root, {file.partition("/")[0] for file in files}
 
 
-def describe(names):
+def what_it_is(names):
     """Say what something is that is no model folder, and what to do with it.
 
     names: what lies at a folder's top, or a file's name and those of its tensors.

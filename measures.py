@@ -71,8 +71,8 @@ def to_bytes(pictures):
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-def describe(network, files=(), resize="none"):
-    """What identifies a judge: its name, a hash of its files, and how it resizes pictures."""
+def identify(network, files=(), resize="none"):
+    """Identify a judge: its name, a hash of its files, and how it resizes pictures."""
     digest = hashlib.sha256()
     for path in files:
         with blaming(path), open(path, "rb") as file:
@@ -95,7 +95,7 @@ def decibels(error):
 
 class Pixels:
     """PSNR, and whether a drawing is closer to the target than the source as it is."""
-    record = describe("pixels")
+    record = identify("pixels")
 
     def judge(self, examples, drawn):
         scores = {"PSNR": [], "closer": []}
@@ -116,7 +116,7 @@ class Pixels:
 class Change:
     """Whether the right part of a picture changed, and how far the rest is from the source."""
     SAME = 8 / 127.5  # JPEG and resampling change a picture by several grey levels everywhere
-    record = describe("pixels")
+    record = identify("pixels")
 
     def judge(self, examples, drawn):
         """examples: with `copy`, the autoencoder's copy of the target."""
@@ -152,7 +152,7 @@ class Nearest:
             (example["prompt"], self.shrink(example["target"][None]))
             for example in map(dataset.__getitem__, candidates)))
         self.pictures = torch.cat(pictures)
-        self.record = describe(f"nearest of {len(pictures)} pictures", resize="area, to 16")
+        self.record = identify(f"nearest of {len(pictures)} pictures", resize="area, to 16")
 
     def shrink(self, pictures):
         """(B, 3, H, W) -> (B, 3 * 16 * 16)."""
@@ -208,7 +208,7 @@ class Emoji:
         self.network.to(device).eval()
         self.device = device
         # Its own mistakes limit every score that it gives, so its accuracy stands beside them.
-        self.record = describe("emoji classifier", [path], "bicubic to 64 where it is not") | {
+        self.record = identify("emoji classifier", [path], "bicubic to 64 where it is not") | {
             "accuracy": notes.get("accuracy")}
 
     def run(self, pictures):
@@ -276,7 +276,7 @@ class Inception:
                 feature_extractor_weights_path=str(path))
         self.network = network.to(device)
         self.device = device
-        self.record = describe("Inception v3 of torch-fidelity", [path],
+        self.record = identify("Inception v3 of torch-fidelity", [path],
                                "bilinear to 299 as in TensorFlow 1")
 
     def features(self, pictures):
@@ -320,7 +320,7 @@ class Perceptual:
                 name: state[re.sub(r"slice\d+", "features", name)]
                 for name in self.network.net.state_dict()})
         self.device = device
-        self.record = describe(f"LPIPS 0.1 on {net}", [path])
+        self.record = identify(f"LPIPS 0.1 on {net}", [path])
 
     def judge(self, examples, drawn):
         if "source" not in examples[0]:
@@ -334,7 +334,7 @@ class Similarity:
 
     def __init__(self):
         self.ssim = library("skimage.metrics", "scikit-image").structural_similarity
-        self.record = describe("none, a Gaussian window of sigma 1.5")
+        self.record = identify("none, a Gaussian window of sigma 1.5")
 
     def judge(self, examples, drawn):
         if "source" not in examples[0]:
@@ -360,7 +360,7 @@ class CLIP:
         self.vision = CLIPVision.from_pretrained(path, "").to(device)
         self.device = device
         self.size = self.vision.config["image_size"]
-        self.record = describe(
+        self.record = identify(
             f"CLIP {path}", weight_files(fetch(path, "")), f"bicubic to {self.size}, for "
             "directions as InstructPix2Pix not antialiased, for the CLIP score antialiased")
 

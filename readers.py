@@ -64,7 +64,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from emoji import held_out, on_white
+from emoji import is_held_out, on_white
 from hub import UserError, blaming, print_once
 
 # -------------------------------------------------------------------------------------------------
@@ -758,7 +758,7 @@ def split_rows(rows):
         return
     # All crops of one picture, for example, fall on one side.
     names = [row.get("group") or next(iter(picture_names(row)), "") for row in rows]
-    heldout = {name for name in names if held_out(name)}
+    heldout = {name for name in names if is_held_out(name)}
     if len(set(names)) > 1 and len(heldout) in (0, len(set(names))):
         # The names of a handful of pictures may all fall on one side. The first one changes over.
         heldout = heldout.symmetric_difference({min(names)})

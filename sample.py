@@ -821,7 +821,7 @@ def read_picture(name, picture, height, width):
     return value
 
 
-def describe(model, name, values):
+def put_into_words(model, name, values):
     """Put a drawn modality that is no picture into words, a line a sample: classes, or a text."""
     if name == "label":
         classes = aggregation.class_names(model.unet)
@@ -1076,7 +1076,7 @@ def draw_joint(args, model, bar):
         shown = [value for value in drawn.values() if value.dim() == 4]
         pictures += [to_pil(picture) for row in zip(*shown) for picture in row]
         for name in drawn.keys() - known.keys():
-            lines += describe(model, name, drawn[name])
+            lines += put_into_words(model, name, drawn[name])
     write_png(args.out, arrange(pictures, len(shown)), vars(args))
     given = ", ".join(args.given) or "nothing"
     return [*lines, f"{args.task}: {', '.join(drawn)}; given: {given} -> {args.out}"]

@@ -862,7 +862,7 @@ def fixed_settings(args):
     return settings
 
 
-def check_folder(out):
+def refuse_foreign_model(out):
     """Raise a UserError where the run folder holds a model that is no run of ours."""
     if (out / "model_index.json").exists() and not (out / "arguments.json").exists():
         raise UserError(f"{out} holds a model that train.py did not write; choose another --out")
@@ -989,7 +989,7 @@ def train(args, model, teacher, opened, rank, world):
         return held_out.read()[:2]
 
     # Arguments and data have been checked. From here on, files are written.
-    check_folder(folder)
+    refuse_foreign_model(folder)
     with lock(folder), Stop() as stop:
         progress = resume(folder, args, params, ema, optimizer, loss_names)
         start = progress["step"]

@@ -70,7 +70,7 @@ def test_a_folder_says_which_tasks_it_serves(tmp_path):
 
 def test_of_a_handful_of_pictures_some_train_and_some_are_held_out(tmp_path):
     """Also where the rule of one name in ten puts all on one side. A picture has one side only."""
-    one_sided = [f"{i}.png" for i in range(200) if emoji.held_out(f"{i}.png")]
+    one_sided = [f"{i}.png" for i in range(200) if emoji.is_held_out(f"{i}.png")]
     for n, names in enumerate((["0.png", "1.png"], one_sided[:3], [f"{i}.png" for i in range(60)])):
         folder = tmp_path / str(n)
         folder.mkdir()

@@ -391,5 +391,5 @@ def test_a_file_without_weights_is_refused_and_runs_no_code(tmp_path, content, c
 def test_the_hash_of_a_network_is_that_of_its_files(tmp_path):
     for name, content in (("a", b"1"), ("b", b"2")):
         (tmp_path / name).write_bytes(content)
-    hashes = [measures.describe("x", [tmp_path / name], "none")["sha256"] for name in "ab"]
+    hashes = [measures.identify("x", [tmp_path / name], "none")["sha256"] for name in "ab"]
     assert hashes[0] != hashes[1] and all(re.fullmatch("[0-9a-f]{16}", h) for h in hashes)
