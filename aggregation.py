@@ -619,7 +619,8 @@ def encode_batch(model, encoder, batch, shape, device):
     elif name == "repr":
         x = vectors(model, batch["x"])
     else:
-        x = encoder.modality(batch, device)
+        # A picture lives in the space of z_0. The head has to predict it, so it has no noise.
+        x = encoder.latents(batch["x"], device)
     E = modality_encoder(model, name, shape)(x)
     return {name: Known(x, E, batch["keep"].to(device))}
 

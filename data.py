@@ -47,15 +47,8 @@ from readers import split_part, usable_rows
 # -------------------------------------------------------------------------------------------------
 # Tasks
 
-class Latent(NamedTuple):
-    """How a picture becomes a latent."""
-    sample: bool   # a draw from q(z | picture), or its mean
-    scaled: bool   # multiplied by the autoencoder's scaling factor, or not
-
-
 class Task(NamedTuple):
-    source: Latent | None = None  # the picture that enters beside z_t; where dropped it is zeros
-    prompt: str | None = None     # what the text is; None: the text is always ""
+    source: bool = False  # whether a picture enters beside z_t; where dropped it is zeros
     drop: tuple = (0.0, 0.0, 0.0)  # probability that the text, both, or the picture is dropped
     guidance: float = 1.0          # the paper's text scale on SD 1.5; 1 is no guidance
     image_guidance: float = 1.0
@@ -63,26 +56,19 @@ class Task(NamedTuple):
     columns: tuple = ()          # what the rows of a folder need besides file_name
 
 
-TARGET = Latent(sample=True, scaled=True)
-# InstructPix2Pix encodes the condition by its mean and leaves it unscaled. Models in its layout
-# expect that, so all image-to-image tasks do the same.
-SOURCE = Latent(sample=False, scaled=False)
-# MT-Diffusion's x lives in the space of z_0. Its head has to predict it, so it has no noise.
-OTHER = Latent(sample=False, scaled=True)
-
 # The dropout of edit and inpaint is InstructPix2Pix's: 5 % text, 5 % both, 5 % picture.
 # For MT-Diffusion's tasks the last number is the share of samples that train without x, which the
 # paper's starred variants do; it does not print the share.
 TASKS = {
-    "t2i":       Task(None, "a caption", (0.10, 0.0, 0.0), guidance=7.5, columns=("text",)),
-    "edit":      Task(SOURCE, "an instruction", (0.05, 0.05, 0.05), guidance=7.5,
-                      image_guidance=1.6, columns=("text", "source_file_name")),
+    "t2i":       Task(drop=(0.10, 0.0, 0.0), guidance=7.5, columns=("text",)),
+    "edit":      Task(source=True, drop=(0.05, 0.05, 0.05), guidance=7.5, image_guidance=1.6,
+                      columns=("text", "source_file_name")),
     # The source of sr is the picture itself, degraded anew each time.
-    "sr":        Task(SOURCE),
-    "inpaint":   Task(SOURCE, "remove the ...", (0.05, 0.05, 0.05), guidance=4.0,
-                      image_guidance=1.5, columns=("text", "source_file_name")),
+    "sr":        Task(source=True),
+    "inpaint":   Task(source=True, drop=(0.05, 0.05, 0.05), guidance=4.0, image_guidance=1.5,
+                      columns=("text", "source_file_name")),
     # The name of a class is the prompt, so dropout and guidance work as for text. DiT: 10 %.
-    "class":     Task(None, "a class", (0.10, 0.0, 0.0), guidance=4.0, columns=("label",)),
+    "class":     Task(drop=(0.10, 0.0, 0.0), guidance=4.0, columns=("label",)),
     "uncond":    Task(),
     "translate": Task(modality="source", columns=("source_file_name",)),
     "masked":    Task(drop=(0.0, 0.0, 0.1), modality="masked"),
@@ -285,7 +271,8 @@ def make_example(dataset, words, picture, images, rng):
     pictures (3, H, W) or their moments (2, C, h, w).
     """
     rule = TASKS[dataset.task]
-    example = dict(prompt=words if rule.prompt else "", target=images[0])
+    # In MT-Diffusion's tasks the words are x, and there is no prompt.
+    example = dict(prompt="" if rule.modality else words, target=images[0])
     if dataset.task == "sr":
         example["source"] = to_tensor(dataset.degrade(picture, rng))
     elif dataset.task == "masked":
@@ -802,33 +789,30 @@ class Encoder:
             self.memory = known
         return moments[:, 0].to(device), moments[:, 1].to(device)
 
-    def latents(self, pictures, encoding, device, noise=None):
+    def latents(self, pictures, device, noise=None, scaled=True):
         """Pictures -> latents (B, C, h, w). The only place that scales latents.
 
-        encoding: a `Latent`. noise: (B, C, h, w), standard normal, where it asks for a sample.
+        noise: (B, C, h, w), standard normal, for a draw from q(z | picture); None takes the mean.
         """
-        mean, logvar = self.moments(pictures, device)
-        z = mean
-        if encoding.sample:
-            z = mean + torch.exp(0.5 * logvar) * noise.to(device)
-        return z * self.vae.config["scaling_factor"] if encoding.scaled else z
-
-    def modality(self, batch, device):
-        """The latents (B, C, h, w) of a batch's other modality, where that is a picture."""
-        return self.latents(batch["x"], OTHER, device)
+        z, logvar = self.moments(pictures, device)
+        if noise is not None:
+            z = z + torch.exp(0.5 * logvar) * noise.to(device)
+        return z * self.vae.config["scaling_factor"] if scaled else z
 
     def __call__(self, batch, device):
         """A batch -> x0 (B, C, h, w), and source (B, C, h, w) or None where no task has one.
 
         The source is zeros for samples that have none or whose source was dropped.
         """
-        x0 = self.latents(batch["target"], TARGET, device, batch["latent_noise"])
+        x0 = self.latents(batch["target"], device, batch["latent_noise"])
         rows = [i for i, source in enumerate(batch["source"]) if source is not None]
         if not rows:
             return x0, None
         # t2i shares the network with tasks that have a source, and reads zeros there.
         source = torch.zeros_like(x0)
-        source[rows] = self.latents([batch["source"][i] for i in rows], SOURCE, device)
+        # InstructPix2Pix encodes the condition by its mean and leaves it unscaled. Models in its
+        # layout expect that, so all image-to-image tasks do the same.
+        source[rows] = self.latents([batch["source"][i] for i in rows], device, scaled=False)
         return x0, source * batch["keep"].to(device)[:, None, None, None]
 
 

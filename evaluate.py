@@ -188,13 +188,12 @@ def code_hash():
 
 def settings_of(model, task, args):
     """Whatever a drawing depends on besides its example. It stands in every score's record."""
-    source = TASKS[task].source is not None
     # A scale that is not given is the model's own, which is what has to be recorded.
     guidance, image_guidance = scales(model, task, args.guidance, args.image_guidance)
     # The last bits of a sum depend on the size of a batch, the device and the precision.
     return dict(task=task, data=args.data or "built-in", split=args.split, seed=args.seed,
                 steps=args.steps, guidance=guidance,
-                image_guidance=image_guidance if source else None, format="8-bit PNG",
+                image_guidance=image_guidance if TASKS[task].source else None, format="8-bit PNG",
                 count=args.count, batch_size=args.batch_size, device=model.device.type,
                 dtype=str(model.unet.conv_out.weight.dtype), model=args.model_hash,
                 code=code_hash())
@@ -514,7 +513,7 @@ def measure_task(model, task, args, judges, rank=0, world=1):
 
 def built_in_judges(task, dataset, numbers):
     """The judges of one task that need no network."""
-    if TASKS[task].source is None:
+    if not TASKS[task].source:
         # All built-in pictures of a split are candidates, not only those that were drawn: the more
         # there are, the harder it is to be the nearest. Of a folder only those that were drawn are.
         candidates = range(len(dataset)) if isinstance(dataset, emoji.Builtin) else numbers

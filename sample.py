@@ -36,7 +36,7 @@ import routing
 from chart import arrange
 from clip import CLIPText, Tokenizer
 from data import ALL, ASSETS, EXAMPLES, MAX_PIXELS, SDXL_GUIDANCE, TASKS
-from data import on_white, open_image, to_pil, to_tensor
+from data import on_white, open_image, to_pil, to_tensor, words_of
 from diffusion import CORRECTIONS, SAMPLERS, Diffusion, guide, partway, randn, seeded
 from hub import LARGEST_NUMBER, Parser, UserError, between, blaming, command, fetch, find_index
 from hub import load_weights, pick_device, read_json, refuse_idle, write_json, write_png
@@ -605,7 +605,7 @@ def generate(model, task, prompts, images=None, *, negative_prompt="", guidance=
             scaled = mean * model.vae.config["scaling_factor"]
             x, start = partway(diffusion, scaled, x, steps, strength, sampler)
         if reads_source:
-            # As InstructPix2Pix was trained (data.SOURCE): without the scaling that z_t has.
+            # As InstructPix2Pix was trained (data.Encoder): without the scaling that z_t has.
             source = mean
     predict = guided(model, task, prompts, source, negative_prompt=negative_prompt,
                      guidance=guidance, image_guidance=image_guidance, rescale=guidance_rescale,
@@ -619,7 +619,7 @@ def check_images(model, task, prompts, images, strength):
     """Check that pictures come where the task needs them -> whether the U-Net reads a source."""
     if images and len(images) != len(prompts):
         raise UserError("images is a list of as many pictures as there are prompts")
-    reads_source = TASKS[kind_of(model, task)].source is not None
+    reads_source = TASKS[kind_of(model, task)].source
     if not images and (reads_source or strength is not None):
         raise UserError(f"task {task} needs a picture to start from: --image FILE")
     if images and not reads_source and strength is None:
@@ -968,7 +968,7 @@ def check_args(args):
     if len(args.given) > 1:
         raise UserError("--given: give NAME=VALUE once; with both modalities nothing is left to "
                         "generate")
-    if args.image and not args.prompt and rule and rule.prompt:
+    if args.image and not args.prompt and rule and words_of(args.task):
         # The shipped example's instruction must not be applied to somebody's own picture.
         raise UserError(f"--image needs a --prompt: what shall {args.task} do with it?")
     args.out = args.out or f"samples/{args.task}.png"

@@ -40,7 +40,7 @@ def encode_half(model, half, count, *, batch_size, device):
     for i in range(0, count, batch_size):
         part = slice(i, i + batch_size)
         pictures = [example["target"] for example in examples[part]]
-        x0 = encoder.latents(pictures, data.TARGET, device, latent_noise[part])
+        x0 = encoder.latents(pictures, device, latent_noise[part])
         context, _ = model.encode_text([example["prompt"] for example in examples[part]])
         batches.append((x0, context, noise[part].to(device)))
     return batches
