@@ -606,7 +606,7 @@ def vectors(model, captions):
 
 
 @torch.no_grad()
-def encode_batch(model, encoder, batch, shape, device):
+def encode_batch(model, encoder, batch, shape):
     """Encode what a training batch says of the other modality -> {name: Known}; {} without heads.
 
     encoder: data.Encoder. shape: (C, h, w) of z_0.
@@ -615,14 +615,14 @@ def encode_batch(model, encoder, batch, shape, device):
         return {}
     (name,) = model.unet.heads
     if name == "label":
-        x = torch.tensor(batch["x"], device=device)
+        x = torch.tensor(batch["x"], device=model.device)
     elif name == "repr":
         x = vectors(model, batch["x"])
     else:
         # A picture lives in the space of z_0. The head has to predict it, so it has no noise.
-        x = encoder.latents(batch["x"], device)
+        x = encoder.latents(batch["x"], model.device)
     E = modality_encoder(model, name, shape)(x)
-    return {name: Known(x, E, batch["keep"].to(device))}
+    return {name: Known(x, E, batch["keep"].to(model.device))}
 
 
 # -------------------------------------------------------------------------------------------------

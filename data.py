@@ -700,41 +700,32 @@ class Examples(torch.utils.data.Dataset):
             t = self.sample_timestep(rng)
         noise_seed = int(rng.integers(2 ** 62))
         example = dataset.get(int(rng.integers(len(dataset))), rng)
-        example = self.drop_conditions(example, task, dropout)
-        return self.add_randomness(example, t, noise_seed)
+        return self.make_sample(example, task, dropout=dropout, t=t, noise_seed=noise_seed)
 
     def held_out(self, datasets, count):
         """Fixed examples: `count` a task, with timesteps spread evenly and noise of their own."""
-        examples = []
         # All tasks share the timestep and the noise of example i.
-        for i in range(count):
-            t = int((i + 0.5) * self.num_timesteps / count)
-            for task, dataset in datasets.items():
-                example = dataset[i * len(dataset) // count]
-                example = self.drop_conditions(example, task, 1.0)
-                examples.append(self.add_randomness(example, t, i))
-        return examples
+        return [self.make_sample(dataset[i * len(dataset) // count], task, dropout=1.0,
+                                 t=int((i + 0.5) * self.num_timesteps / count), noise_seed=i)
+                for i in range(count) for task, dataset in datasets.items()]
 
-    def drop_conditions(self, example, task, r):
-        """Replace conditions by their null values; r is uniform in [0, 1). Pass 1 to drop nothing.
+    def make_sample(self, example, task, *, dropout, t, noise_seed):
+        """Make what training reads of an example: its conditions, or null values, t and noise.
 
-        One draw decides, as in InstructPix2Pix: the text, both, or the picture. MT-Diffusion's
-        other modality counts as the picture.
+        dropout: uniform in [0, 1), or 1 to drop nothing. This one draw decides, as in
+        InstructPix2Pix: the text, both, or the picture. MT-Diffusion's other modality counts as
+        the picture.
         """
-        # A picture that is dropped stays in the example; its latent is multiplied by `keep`.
         text, both, picture = self.drop or TASKS[task].drop
-        drop_text = r < text + both
-        drop_picture = text <= r < text + both + picture
-        return dict(task=task, prompt="" if drop_text else example["prompt"],
-                    target=example["target"], source=example.get("source"), x=example.get("x"),
-                    keep=0.0 if drop_picture else 1.0)
-
-    def add_randomness(self, example, t, noise_seed):
-        """Add the timestep and two noises (C, h, w): z_t's, and one to sample z_0 with."""
-        # The CPU draws them, so that they are the same on every device.
+        drop_text = dropout < text + both
+        drop_picture = text <= dropout < text + both + picture
+        # Noise for z_t, and to sample z_0 with. The CPU draws it, so it is the same on all devices.
         generator = torch.Generator().manual_seed(noise_seed)
         noise, latent_noise = torch.randn(2, *self.latent_shape, generator=generator)
-        return dict(example, t=t, noise=noise, latent_noise=latent_noise)
+        # A picture that is dropped stays in the sample; its latent is multiplied by `keep`.
+        return dict(task=task, prompt="" if drop_text else example["prompt"],
+                    target=example["target"], source=example.get("source"), x=example.get("x"),
+                    keep=0.0 if drop_picture else 1.0, t=t, noise=noise, latent_noise=latent_noise)
 
 
 def collate(examples):

@@ -281,11 +281,11 @@ def compare_arms(losses, examples, n, T, seed=0):
     return weights, t, arms
 
 
-def merged_losses(model, unets, names, device):
+def merged_losses(model, unets, names):
     """Return the function `losses` of compare_arms: (weights, examples) -> losses (M,).
 
-    model: the loaded base, on the device; its U-Net takes on the merged weights. unets: those of
-    its N copies. names: of the copies, for messages.
+    model: the loaded base, whose U-Net takes on the merged weights. unets: those of its N copies.
+    names: of the copies, for messages.
     """
     import train
     if "projections" in unets[0].config.keys() - model.unet.config.keys():
@@ -294,11 +294,11 @@ def merged_losses(model, unets, names, device):
     vectors = [task_vector(base, unet.state_dict(), name) for unet, name in zip(unets, names)]
 
     # The same texts come at every point of the search, so they are encoded only once.
-    encode_text = functools.cache(train.text_encoding(model, device))
+    encode_text = functools.cache(train.text_encoding(model))
 
     def losses(weights, examples):
         model.unet.load_state_dict(merge(base, vectors, weights))
-        return train.held_out_losses(model, model.unet, examples, device, 16, encode_text)
+        return train.held_out_losses(model, examples, 16, encode_text)
 
     return losses
 
@@ -530,13 +530,12 @@ def search(args):
     import train
     from sample import load_model
     matching_parts(args.base, args.tuned)  # what cannot be merged is refused before the search
-    device = pick_device(args.device)
-    model = load_model(args.base, device=device)
+    model = load_model(args.base, device=pick_device(args.device))
     T = model.diffusion.T
     n = len(args.tuned)
     check_order(args.tuned, T)
     unets = [load_model(path).unet for path in args.tuned]
-    losses = merged_losses(model, unets, args.tuned, device)
+    losses = merged_losses(model, unets, args.tuned)
     # A multiple of 2 N, so that each range has as many examples in one half as in the other.
     count = math.ceil(args.eval_size / (2 * n)) * 2 * n
     tasks = args.task.split(",") if args.task else model.tasks
@@ -598,7 +597,7 @@ def draw_copies(model, unets, examples, names):
             sizes[layer] = [100 * (theta_i - theta).norm() / theta.norm() for theta_i in tuned]
     charts = [table("size of tau, per cent of theta", cells("copy for", names),
                     cells("layer", sizes), np.array(list(sizes.values())), size=(140, 22))]
-    losses = merged_losses(model, unets, names, "cpu")
+    losses = merged_losses(model, unets, names)
     plane = np.array([[losses((a, b), examples) for a in GRID] for b in GRID[::-1]])    # (5, 5, M)
     for name, part in zip(("all t", *names), (plane, *np.split(plane, 2, axis=-1))):
         means = part.mean(axis=-1)

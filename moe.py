@@ -447,10 +447,10 @@ def removal_costs(model, count=4):
     """
     import train
     examples = train.held_out_examples(model.tasks, None, model, count)
-    encode_text = functools.cache(train.text_encoding(model, "cpu"))
+    encode_text = functools.cache(train.text_encoding(model))
 
     def losses():
-        values = train.held_out_losses(model, model.unet, examples, "cpu", 16, encode_text)
+        values = train.held_out_losses(model, examples, 16, encode_text)
         return values.reshape(count, -1)                                        # (count, R)
 
     before = losses()

@@ -787,39 +787,40 @@ def encoder_of(vae):
 
 
 @torch.no_grad()
-def held_out_terms(model, net, examples, device, batch_size, encode_text=None):
+def held_out_terms(model, examples, batch_size, encode_text=None):
     """Yield the examples in batches, each with its terms of the loss, as training has them.
 
     encode_text: what text_encoding returns, or the same with a memory; prompts come as a tuple.
     """
+    device = model.device
     diffusion = model.diffusion.to(device)
     encoder = encoder_of(model.vae)
-    encode_text = encode_text or text_encoding(model, device)
+    encode_text = encode_text or text_encoding(model)
     for first in range(0, len(examples), batch_size):
         batch = collate(examples[first:first + batch_size])
         t, noise = batch["t"].to(device), batch["noise"].to(device)
         # From here on as in the training step, without gradient, autocast or loss weight.
         x0, source = encoder(batch, device)
         context, added = encode_text(tuple(batch["prompt"]))
-        known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:], device)
+        known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:])
         if known:
-            predict = aggregation.predictor(net, model.unet, known, context, added)
+            predict = aggregation.predictor(model.unet, model.unet, known, context, added)
             _, terms = aggregation.loss(model.unet.heads, predict, x0, known, noise, t)
         else:
             z_t = diffusion.add_noise(x0, noise, t)
             z = z_t if source is None else torch.cat([z_t, source], dim=1)
-            out = net(z, t, context, task_rows(model, batch, device), added)
+            out = model.unet(z, t, context, task_rows(model, batch), added)
             terms = {"denoising": diffusion.error(out, x0, noise, t)}
         yield batch, terms
 
 
-def held_out_losses(model, net, examples, device, batch_size, encode_text=None):
+def held_out_losses(model, examples, batch_size, encode_text=None):
     """Compute the denoising loss of each of M examples -> (M,) in NumPy."""
-    batches = held_out_terms(model, net, examples, device, batch_size, encode_text)
+    batches = held_out_terms(model, examples, batch_size, encode_text)
     return torch.cat([terms["denoising"] for _, terms in batches]).cpu().numpy()
 
 
-def text_encoding(model, device, encoded=None):
+def text_encoding(model, encoded=None):
     """Return encode(prompts) -> context (B, S, D), and what SDXL adds to it; both None on pixels.
 
     encoded: a data.Encoded, which has the text states already.
@@ -829,14 +830,14 @@ def text_encoding(model, device, encoded=None):
     def encode(prompts):
         # A DiT reads the number of a class, which is no text.
         states = (encoded if encoded and model.texts else model).encode_text(prompts)
-        context, pooled = (None if x is None else x.to(device) for x in states)
+        context, pooled = (None if x is None else x.to(model.device) for x in states)
         return context, model.added(pooled, size, size)
     return encode
 
 
-def task_rows(model, batch, device):
+def task_rows(model, batch):
     """Return the row of each sample's task in an upcycled network -> (B,)."""
-    return torch.tensor([model.tasks.index(task) for task in batch["task"]], device=device)
+    return torch.tensor([model.tasks.index(task) for task in batch["task"]], device=model.device)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -970,15 +971,14 @@ def train(args, model, teacher, opened, rank, world):
 
     # The frozen encoders, and the names of the losses.
     encoder = encoder_of(model.vae)
-    encode_text = text_encoding(model, device, encoded)
+    encode_text = text_encoding(model, encoded)
     loss_names = [*tasks, *(f"{modality} head" for modality in unet.heads or ())]
 
     def held_out_means():
         """Measure the averaged weights -> {name: mean}, {name: [mean in each range of t]}."""
         held_out = Meter(loss_names, diffusion.T)
         with averaged(params, ema):
-            for batch, terms in held_out_terms(model, unet, eval_examples, device, args.batch_size,
-                                               encode_text):
+            for batch, terms in held_out_terms(model, eval_examples, args.batch_size, encode_text):
                 held_out.add(batch, terms)
                 finite = terms["denoising"].isfinite().tolist()
                 if not all(finite):
@@ -1032,7 +1032,7 @@ def train(args, model, teacher, opened, rank, world):
                 # sources in it are empty, as often as data.TASKS says.
                 batch = next_batch(batches)
                 t, noise = batch["t"].to(device), batch["noise"].to(device)
-                task = task_rows(model, batch, device)
+                task = task_rows(model, batch)
                 # The encoders are frozen. source: what the network reads beside z_t (zeros for
                 # t2i among other tasks), or None.
                 # added: SDXL's pooled text and sizes, or class labels, or None.
@@ -1040,7 +1040,7 @@ def train(args, model, teacher, opened, rank, world):
                 with torch.no_grad(), autocast():
                     x0, source = encoder(batch, device)              # (B, C, h, w)
                     context, added = encode_text(batch["prompt"])    # (B, S, D)
-                    known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:], device)
+                    known = aggregation.encode_batch(model, encoder, batch, x0.shape[1:])
                 # DDP reads this: it averages gradients with the last micro-batch only.
                 net.require_backward_grad_sync = micro == accumulation - 1
                 with autocast():

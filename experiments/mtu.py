@@ -304,7 +304,7 @@ class Tasks:
         model = load_model(place, device=self.device)
         model.vae = self.vae
         examples = train.held_out_examples(arm.tasks, None, model, LOSS_EXAMPLES)
-        losses = train.held_out_losses(model, model.unet, examples, model.device, batch_size=32)
+        losses = train.held_out_losses(model, examples, batch_size=32)
         row = dict(trained=self.trained if arm.options else 0, loss={}, closer={}, right={})
         for i, task in enumerate(arm.tasks):
             # The examples of the tasks come in turn.

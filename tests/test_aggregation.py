@@ -679,8 +679,8 @@ def step(model, examples, **options):
     batch = data.collate(examples)
     encoder = Encoder(model.vae)
     z0, _ = encoder(batch, "cpu")
-    known = aggregation.encode_batch(model, encoder, batch, z0.shape[1:], "cpu")
-    context, added = train.text_encoding(model, "cpu")(batch["prompt"])
+    known = aggregation.encode_batch(model, encoder, batch, z0.shape[1:])
+    context, added = train.text_encoding(model)(batch["prompt"])
     predict = aggregation.predictor(model.unet, model.unet, known, context, added)
     loss, terms = aggregation.loss(model.unet.heads, predict, z0, known, batch["noise"],
                                    batch["t"], **options)
@@ -735,7 +735,7 @@ def test_the_loss_is_that_of_a_batch_made_by_hand(models):
         v, outputs = model.unet(z, t, model.encode_text([""] * 4)[0])
     denoising = (v - (ab.sqrt() * noise - (1 - ab).sqrt() * z0)).square().mean((1, 2, 3))
     head = (outputs["source"] - x).square().mean((1, 2, 3))
-    parts = [part for _, part in train.held_out_terms(model, model.unet, examples, "cpu", 3)]
+    parts = [part for _, part in train.held_out_terms(model, examples, 3)]
     held_out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for ours, by_hand in ((terms["denoising"], denoising), (terms["source"], head),
                           (loss, denoising + 0.3 * head), (uw, denoising / 2 + 0.3 * head),
@@ -776,7 +776,8 @@ def test_drop_rates(task):
     examples = data.Examples({}, [], batch_size=4, seed=0, num_timesteps=1000,
                              latent_shape=(4, 16, 16), drop=(0.0, 0.0, 0.25))
     example = dict(prompt="", target=None, x=1)
-    draws = [examples.drop_conditions(example, task, r / 400)["keep"] for r in range(400)]
+    draws = [examples.make_sample(example, task, dropout=r / 400, t=0, noise_seed=0)["keep"]
+             for r in range(400)]
     assert draws.count(0.0) == 100
     assert TASKS[task].drop == (0.0, 0.0, 0.0 if task == "translate" else 0.1)
 

@@ -387,7 +387,8 @@ def test_conditions_are_dropped_at_the_rates_of_the_table():
     """A uniform r decides: InstructPix2Pix drops 5 % text, 5 % both, 5 % picture."""
     examples = Examples({}, ["edit"], batch_size=1, seed=0, num_timesteps=10, latent_shape=(1, 1, 1))
     example = dict(prompt="words", target=None, source=None)
-    kept = [examples.drop_conditions(example, "edit", (i + 0.5) / 1000) for i in range(1000)]
+    kept = [examples.make_sample(example, "edit", dropout=(i + 0.5) / 1000, t=0, noise_seed=0)
+            for i in range(1000)]
     text = sum(k["prompt"] == "" and k["keep"] == 1 for k in kept)
     both = sum(k["prompt"] == "" and k["keep"] == 0 for k in kept)
     picture = sum(k["prompt"] != "" and k["keep"] == 0 for k in kept)

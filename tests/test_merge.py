@@ -4,6 +4,7 @@ How timesteps are drawn (Eq. 6), task vectors, their sum (Eq. 8) and a projectio
 exercises 13 to 15, whose properties test_exercises.py checks in merge.py itself.
 """
 import copy
+import dataclasses
 import os
 import re
 import shutil
@@ -597,14 +598,14 @@ def pretended(folders, monkeypatch):
         return [dict(task=task, t=int((i + 0.5) * 1000 / count)) for i in range(count)
                 for task in tasks]
 
-    def held_out_losses(model, net, examples, device, batch_size, encode_text):
-        bias = net.conv_out.bias.detach()
+    def held_out_losses(model, examples, batch_size, encode_text):
+        bias = model.unet.conv_out.bias.detach()
         miss = (bias - torch.tensor([0.7, 0.4, 0, 0])).square().sum().item()
         return np.array([miss + example["t"] / 1000 for example in examples])
 
     monkeypatch.setitem(sys.modules, "train", SimpleNamespace(
         held_out_examples=held_out_examples, held_out_losses=held_out_losses,
-        text_encoding=lambda model, device: len))
+        text_encoding=lambda model: len))
     monkeypatch.setitem(sys.modules, "sample", SimpleNamespace(
         load_model=lambda path, device="cpu": SimpleNamespace(
             unet=UNet.from_pretrained(path), diffusion=SimpleNamespace(T=1000), tasks=["t2i"])))
@@ -711,12 +712,12 @@ def test_without_arguments_it_draws_two_vectors_and_the_plane_between_them(tmp_p
     assert np.allclose(sizes, [1, 2], rtol=1e-3)
     model = load_model(ROOT / "assets/tiny")
     examples = train.held_out_examples(["t2i"], None, model, 4)
-    losses = train.held_out_losses(model, model.unet, examples, "cpu", 4)
+    losses = train.held_out_losses(model, examples, 4)
     # Rows are b from 1.5 down to -0.5, columns a from -0.5 up. (a, b) = (1, 0.5) is the base again.
     for plane, loss in ((everywhere, losses), (low, losses[:2]), (high, losses[2:])):
         assert plane[3, 1] == pytest.approx(loss.mean(), rel=1e-4)
         assert plane[2, 3] == pytest.approx(loss.mean(), rel=1e-3)
     for copy_, row, column in ((scaled(model, 0, 0, (0, 500)), 3, 3),
                                (scaled(model, 0, 0, (500, 1000)), 1, 1)):
-        losses = train.held_out_losses(model, copy_, examples, "cpu", 4)
+        losses = train.held_out_losses(dataclasses.replace(model, unet=copy_), examples, 4)
         assert everywhere[row, column] == pytest.approx(losses.mean(), rel=1e-4)

@@ -350,14 +350,14 @@ def test_the_demonstration_weighs_the_experts_and_removes_each(tmp_path, monkeyp
 
     # The same by hand: w without the expert, and divided by what is left of its sum.
     examples = train.held_out_examples(tasks, None, model, 1)
-    losses = train.held_out_losses(model, model.unet, examples, "cpu", 4)
+    losses = train.held_out_losses(model, examples, 4)
     for layer, expert in ((0, 3), (len(layers) - 1, 2)):
         rest = torch.tensor(w[layer])
         rest[:, expert] = 0
         rest = rest / rest.sum(1, keepdim=True)
         with monkeypatch.context() as patch:
             patch.setattr(layers[layer].ff, "router_weights", lambda e_task: rest)
-            without = train.held_out_losses(model, model.unet, examples, "cpu", 4)
+            without = train.held_out_losses(model, examples, 4)
         assert np.allclose(costs[layer, :, expert], 100 * (without / losses - 1), atol=0.01)
         assert abs(costs[layer]).max() > 1
 
