@@ -400,17 +400,10 @@ def print_legend(scores):
         for question, share in (r.get("accuracy") or {}).items():
             parts.append(f"{question} right on {share:.0%} of held-out pictures")
         print(f"{network}: {', '.join(parts)}")
-    print_settings([next(iter(of_task.values()))["settings"] for of_task in scores.values()
-                    if of_task])
-
-
-def print_settings(settings):
-    """Print what all tasks share in one line, and what each has of its own, such as guidance."""
-    shared = {key: value for key, value in settings[0].items()
-              if all(each[key] == value for each in settings)}
-    own = [{key: value for key, value in each.items() if key not in shared} for each in settings]
-    for line in filter(None, [*own, shared]):
-        print(", ".join(f"{key} {value}" for key, value in line.items()))
+    for of_task in filter(None, scores.values()):
+        # All scores of a task have the same settings.
+        settings = next(iter(of_task.values()))["settings"]
+        print(", ".join(f"{key} {value}" for key, value in settings.items()))
 
 
 def get_args():
