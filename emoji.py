@@ -293,13 +293,6 @@ def rows_of(split):
     return [emoji for emoji in load() if is_held_out(emoji.concept) == (split == "heldout")]
 
 
-def plain(split):
-    """List the captions and the RGB pictures of a split in both styles, without skin tones."""
-    items = Builtin("uncond", split).items
-    captions = [caption(emoji, None, style) for emoji, style in items]
-    return captions, [drawing(style, emoji.cells[None]) for emoji, style in items]
-
-
 class Change(NamedTuple):
     """Two drawings of one thing in one style, and how they differ."""
     kind: str     # tone, gender or colour
@@ -432,7 +425,8 @@ class Builtin(ItemDataset):
     Image-to-image tasks add a source (3, H, W); MT-Diffusion's tasks add x, the other modality: a
     picture, the number of a class, or a caption. Words, tones, places and noise are random.
 
-    split: "train" or "heldout". size: of the pictures of uncond, class and MT-Diffusion's tasks.
+    task: one of data.TASKS, or "plain". split: "train" or "heldout". size: of the pictures of
+    uncond, class and MT-Diffusion's tasks.
     """
 
     def __init__(self, task, split, size=64):
@@ -509,6 +503,13 @@ class Builtin(ItemDataset):
         if rng.random() < 0.7:
             prompt = f"{change.name}, {prompt}, {change.style} style"
         return dict(prompt=prompt, target=to_tensor(drawing(change.style, change.target)))
+
+    def plain(self, item, rng):
+        """Pair a caption with its picture, without skin tones: text-to-image is measured on it."""
+        # With its tones a hand would count six times, and a pizza once.
+        emoji, style = item
+        return dict(prompt=caption(emoji, None, style),
+                    target=to_tensor(drawing(style, emoji.cells[None])))
 
     def edit(self, change, rng):
         """Change a skin tone, a gender or a colour."""

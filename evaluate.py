@@ -83,24 +83,11 @@ TABLE_2 = {"t2i": "FID", "edit": "CLIP image-text direction", "sr": "LPIPS",
 # -------------------------------------------------------------------------------------------------
 # Examples
 
-class Plain(emoji.Builtin):
-    """Captions without skin tones, and their pictures: what text-to-image is measured on."""
-
-    # With its tones a hand would count six times, and a pizza once.
-    def __init__(self, split):
-        super().__init__("uncond", split)
-
-    def uncond(self, item, rng):
-        row, style = item
-        return dict(prompt=emoji.caption(row, None, style),
-                    target=to_tensor(emoji.drawing(style, row.cells[None])))
-
-
 def open_examples(task, split, size, root=None):
     """The data set whose examples are counted: the built-in one, or a folder."""
     dataset = data.open_dataset(task, split, size, root)
     if root is None and task == "t2i":
-        return Plain(split)
+        return emoji.Builtin("plain", split)
     if isinstance(dataset, data.Encoded):
         raise UserError(f"{root} holds latents; name the folder that it was encoded from")
     return dataset

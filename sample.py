@@ -831,7 +831,7 @@ def put_into_words(model, name, values):
                             for p, i in zip(best.values.tolist(), best.indices.tolist()))
     if name == "repr":
         # A vector has no picture of its own, but it has neighbours among texts.
-        captions, _ = emoji.plain("heldout")
+        captions = [example["prompt"] for example in emoji.Builtin("plain", "heldout")]
         reference = aggregation.vectors(model, captions).cpu()
         for row in values:
             cosine = torch.nn.functional.cosine_similarity(row[None], reference)

@@ -37,8 +37,8 @@ def pairs_of(model, task, count):
 
 def captions_of(model, count):
     """Captions spread over the training set -> (drawing, caption)."""
-    captions, _ = emoji.plain("train")
-    chosen = [captions[(2 * i + 1) * len(captions) // (2 * count)] for i in range(count)]
+    dataset = emoji.Builtin("plain", "train")
+    chosen = [dataset[(2 * i + 1) * len(dataset) // (2 * count)]["prompt"] for i in range(count)]
     return list(zip(generate(model, "t2i", chosen, seed=0), chosen))
 
 

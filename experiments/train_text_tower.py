@@ -133,8 +133,9 @@ def main():
     torch.manual_seed(args.seed)
     tiny = data.ASSETS / "tiny"
     predictor = Predictor(Tokenizer.from_pretrained(tiny), args.components).to(device)
-    captions, pictures = emoji.plain("train")
-    pixels = halved([data.to_tensor(picture) for picture in pictures])
+    examples = list(emoji.Builtin("plain", "train"))
+    captions = [example["prompt"] for example in examples]
+    pixels = halved([example["target"] for example in examples])
     mean, directions = principal_components(pixels, args.components)
     with replacing(args.out) as folder:
         train(predictor, (mean, directions), args, device)

@@ -62,7 +62,9 @@ def by_prompt(monkeypatch, pictures):
 
 def test_a_model_that_draws_the_right_picture_is_recognised(mtu, monkeypatch, tmp_path):
     """A stand-in that draws each caption's own picture, and one that draws another's."""
-    captions, pictures = emoji.plain("heldout")
+    examples = list(emoji.Builtin("plain", "heldout"))
+    captions = [example["prompt"] for example in examples]
+    pictures = [data.to_pil(example["target"]) for example in examples]
     by_prompt(monkeypatch, dict(zip(captions, pictures)))
     scores = measured(mtu, "t2i", options(tmp_path / "own"))
     # A few are drawn alike.
@@ -248,12 +250,14 @@ def test_the_answer_of_an_edit_is_the_word_that_its_target_shows():
 
 def test_a_caption_says_what_its_picture_should_show():
     dataset = evaluate.open_examples("t2i", "heldout", 64)
-    captions, pictures = emoji.plain("heldout")
     for i in (0, 17):
+        row = emoji.rows_of("heldout")[i // 2]
+        style = emoji.STYLES[i % 2]
         example = evaluate.example_of(dataset, i)
-        assert example["prompt"] == captions[i]
-        assert np.array_equal(data.to_pil(example["target"]), pictures[i])
-        assert example["answers"]["style"] == captions[i].split()[-2]
+        assert example["prompt"] == f"{row.name}, {style} style"
+        assert np.array_equal(data.to_pil(example["target"]),
+                              emoji.drawing(style, row.cells[None]))
+        assert example["answers"]["style"] == style
     dataset = evaluate.open_examples("inpaint", "heldout", 64)
     assert evaluate.example_of(dataset, 0)["answers"] == {}
 
