@@ -436,27 +436,26 @@ def read_shard(folder, kind, i):
         return {name: file.get_slice(name)[i % ROWS_PER_FILE].float() for name in file.keys()}
 
 
-def fingerprint(model, texts):
-    """What encoded data depend on: a hash of the autoencoder, and of text encoders and tokenizers.
-
-    texts: the pairs of `Model.texts`, or none of them for the latents alone.
-    """
-    digest = hashlib.sha256()
-    for module in [model.vae, *[encoder for _, encoder in texts]]:
-        digest.update(json.dumps(module.config, sort_keys=True).encode())
+def fingerprint(module, *notes):
+    """A hash of a network: its configuration, its weights, and notes on how it is used."""
+    digest = hashlib.sha256(json.dumps([module.config, *notes], sort_keys=True).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
         # In fp32, in which every precision that weights are loaded in has a place.
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy())
-    for tokenizer, _ in texts:
-        # Two models may share the weights and still read words differently.
-        parts = [tokenizer.vocab, [list(pair) for pair in tokenizer.ranks], tokenizer.special,
-                 repr(tokenizer.added)]
-        digest.update(json.dumps(parts, sort_keys=True).encode())
-    if texts:
-        # SDXL's model_index.json says whether the empty text is encoded or stands for zeros.
-        digest.update(str(model.index.get("force_zeros_for_empty_prompt")).encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+def encoder_hashes(model):
+    """What encoded data depend on: hashes of the autoencoder, and then of the text encoders."""
+    hashes = [fingerprint(model.vae)]
+    for tokenizer, encoder in model.texts:
+        # Two models may share the weights and still read words differently. SDXL's
+        # model_index.json says whether the empty text is encoded or stands for zeros.
+        hashes.append(fingerprint(encoder, tokenizer.vocab, list(tokenizer.ranks),
+                                  tokenizer.special, repr(tokenizer.added),
+                                  model.index.get("force_zeros_for_empty_prompt")))
+    return hashes
 
 
 class Encoded(ItemDataset):
@@ -507,11 +506,15 @@ class Encoded(ItemDataset):
     def check(self, model):
         """Raise a UserError where the folder was encoded with another model, or is damaged."""
         with blaming(self.root / "encoded.json"):
-            # A network that reads no text, such as a DiT, may take latents that came with texts.
-            key = "fingerprint" if model.texts else "autoencoder"
-            if self.index[key] != fingerprint(model, model.texts):
+            # An earlier version left other hashes, under other names.
+            hashes = self.index.get("encoders", [])
+            if not model.texts:
+                # A network that reads no text, such as a DiT, may take latents that have texts.
+                hashes = hashes[:1]
+            if hashes != encoder_hashes(model):
                 raise UserError(f"{self.root} was encoded with another autoencoder or text encoder "
-                                f"({self.index['model']}); encode it again for this model")
+                                f"({self.index['model']}), or by an earlier version of this "
+                                "project; encode it again for this model")
         # The shapes stand in the heads of the files, so no tensor is read.
         config = model.unet.config
         side = config["sample_size"]
@@ -557,14 +560,13 @@ def encode_folder(model, root, out, device, size=None, tasks=TASKS):
         raise UserError(f"--size {size} must be a multiple of {model.vae.factor}")
     folders = served_folders(root, tasks)
     paths, texts, tasks = number_rows(folders)
-    index = dict(model=str(model.path), fingerprint=fingerprint(model, model.texts),
-                 autoencoder=fingerprint(model, []), size=size, tasks=tasks, texts=texts,
-                 files=fingerprint_files(paths))
+    index = dict(model=str(model.path), encoders=encoder_hashes(model), size=size, tasks=tasks,
+                 texts=texts, files=fingerprint_files(paths))
     recorded = read_json(out / "encoded.json") if is_encoded(out) else None
     # Without a record nobody knows what shards hold, and they would not be written again.
     if recorded != index and (recorded is not None or any(out.glob("*.safetensors"))):
-        raise UserError(f"{out} was made with another model or from other data; delete it, or name "
-                        "another --out")
+        raise UserError(f"{out} was made with another model or version, or from other data; delete "
+                        "it, or name another --out")
     # The index comes first: it reserves the folder for this model and these data.
     write_json(out / "encoded.json", index)
     for folder in folders.values():

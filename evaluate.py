@@ -157,13 +157,8 @@ def digest(value):
 
 def model_hash(model):
     """A short hash of everything that a model consists of."""
-    network = hashlib.sha256()
-    for name, tensor in model.unet.state_dict().items():
-        network.update(name.encode())
-        # In fp32, in which weights of every precision have a place.
-        network.update(tensor.detach().float().cpu().contiguous().numpy())
-    return digest([data.fingerprint(model, model.texts), network.hexdigest(), model.unet.config,
-                   model.scheduler, model.index])
+    return digest([data.fingerprint(model.unet), *data.encoder_hashes(model), model.scheduler,
+                   model.index])
 
 
 @functools.cache

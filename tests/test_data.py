@@ -1,4 +1,5 @@
 """Folders of one's own, encoded folders, and the examples of a run."""
+import dataclasses
 import functools
 import json
 import multiprocessing.reduction
@@ -636,10 +637,14 @@ def test_another_model_or_size_is_refused(encoded):
     model = load_model(ASSETS / "tiny")
     dataset = data.Encoded(encoded, "edit", "train", 64)
     dataset.check(model)
+    dataset.check(dataclasses.replace(model, text_encoder=None))
     with torch.no_grad():
         model.vae.quant_conv.bias[0] += 1e-3
     with pytest.raises(UserError, match="another autoencoder or text encoder"):
         dataset.check(model)
+    del dataset.index["encoders"]
+    with pytest.raises(UserError, match="or by an earlier version of this project; encode it"):
+        dataset.check(load_model(ASSETS / "tiny"))
     with pytest.raises(UserError, match="64 pixels"):
         data.Encoded(encoded, "edit", "train", 32)
     with pytest.raises(UserError, match="not for inpaint2|was encoded for"):
@@ -703,11 +708,11 @@ def test_a_folder_that_was_made_from_other_data_is_not_overwritten(pictures, enc
     shutil.copytree(pictures, tmp_path / "other")
     before = (encoded / "encoded.json").read_bytes()
     done = call("data.py", "encode", "--data", tmp_path / "other", "--out", encoded)
-    assert done.returncode == 2 and "another model or from other data" in done.stderr
+    assert done.returncode == 2 and "another model or version, or from other" in done.stderr
     assert (encoded / "encoded.json").read_bytes() == before
     copy = shutil.copytree(encoded, tmp_path / "copy")
     (copy / "encoded.json").unlink()
-    with pytest.raises(UserError, match="copy was made with another model or from other data"):
+    with pytest.raises(UserError, match="copy was made with another model or version"):
         data.encode_folder(load_model(ASSETS / "tiny"), pictures, copy, "cpu")
     assert not (copy / "encoded.json").exists()
 
