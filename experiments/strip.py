@@ -5,17 +5,15 @@
 The examples are the first three of each task's held-out set, by index, and not chosen.
 Text-to-image shows captions that were seen in training, since the miniature knows only those.
 """
-import sys
 import textwrap
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
-import emoji  # noqa: E402
-from hub import Parser, command, replacing  # noqa: E402
-from sample import generate, load_model  # noqa: E402
+import common  # noqa: F401  puts the project's folder on the path
+import data
+import emoji
+from hub import Parser, command, replacing
+from sample import generate, load_model
 
 SIDE = 96         # pixels of one picture
 GAP = 14

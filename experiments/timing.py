@@ -4,17 +4,15 @@ Import it before any module of the project: it puts the project's folder on Pyth
 """
 import functools
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(1, str(Path(__file__).parent.parent))
-
-from diffusion import Diffusion  # noqa: E402
-from unet import CONFIGS, UNet  # noqa: E402
+import common  # noqa: F401  puts the project's folder on the path
+from diffusion import Diffusion
+from unet import CONFIGS, UNet
 
 
 # -------------------------------------------------------------------------------------------------

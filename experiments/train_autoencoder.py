@@ -6,41 +6,16 @@ The loss is the squared error plus a little KL(q(z | picture) || N(0, I)) (Romba
 appendix G), without the paper's perceptual and adversarial terms, which emoji do not need. The
 folder that is written takes its other parts from assets/tiny, so it is a model like any other.
 """
-import math
-import os
-import sys
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
-from hub import (Parser, UserError, command, is_slow_in_bf16, pick_device,  # noqa: E402
-                 read_json, replacing, write_json)
-from vae import CONFIGS, VAE  # noqa: E402
+import common
+import data
+from hub import command, is_slow_in_bf16, pick_device, replacing
+from vae import CONFIGS, VAE
 
 KL_WEIGHT = 1e-6
-WARMUP = 100
-
-
-def parse_args():
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--out", default="runs/vae", help="new folder for the model")
-    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=1.5e-3,
-                        help="peak learning rate, after a warm-up and before a cosine to zero")
-    parser.add_argument("--device", help="torch device; without it cuda, else mps, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="random seed for weights and data")
-    args = parser.parse_args()
-    if min(args.steps, args.batch_size) < 1 or args.seed < 0 or not 0 < args.lr < math.inf:
-        raise UserError("--steps, --batch-size and --lr must be above 0, and --seed at least 0")
-    if Path(args.out).exists():
-        raise UserError(f"{args.out} exists; choose another --out")
-    return args
 
 
 class Pictures:
@@ -64,12 +39,7 @@ class Pictures:
 
 def train(vae, pictures, args, device):
     """Train all weights in place, in bf16 where that is fast."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    bar = tqdm(range(args.steps), desc="autoencoder")
-    for step in bar:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / WARMUP, cosine)
+    def loss_of_step(step):
         images = pictures.batch(step).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=not is_slow_in_bf16(device)):
             mean, logvar = vae.encode(images)
@@ -78,12 +48,9 @@ def train(vae, pictures, args, device):
         logvar = logvar.float()
         mse = F.mse_loss(output.float(), images)
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        optimizer.zero_grad()
-        (mse + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(mse=f"{mse.item():.4f}", kl=f"{kl.item():.0f}")
+        return mse + KL_WEIGHT * kl
+
+    common.fit(vae.parameters(), loss_of_step, args, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 @torch.no_grad()
@@ -117,7 +84,9 @@ def psnr(vae, count, device="cpu"):
 
 
 def main():
-    args = parse_args()
+    args = common.training_parser(__doc__.splitlines()[0], out="runs/vae", steps=2600,
+                                  batch_size=16, lr=1.5e-3).parse_args()
+    common.refuse_existing(args.out)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     vae = VAE(CONFIGS["tiny"]).to(device)
@@ -126,9 +95,7 @@ def main():
         train(vae, pictures, args, device)
         fix_latents(vae, pictures, args, device)
         vae.save_pretrained(folder / "vae")
-        tiny = data.ASSETS / "tiny"
-        write_json(folder / "model_index.json", {
-            **read_json(tiny / "model_index.json"), "base": os.path.relpath(tiny, args.out)})
+        common.borrow_from_tiny(folder, args.out)
     print(f"held-out PSNR {psnr(vae, 400, device):.2f} dB, scaling factor "
           f"{vae.config['scaling_factor']}; saved in {args.out}")
 

@@ -13,38 +13,19 @@ moved, blurred and given noise in training, and the accuracy is printed for the 
 of held-out drawings as well.
 """
 import json
-import math
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import emoji  # noqa: E402
-from hub import Parser, UserError, command, pick_device, replacing  # noqa: E402
-from measures import Classifier, Emoji  # noqa: E402
-from vae import VAE  # noqa: E402
+import common
+import emoji
+from hub import command, pick_device, replacing
+from measures import Classifier, Emoji
+from vae import VAE
 
-WARMUP = 100
 NOBODY = -1  # the label of a question that a drawing leaves open
-
-
-def parse_args():
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--out", default="runs/classifier.safetensors", help="file to write")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=128, help="drawings a step")
-    parser.add_argument("--lr", type=float, default=3e-3,
-                        help="peak learning rate, after a warm-up and before a cosine to zero")
-    parser.add_argument("--device", help="torch device; without it cuda, else mps, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="random seed for weights and data")
-    args = parser.parse_args()
-    if min(args.steps, args.batch_size) < 1 or not 0 < args.lr < math.inf:
-        raise UserError("--steps, --batch-size and --lr must be above 0")
-    return args
 
 
 def describe(row, tone, style):
@@ -104,12 +85,8 @@ def augment(x, generator):
 def train(classifier, pictures, labels, args, device):
     """Train the classifier in place."""
     generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=0.05)
-    bar = tqdm(range(args.steps), desc="classifier")
-    for step in bar:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / WARMUP, cosine)
+
+    def loss_of_step(step):
         chosen = torch.randint(len(pictures), (args.batch_size,), generator=generator)
         x = augment(pictures[chosen] / 127.5 - 1, generator)
         _, logits = classifier(x.to(device))
@@ -119,11 +96,9 @@ def train(classifier, pictures, labels, args, device):
             # A batch may hold no drawing at all with a colour; its mean would be NaN.
             total = F.cross_entropy(answer, label, ignore_index=NOBODY, reduction="sum")
             loss = loss + total / (label != NOBODY).sum().clamp(min=1)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return loss
+
+    common.fit(classifier.parameters(), loss_of_step, args, weight_decay=0.05)
 
 
 @torch.no_grad()
@@ -158,7 +133,8 @@ def save(classifier, path, notes):
 
 
 def main():
-    args = parse_args()
+    args = common.training_parser(__doc__.splitlines()[0], out="runs/classifier.safetensors",
+                                  steps=2000, batch_size=128, lr=3e-3).parse_args()
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     pictures, answers = drawings("train")

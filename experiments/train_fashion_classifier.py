@@ -7,14 +7,12 @@ different classifiers cannot be compared, so it should not be trained again with
 results name its hash. No picture is mirrored in training: all shoes point to the left, and a
 measure that had learned to overlook mirroring could not see a network draw them to the right.
 """
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import common  # noqa: F401  puts the project's folder on the path
+import common
 import frame
 from hub import Parser, UserError, command, replacing
 
@@ -30,8 +28,7 @@ def parse_args():
     args = parser.parse_args()
     if min(args.epochs, args.batch_size) < 1 or not 0 < args.lr < 1:
         raise UserError("--epochs and --batch-size are at least 1, and --lr is below 1")
-    if Path(args.out).exists():
-        raise UserError(f"{args.out} exists; choose another --out")
+    common.refuse_existing(args.out)
     return args
 
 

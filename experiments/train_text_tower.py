@@ -7,46 +7,27 @@ Stable Diffusion's text tower was trained beside an image tower on 400 million c
 image tower is fixed, as in LiT (Zhai et al. 2022, arXiv 2111.07991), and very simple: the principal
 components of a picture. From the pooled state of its text, a linear head predicts them.
 """
-import math
-import os
-import sys
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
-import emoji  # noqa: E402
-from clip import BOS, CONFIGS, EOS, CLIPText, Tokenizer  # noqa: E402
-from hub import (Parser, UserError, command, is_slow_in_bf16, pick_device,  # noqa: E402
-                 read_json, replacing, write_json)
+import common
+import data
+import emoji
+from clip import BOS, CONFIGS, EOS, CLIPText, Tokenizer
+from hub import between, command, is_slow_in_bf16, pick_device, replacing
 
-WARMUP = 100
 SHARES = {"t2i": 0.75, "edit": 0.1, "inpaint": 0.15}
 
 
 def parse_args():
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--out", default="runs/clip", help="new folder for the model")
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=128, help="texts a step")
-    parser.add_argument("--lr", type=float, default=1e-3,
-                        help="peak learning rate, after a warm-up and before a cosine to zero")
-    parser.add_argument("--components", type=int, default=128,
+    parser = common.training_parser(__doc__.splitlines()[0], out="runs/clip", steps=4000,
+                                    batch_size=128, lr=1e-3)
+    parser.add_argument("--components", type=between(1, 3072), default=128,
                         help="principal components of a picture that are predicted")
-    parser.add_argument("--device", help="torch device; without it cuda, else mps, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="random seed for weights and data")
     args = parser.parse_args()
-    if min(args.steps, args.batch_size) < 1 or not 0 < args.lr < math.inf:
-        raise UserError("--steps, --batch-size and --lr must be above 0")
-    if not 1 <= args.components <= 3072 or not 0 <= args.seed < 2 ** 62:
-        raise UserError("--components must be in 1 .. 3072, and --seed in 0 .. 2 ** 62")
-    if Path(args.out).exists():
-        raise UserError(f"{args.out} exists; choose another --out")
+    common.refuse_existing(args.out)
     return args
 
 
@@ -105,34 +86,26 @@ def train(predictor, components, args, device):
     components: mean and directions.
     """
     mean, directions = components
-    params = list(predictor.parameters())
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
     sets = {task: data.builtin(task, "train") for task in SHARES}
-    bar = tqdm(range(args.steps), desc="text tower")
-    for step in bar:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / WARMUP, cosine)
+
+    def loss_of_step(step):
         rng = np.random.default_rng((args.seed, step))
         tasks = rng.choice(list(SHARES), size=args.batch_size, p=list(SHARES.values()))
         examples = [sets[task].get(int(rng.integers(len(sets[task]))), rng) for task in tasks]
         code = halved([described(*pair) for pair in zip(tasks, examples)]) - mean
         with torch.autocast(device.type, torch.bfloat16, enabled=not is_slow_in_bf16(device)):
             prediction = predictor([example["prompt"] for example in examples])
-        loss = F.mse_loss(prediction.float(), (code @ directions).to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return F.mse_loss(prediction.float(), (code @ directions).to(device))
+
+    common.fit(predictor.parameters(), loss_of_step, args, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    tiny = data.ASSETS / "tiny"
-    predictor = Predictor(Tokenizer.from_pretrained(tiny), args.components).to(device)
+    tokenizer = Tokenizer.from_pretrained(data.ASSETS / "tiny")
+    predictor = Predictor(tokenizer, args.components).to(device)
     examples = list(emoji.Builtin("plain", "train"))
     captions = [example["prompt"] for example in examples]
     pixels = halved([example["target"] for example in examples])
@@ -141,8 +114,7 @@ def main():
         train(predictor, (mean, directions), args, device)
         predictor.tower.save_pretrained(folder / "text_encoder")
         predictor.tokenizer.save_pretrained(folder / "tokenizer")
-        write_json(folder / "model_index.json", {
-            **read_json(tiny / "model_index.json"), "base": os.path.relpath(tiny, args.out)})
+        common.borrow_from_tiny(folder, args.out)
 
     code = (pixels - mean) @ directions
     with torch.no_grad():
