@@ -61,7 +61,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from emoji import is_held_out, on_white
@@ -78,12 +78,6 @@ FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM",
 # ends in one line.
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None
-
-# EXIF's orientation -> how to turn the picture upright.
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
 
 
 @contextlib.contextmanager
@@ -114,17 +108,16 @@ def open_header(path):
         raise UserError(f"{path} is not a picture that can be read ({error})") from None
 
 
-def upright(picture):
-    """Turn a picture as its EXIF says.
-
-    ImageOps.exif_transpose would also write all other tags again, and fails where one of them has
-    a value that the standard does not allow.
-    """
-    orientation = None
-    with contextlib.suppress(Exception):
-        # A block that cannot be read is ignored, as viewers do.
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+def turn_upright(picture):
+    """Turn a picture in place as its EXIF says. A block that cannot be read is ignored."""
+    try:
+        # It turns the pixels before it writes all tags again, which fails where one of them has a
+        # value that the standard does not allow: by then the picture is upright.
+        ImageOps.exif_transpose(picture, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:
+        pass
 
 
 def open_pixels(path, least=None):
@@ -139,7 +132,7 @@ def open_pixels(path, least=None):
             picture.draft(None, (least, least))
         # Broken pixels show before the metadata are looked at; some PNGs keep these at their end.
         picture.load()
-        picture = upright(picture)
+        turn_upright(picture)
         if picture.mode.startswith("I"):
             # 16 bits a pixel: convert() would cut them off at 255.
             array = np.asarray(picture).clip(0, 65535) // 256
