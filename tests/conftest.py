@@ -1,4 +1,4 @@
-"""What several test files share: running a command, two processes, a full disk."""
+"""What several test files share: commands and mistakes, two processes, a full disk, networks."""
 import contextlib
 import importlib
 import io
@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 
 counted = {}
@@ -100,6 +100,14 @@ def refused(match):
     assert "\n" not in str(error.value)
 
 
+def assert_mistake(done, *words):
+    """A command ended as a user's mistake does: exit code 2, and one line that has these words."""
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert str(word) in done.stderr, done.stderr
+
+
 @contextlib.contextmanager
 def full_disk(size):
     """Inside the block no file can grow beyond `size` bytes."""
@@ -112,6 +120,24 @@ def full_disk(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
+
+
+@torch.no_grad()
+def randomised(network, scale=0.1):
+    """Make every tensor of a new network count: some start at 0 or 1. Returns it for evaluation."""
+    for p in network.parameters():
+        p.add_(scale * torch.randn_like(p))
+    return network.eval()
+
+
+def shapes(network):
+    """Map the names of a network's tensors to their shapes."""
+    return {key: value.shape for key, value in network.state_dict().items()}
+
+
+def same_tensors(a, b):
+    """Say whether two state dicts have the same names, and exactly the same values."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import aggregation
 import emoji
 import hub
 from adm import CONFIGS, Pixels, SCHEDULER, UNet2D, network_boxes, scheduler_for, zero_outputs
-from conftest import call
+from conftest import call, randomised, same_tensors, shapes
 from data import to_pil
 from hub import UserError
 from sample import Model, generate, load_model, pipeline_index
@@ -35,23 +35,11 @@ TINY = {  # the structures of released models at reduced widths
 }
 
 
-def randomised(model):
-    """diffusers starts some layers at zero or one: make every tensor count."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
-
-
-def shapes(network):
-    return {key: value.shape for key, value in network.state_dict().items()}
-
-
 @pytest.mark.parametrize("name", TINY)
 @torch.no_grad()
 def test_output_and_names_equal_diffusers(name, tmp_path):
     config = TINY[name]
-    theirs = randomised(UNet2DModel(**config)).eval()
+    theirs = randomised(UNet2DModel(**config))
     theirs.save_pretrained(tmp_path)
     ours = UNet2D.from_pretrained(tmp_path).eval()
     x = torch.randn(2, 3, config["sample_size"], config["sample_size"])
@@ -123,8 +111,7 @@ def test_older_attention_names_are_read(tmp_path):
             key = key.replace(f".{new}.", f".{old}.")
         older[key] = value
     save_file(older, file)
-    again = UNet2D.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in unet.state_dict().items())
+    assert same_tensors(UNet2D.from_pretrained(tmp_path).state_dict(), unet.state_dict())
 
 
 @pytest.mark.parametrize("key, value", [

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors.torch import load_file, save_file
 
 import clip
 import data
 from clip import BOS, EOS, CLIPText, CLIPVision, Tokenizer
-from conftest import ROOT, call, refused
+from conftest import ROOT, assert_mistake, call, randomised, refused, same_tensors, shapes
+from train_text_tower import Predictor, described
 
-transformers = pytest.importorskip("transformers")
 TINY = ROOT / "assets" / "tiny"
 
 TEXTS = [
@@ -237,14 +239,13 @@ def test_what_transformers_writes_is_read(tmp_path, base):
 
 def test_a_word_of_several_tokens_is_written_out_as_by_diffusers(base):
     """A pipeline turns <toy> into <toy> <toy>_1 .. before it encodes a prompt."""
-    loader = pytest.importorskip("diffusers.loaders").TextualInversionLoaderMixin
     words = ["<toy>", "<toy>_1", "<toy>_2", "<toy>_4", "<cat>", "a_1"]
     added = [clip.AddedToken.read(token(word, True)) for word in words]
     tokenizer = Tokenizer(base.vocab, list(base.ranks), added)
     theirs = SimpleNamespace(added_tokens_encoder=tokenizer.vocab, tokenize=lambda text: [
         piece for piece, _ in tokenizer.pieces(text) if piece in tokenizer.added])
     for text in ("a <toy> and <cat>, a <toy>!", "<TOY> <toy", "", "cat"):
-        expected = loader._maybe_convert_prompt(None, text, theirs)
+        expected = TextualInversionLoaderMixin._maybe_convert_prompt(None, text, theirs)
         assert tokenizer.expand(text) == expected
     assert tokenizer.expand("<toy>") == "<toy> <toy>_1 <toy>_2"
     assert tokenizer.expand("my <toy>_1") == "my <toy>_1"       # one part by itself
@@ -297,20 +298,8 @@ VISION = dict(SIZE, image_size=32, patch_size=8)
 BOTH = pytest.mark.parametrize("kind", [CLIPText, CLIPVision])
 
 
-def perturbed(tower):
-    """With norms and biases that are not those of a new model."""
-    with torch.no_grad():
-        for p in tower.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return tower.eval()
-
-
 def small(kind, **changes):
-    return perturbed(kind({**(TEXT if kind is CLIPText else VISION), **changes}))
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return randomised(kind({**(TEXT if kind is CLIPText else VISION), **changes}))
 
 
 @pytest.mark.parametrize("end", [2, 899])
@@ -340,13 +329,13 @@ def test_states_equal_transformers_and_folders_go_both_ways(
     expected = out[0] if projects else out.pooler_output
     assert pooled.shape == (len(x), ours.width) and torch.allclose(pooled, expected, atol=1e-5)
     theirs.save_pretrained(tmp_path / kind.folder)
-    assert_same(kind.from_pretrained(tmp_path).state_dict(), ours.state_dict())
+    assert same_tensors(kind.from_pretrained(tmp_path).state_dict(), ours.state_dict())
 
 
 def test_both_towers_are_read_from_a_whole_model(tmp_path, base):
     """As openai/clip-vit-large-patch14 lies on the hub; with CLIP's score as in transformers."""
     text_config = dict(TEXT, eos_token_id=899, projection_dim=7)
-    theirs = perturbed(transformers.CLIPModel(transformers.CLIPConfig(
+    theirs = randomised(transformers.CLIPModel(transformers.CLIPConfig(
         text_config=text_config, vision_config=VISION, projection_dim=20)))
     theirs.save_pretrained(tmp_path)
     ids = base(["a cat", "dog face"])
@@ -377,7 +366,7 @@ def test_keys_of_all_versions_are_read(tmp_path, kind, layout):
     else:
         weights[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_same(kind.from_pretrained(tmp_path, "").state_dict(), tower.state_dict())
+    assert same_tensors(kind.from_pretrained(tmp_path, "").state_dict(), tower.state_dict())
 
 
 @pytest.mark.parametrize("projects", [False, True])
@@ -413,7 +402,7 @@ def test_published_models_have_transformers_tensors(name, model, size, published
         theirs = getattr(transformers, model)
         theirs = theirs(theirs.config_class(**published))
     expected = {kind.rename(key): value.shape for key, value in theirs.state_dict().items()}
-    assert {key: value.shape for key, value in ours.state_dict().items()} == expected
+    assert shapes(ours) == expected
     assert sum(p.numel() for p in ours.parameters()) == size
     # Shapes show neither heads nor activation.
     assert {key: ours.config[key] for key in published} == published
@@ -467,14 +456,7 @@ def test_pictures_of_another_size_are_refused(shape):
 # -------------------------------------------------------------------------------------------------
 # The miniature's text tower
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    return "train_text_tower.py"
-
-
-def test_a_new_text_tower_starts_as_clip_does(script, base):
-    from train_text_tower import Predictor
+def test_a_new_text_tower_starts_as_clip_does(base):
     for key, value in Predictor(base, 8).tower.state_dict().items():
         if key.endswith("bias"):
             assert not value.any(), key
@@ -484,9 +466,8 @@ def test_a_new_text_tower_starts_as_clip_does(script, base):
             assert abs(value.std() - 0.02) < 0.002, key
 
 
-def test_what_a_text_describes(script):
+def test_what_a_text_describes():
     """A removal: the thing alone, on white, where it was in the source; else the target."""
-    from train_text_tower import described
     example = data.builtin("inpaint", "train")[3]
     thing = described("inpaint", example)
     other = (example["target"] < 1).any(dim=0)
@@ -497,11 +478,12 @@ def test_what_a_text_describes(script):
 
 
 @pytest.mark.slow
-def test_the_miniatures_text_tower_learns_pictures(tmp_path, script):
+def test_the_miniatures_text_tower_learns_pictures(tmp_path):
     """Some 10 seconds explain a tenth of the components' variance, the first step nothing."""
     shares = []
     for steps in (1, 120):
-        done = call(script, "--out", tmp_path / str(steps), "--steps", steps, "--batch-size", 64)
+        done = call("train_text_tower.py", "--out", tmp_path / str(steps), "--steps", steps,
+                    "--batch-size", 64)
         assert done.returncode == 0, done.stderr
         shares.append(int(re.search(r"explain (-?\d+) %", done.stdout)[1]))
     assert shares[0] < 5 and shares[1] > 8
@@ -511,11 +493,10 @@ def test_the_miniatures_text_tower_learns_pictures(tmp_path, script):
 
 @pytest.mark.parametrize("option, value", [
     ("--steps", 0), ("--components", 4000), ("--lr", 0), ("--seed", -1), ("--seed", 2 ** 65)])
-def test_a_mistake_in_training_the_text_tower(tmp_path, script, option, value):
-    done = call(script, "--out", tmp_path / "a", option, value)
-    assert done.returncode == 2 and option in done.stderr and not (tmp_path / "a").exists()
+def test_a_mistake_in_training_the_text_tower(tmp_path, option, value):
+    assert_mistake(call("train_text_tower.py", "--out", tmp_path / "a", option, value), option)
+    assert not (tmp_path / "a").exists()
 
 
-def test_a_trained_text_tower_is_not_overwritten(tmp_path, script):
-    done = call(script, "--out", tmp_path)
-    assert done.returncode == 2 and "exists" in done.stderr
+def test_a_trained_text_tower_is_not_overwritten(tmp_path):
+    assert_mistake(call("train_text_tower.py", "--out", tmp_path), "exists")

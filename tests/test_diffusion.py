@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import compute_snr
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
@@ -29,11 +32,6 @@ COSINE = dict(beta_schedule="squaredcos_cap_v2")
 LEARNED = dict(_class_name="DDPMScheduler", variance_type="learned_range", clip_sample=False)
 CLASSES = dict(zip(["ddim", "ddpm", "pndm", "euler", "euler-a", "dpm++"], diffusion.CLASSES))
 START = randn((2, 4, 8, 8), seeded([1, 2]))
-
-
-@pytest.fixture
-def diffusers():
-    return pytest.importorskip("diffusers")
 
 
 def make(**changes):
@@ -118,13 +116,13 @@ def test_golden_values_of_stable_diffusion():
 @pytest.mark.parametrize("changes", [
     {}, dict(beta_schedule="linear"), COSINE, dict(num_train_timesteps=100), ZERO_SNR,
     dict(trained_betas=[0.1, 0.2, 0.3], num_train_timesteps=3)])
-def test_schedules_equal_diffusers(diffusers, changes):
+def test_schedules_equal_diffusers(changes):
     scheduler = diffusers.DDIMScheduler.from_config({**SD, **changes})
     assert torch.allclose(make(**changes).alpha_bar, scheduler.alphas_cumprod, 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_timesteps_equal_diffusers(diffusers, spacing):
+def test_timesteps_equal_diffusers(spacing):
     d = make(timestep_spacing=spacing)
     scheduler = diffusers.DDIMScheduler.from_config({**SD, "timestep_spacing": spacing})
     for steps in range(1, 1000):
@@ -133,7 +131,7 @@ def test_timesteps_equal_diffusers(diffusers, spacing):
 
 
 @pytest.mark.parametrize("name", list(CLASSES.values())[:5])
-def test_absent_keys_take_the_defaults_of_the_class(diffusers, name):
+def test_absent_keys_take_the_defaults_of_the_class(name):
     scheduler = getattr(diffusers, name)()
     d = Diffusion.from_config({"_class_name": name})
     assert torch.equal(d.alpha_bar, scheduler.alphas_cumprod)
@@ -208,7 +206,7 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("model", RELEASED)
-def test_files_of_released_models_draw_as_in_diffusers(diffusers, model):
+def test_files_of_released_models_draw_as_in_diffusers(model):
     sampler, file, missing = RELEASED[model]
     name = CLASSES.get(sampler, sampler)
     d = Diffusion.from_config({**file, "_class_name": name})
@@ -223,7 +221,6 @@ def test_files_of_released_models_draw_as_in_diffusers(diffusers, model):
 @pytest.fixture(scope="module")
 def tiny():
     """The miniature, here and in diffusers, and what to set for it to predict the noise."""
-    diffusers = pytest.importorskip("diffusers")
     folder = ROOT / "assets" / "tiny"
     model = load_model(folder)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
@@ -253,7 +250,7 @@ DRAWN = [pytest.param(model, marks=pytest.mark.slow) if model in SLOW else model
 
 @pytest.mark.parametrize("model", DRAWN)
 @pytest.mark.filterwarnings("ignore")
-def test_released_models_draw_the_picture_of_diffusers_pipeline(diffusers, tiny, model):
+def test_released_models_draw_the_picture_of_diffusers_pipeline(tiny, model):
     sampler, file, _ = RELEASED[model]
     ours, pipe, eps = tiny
     eps[0] = file.get("prediction_type") != "v_prediction"
@@ -274,7 +271,7 @@ def test_released_models_draw_the_picture_of_diffusers_pipeline(diffusers, tiny,
 
 @pytest.mark.parametrize("name", ["UniPCMultistep", "DEISMultistep", "DPMSolverSinglestep", "TCD",
                                   "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LCM"])
-def test_of_a_class_that_is_not_implemented_the_process_counts(diffusers, name):
+def test_of_a_class_that_is_not_implemented_the_process_counts(name):
     file = dict(getattr(diffusers, name + "Scheduler")(**BETAS, **V).config)
     del file["_use_default_values"]
     d = Diffusion.from_config({**file, "_class_name": name + "Scheduler"})
@@ -284,7 +281,7 @@ def test_of_a_class_that_is_not_implemented_the_process_counts(diffusers, name):
 
 
 @pytest.mark.parametrize("name", CLASSES.values())
-def test_every_key_that_counts_in_diffusers_counts_here(diffusers, name):
+def test_every_key_that_counts_in_diffusers_counts_here(name):
     """A new key of a later version has to be thought about."""
     keys = inspect.signature(getattr(diffusers, name)).parameters.keys()
     # Of thresholding and of flows, which are refused; and of DPM++'s last step, which ends at
@@ -311,7 +308,7 @@ REST = sorted(CORRECTIONS.keys() - {*QUICK, "DDIMPipeline"})
 
 @pytest.mark.parametrize("name", QUICK + [pytest.param(x, marks=pytest.mark.slow) for x in REST])
 @pytest.mark.filterwarnings("ignore")
-def test_old_files_are_corrected_as_by_diffusers_pipelines(diffusers, name):
+def test_old_files_are_corrected_as_by_diffusers_pipelines(name):
     """What a constructor changes in the scheduler's config stands in CORRECTIONS."""
     rooms = ["deprecated.stable_diffusion_safe", "deprecated.stable_diffusion_variants",
              "deprecated.alt_diffusion"]
@@ -327,7 +324,7 @@ def test_old_files_are_corrected_as_by_diffusers_pipelines(diffusers, name):
             assert {key: after[key] for key in before} == expected
 
 
-def test_no_other_pipeline_of_diffusers_corrects_a_scheduler(diffusers):
+def test_no_other_pipeline_of_diffusers_corrects_a_scheduler():
     """By their source. ONNX's and LEDITS++'s folders hold no weights of ours."""
     found = set()
     for file in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
@@ -340,7 +337,7 @@ def test_no_other_pipeline_of_diffusers_corrects_a_scheduler(diffusers):
     assert found == CORRECTIONS.keys() - {"DDIMPipeline"}
 
 
-def test_on_pixels_ddims_pipeline_always_steps_by_ddim(diffusers):
+def test_on_pixels_ddims_pipeline_always_steps_by_ddim():
     scheduler = diffusers.DDPMScheduler(beta_end=0.01)
     expected = diffusers.DDIMPipeline(None, scheduler).scheduler.config
     file = {**scheduler.config, "_class_name": "DDPMScheduler", **CORRECTIONS["DDIMPipeline"]}
@@ -379,7 +376,7 @@ def test_another_class_must_state_its_betas(name):
 
 # ---- what the network predicts, and the loss ----
 
-def test_add_noise_keeps_unit_variance_and_ends(diffusers):
+def test_add_noise_keeps_unit_variance_and_ends():
     x0, noise = batch(6, 4, 64, 64)
     t = torch.tensor([0, 10, 250, 500, 750, 999])
     x = make().add_noise(x0, noise, t)
@@ -448,11 +445,10 @@ def test_weight_v_turns_the_error_of_noise_into_the_error_of_v():
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_loss_weights_are_the_papers(diffusers, zero_snr):
+def test_loss_weights_are_the_papers(zero_snr):
     """In terms of snr, as diffusers computes it; nothing is NaN where the last step has none."""
     config = dict(SD, **V, rescale_betas_zero_snr=zero_snr)
     t = torch.tensor([0, 100, 500, 900, 999])
-    compute_snr = pytest.importorskip("diffusers.training_utils").compute_snr
     snr = compute_snr(diffusers.DDIMScheduler.from_config(config), t)
     least = snr.clamp(max=5)
     v = Diffusion.from_config(config)
@@ -527,7 +523,7 @@ def test_variance_loss_at_t_0_is_the_likelihood_of_8_bit_pixels():
 
 
 @pytest.mark.parametrize("steps", [5, 50])
-def test_a_learned_variance_is_sampled_as_in_diffusers(diffusers, steps):
+def test_a_learned_variance_is_sampled_as_in_diffusers(steps):
     scheduler = diffusers.DDPMScheduler.from_config(LEARNED)
     d = Diffusion.from_config(LEARNED)
     assert_alike("ddpm", d, scheduler, steps, learned)
@@ -557,7 +553,7 @@ BROKEN = [("ddim", ZERO_SNR, 1.0), ("ddpm", ZERO_SNR, None), ("dpm++-karras", CO
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler, extra, eta", CASES)
-def test_trajectories_equal_diffusers(diffusers, sampler, extra, eta, spacing):
+def test_trajectories_equal_diffusers(sampler, extra, eta, spacing):
     """The scheduler and ours, built from one config, step by step."""
     name = class_of(sampler)
     karras = sampler.endswith("-karras")
@@ -579,7 +575,7 @@ def test_trajectories_equal_diffusers(diffusers, sampler, extra, eta, spacing):
     *[("ddim", strength, "leading") for strength in (0.02, 0.3, 0.58, 0.75, 0.999, 1.0)],
     *[(sampler, strength, spacing) for sampler in ("euler", "euler-a", "dpm++")
       for strength in (0.6, 1.0) for spacing in SPACINGS]])
-def test_starting_from_a_picture_equals_diffusers(diffusers, sampler, strength, spacing):
+def test_starting_from_a_picture_equals_diffusers(sampler, strength, spacing):
     x0, noise = batch(2, 4, 8, 8)
     name = class_of(sampler)
     for steps in (50, 64):
@@ -648,7 +644,7 @@ def test_bad_numbers_are_refused_by_name():
 
 # ---- guidance and noise ----
 
-def test_guidance_is_rescaled_as_in_diffusers(diffusers):
+def test_guidance_is_rescaled_as_in_diffusers():
     """Exercise 3 grades what the scales do."""
     pipelines = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
     out = torch.randn(3, 2, 4, 8, 8)
@@ -674,9 +670,8 @@ def test_a_picture_depends_on_its_own_seed_alone():
         assert torch.allclose(alone, whole[i:i + 1], atol=1e-6)
     with pytest.raises(ValueError):
         randn((3, 4, 8, 8), seeded([1]))
-    tensor = pytest.importorskip("diffusers.utils.torch_utils").randn_tensor
-    assert torch.equal(together, tensor((3, 4, 8, 8), generator=seeded(seeds)))
-    assert torch.equal(together[:1], tensor((1, 4, 8, 8), generator=seeded(seeds)[0]))
+    assert torch.equal(together, randn_tensor((3, 4, 8, 8), generator=seeded(seeds)))
+    assert torch.equal(together[:1], randn_tensor((1, 4, 8, 8), generator=seeded(seeds)[0]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

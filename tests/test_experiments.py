@@ -13,15 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-
-import common  # noqa: E402
-import data  # noqa: E402
-import gradients  # noqa: E402
-import plot  # noqa: E402
-from hub import UserError, command  # noqa: E402
-from sample import load_model  # noqa: E402
+import common
+import data
+import gradients
+import plot
+from conftest import ROOT
+from hub import UserError, command
+from sample import load_model
 
 TINY = "--task uncond --model scratch --unet ddpm-tiny --batch-size 2"
 
@@ -93,7 +91,6 @@ def test_cosines_of_gradients_are_those_of_two_disjoint_halves():
 
 
 def test_the_heatmap_is_blue_where_gradients_agree_and_red_where_they_do_not(tmp_path):
-    pytest.importorskip("matplotlib")
     gradients.draw(np.array([[1.0, -1.0], [-1.0, 1.0]]), 1000, tmp_path / "x.png")
     pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
     height, width, _ = pixels.shape
@@ -137,7 +134,6 @@ def test_the_running_mean_leaves_out_what_is_missing():
 
 @pytest.mark.parametrize("options", [[], ["--by-t"], ["--held-out", "--by-t"]])
 def test_curves_of_several_runs_are_drawn(run_folder, options, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     out = run_folder / "curves.png"
     call(monkeypatch, plot, run_folder, run_folder, *options, "--out", out)
     assert Image.open(out).format == "PNG"

@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-
-import common  # noqa: E402
-import data  # noqa: E402
-import deme  # noqa: E402
-import dtr  # noqa: E402
-import frame  # noqa: E402
-import merge  # noqa: E402
-import mtdiffusion  # noqa: E402
-from diffusion import Diffusion  # noqa: E402
-from hub import UserError, read_json  # noqa: E402
-from sample import load_model  # noqa: E402
+import common
+import data
+import deme
+import dtr
+import frame
+import merge
+import mtdiffusion
+from conftest import same_tensors
+from diffusion import Diffusion
+from hub import UserError, read_json
+from sample import load_model
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +146,7 @@ def test_new_networks_of_a_seed_are_equal_and_begin_with_zero(tmp_path):
     paths = [frame.fresh_model(tmp_path / name, "ddpm-tiny", seed)
              for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     a, b, c = (load_model(path).unet.state_dict() for path in paths)
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert same_tensors(a, b)
     assert not torch.equal(a["conv_in.weight"], c["conv_in.weight"])
     model = load_model(paths[0])
     assert model.native_size == 16
@@ -344,7 +342,6 @@ def test_an_arm_is_flat_where_its_last_stage_brought_little(last, flat):
 
 
 def test_table_and_figure_are_made_of_what_is_there(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     rows = [dict(arm=arm, seed=seed, step=step, measure_seconds=30.0, train_seconds=30.0,
                  frechet=[value + seed, 0.3], kernel=[value / 10])
             for arm, step, value in (("plain", 10, 4.0), ("plain", 20, 3.0), ("DTR", 10, 2.0))
@@ -542,7 +539,6 @@ def test_a_mistake_is_named(words, message, monkeypatch):
 
 @pytest.mark.slow
 def test_dtr_from_runs_to_table(fashion, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     words = ["--data", fashion, "--steps", 8, "--seeds", 1, "--count", 20, "--draw-steps", 2,
              "--out", tmp_path / "runs", "--results", tmp_path / "x.json"]
     monkeypatch.setattr(sys, "argv", ["dtr.py", *map(str, words)])

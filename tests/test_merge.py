@@ -14,10 +14,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, full_disk
+from conftest import ROOT, assert_mistake, call, full_disk, same_tensors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -294,13 +295,6 @@ def succeeded(done):
     return done
 
 
-def refused(done, *words):
-    """The mistake is told in one line with these words."""
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-
-
 def test_folders_merge_as_state_dicts_do(folders):
     """Mixed types, integers, one copy in shards, one in half precision without an autoencoder."""
     states = []
@@ -379,8 +373,8 @@ def test_older_spellings_of_the_same_network_merge(folders):
          unet=["diffusers", "U"])
     succeeded(run(folders, weights=[0.5]))
     for module in (text, vae):
-        again = type(module).from_pretrained(folders / "E").state_dict()
-        assert all(torch.equal(value, again[key]) for key, value in module.state_dict().items())
+        again = type(module).from_pretrained(folders / "E")
+        assert same_tensors(again.state_dict(), module.state_dict())
     index = read_json(folders / "E/model_index.json")
     assert index["safety_checker"] == index["feature_extractor"] == [None, None]
     assert index["requires_safety_checker"] is False
@@ -410,13 +404,11 @@ def test_a_folder_that_points_to_its_base_merges_into_a_whole_one(tmp_path):
     merge.merge_folders(path, [path], [1], tmp_path / "x/E")
     a, b = load_model(tmp_path / "x/E"), load_model(path)
     assert a.tasks == b.tasks
-    theirs = b.unet.state_dict()
-    assert all(torch.equal(value, theirs[key]) for key, value in a.unet.state_dict().items())
+    assert same_tensors(a.unet.state_dict(), b.unet.state_dict())
     assert (tmp_path / "x/E/scheduler").is_dir()
 
 
 def test_a_merged_model_draws_the_same_in_diffusers(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
     path = ROOT / "assets/tiny"
     merge.merge_folders(path, [path], [0.5], tmp_path / "E")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "E",
@@ -535,13 +527,13 @@ MISTAKES = [  # what is done to the folders; what the line says besides the part
 def test_a_mistake_is_one_line_and_nothing_is_written(folders, prepare, part, words):
     prepare(folders)
     files = sorted(folders.rglob("*"))
-    refused(run(folders, weights=[-9]), str(folders / part), words)
+    assert_mistake(run(folders, weights=[-9]), str(folders / part), words)
     assert sorted(folders.rglob("*")) == files
 
 
 @pytest.mark.parametrize("weights", [[1, 2], ["nan"], [], [1e39], [1, "--search"]])
 def test_a_mistake_in_the_weights_is_one_line(folders, weights):
-    refused(run(folders, weights=weights), "weight")
+    assert_mistake(run(folders, weights=weights), "weight")
     assert not (folders / "E").exists()
 
 
@@ -549,7 +541,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_written(folders):
     files = sorted(folders.rglob("*"))
     with full_disk(50_000):
         done = run(folders)
-    refused(done, f"{UNET_FILE} cannot be written")
+    assert_mistake(done, f"{UNET_FILE} cannot be written")
     assert sorted(folders.rglob("*")) == files
 
 
@@ -631,13 +623,13 @@ def test_copies_stand_in_the_order_of_their_ranges_and_match(pretended, monkeypa
     for name, t_range in (("B", [0, 500]), ("C", [500, 1000])):
         edit(pretended / name / "arguments.json", t_range=t_range)
     for tuned in ("CB", "B", "BBC"):
-        refused(search(pretended, tuned=tuned), "order of their ranges")
+        assert_mistake(search(pretended, tuned=tuned), "order of their ranges")
     succeeded(search(pretended))
     # What cannot be merged is refused before the search.
     shutil.rmtree(pretended / "E")
     monkeypatch.setattr(sys.modules["train"], "held_out_examples", None)
     edit(pretended / "C" / SCHEDULER, prediction_type="epsilon")
-    refused(search(pretended), "C/scheduler")
+    assert_mistake(search(pretended), "C/scheduler")
 
 
 def test_a_search_on_the_shipped_model(tmp_path, monkeypatch):

@@ -2,24 +2,21 @@
 import copy
 import shlex
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "experiments")]
-
-import data  # noqa: E402
-import emoji  # noqa: E402
-import moe  # noqa: E402
-import mtu  # noqa: E402
-import train  # noqa: E402
-from hub import read_json  # noqa: E402
-from sample import load_model  # noqa: E402
-from test_moe import base, reloaded, run, scramble  # noqa: E402
+import data
+import emoji
+import moe
+import mtu
+import train
+from conftest import ROOT
+from hub import read_json
+from sample import load_model
+from test_moe import base, reloaded, run, scramble
 
 ARMS = mtu.make_arms("runs")
 
@@ -177,7 +174,6 @@ def test_an_arm_may_start_from_an_upcycled_model(tasks, added, tmp_path):
 @pytest.mark.slow
 def test_from_runs_to_tables(tmp_path, monkeypatch, capsys, new_tasks):
     """Every arm, each for two steps; older tasks stay as they are unless everything trains."""
-    pytest.importorskip("matplotlib")
     options = ["--steps", 2, "--seeds", 1, "--count", 4, "--draw-steps", 2, "--out",
                tmp_path / "runs", "--results", tmp_path / "x.json"]
     monkeypatch.setattr(mtu, "LOSS_EXAMPLES", 2)

@@ -15,7 +15,7 @@ import data
 import emoji
 import evaluate
 import readers
-from conftest import call
+from conftest import assert_mistake, call
 from data import Folder, open_dataset
 from hub import UserError
 from readers import find_layout, read_rows
@@ -317,9 +317,7 @@ def test_instructpix2pix_in_parquet(tmp_path):
 def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     write(tmp_path / "data" / "a.parquet", "x")
-    done = call("data.py", "check", "--data", tmp_path)
-    assert done.returncode == 2 and "pip install pyarrow" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert_mistake(call("data.py", "check", "--data", tmp_path), "pip install pyarrow")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -749,9 +747,8 @@ def test_whatever_is_wrong_ends_in_one_line(tmp_path, name, content):
         write(root / name, content)
     for words in (["check"], ["show", "--task", "edit"], ["encode", "--out", tmp_path / "out"]):
         read_rows.cache_clear()
-        done = call("data.py", *words, "--data", root)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert str(root) in done.stderr and not (tmp_path / "out").exists()
+        assert_mistake(call("data.py", *words, "--data", root), root)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("row", [

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
+from skimage import metrics
 
 import data
 import emoji
@@ -238,7 +240,6 @@ def test_lpips_is_the_librarys(tmp_path, torchvision):
 
 def test_ssim_is_its_authors():
     """By hand at one place, and not with scikit-image's other defaults."""
-    metrics = pytest.importorskip("skimage.metrics")
     example = pairs(1)[0]
     drawn = pictures(1, 5)
     (value,) = measures.Similarity().judge([example], drawn)["SSIM"]
@@ -264,7 +265,6 @@ def test_ssim_is_its_authors():
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A small CLIPModel of transformers with random weights, and the miniature's tokenizer."""
-    transformers = pytest.importorskip("transformers")
     from clip import BOS, EOS, Tokenizer
     tokenizer = Tokenizer.from_pretrained(ASSETS / "tiny")
     shared = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,

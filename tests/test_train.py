@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, call, copies, in_two_processes
+from conftest import ROOT, assert_mistake, call, copies, in_two_processes, same_tensors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,8 +50,7 @@ def run(out, *options, code=0, start=lambda *words: [call(*words)]):
 
 
 def refused(words, out, *options):
-    stderr = run(out, *options, code=2).stderr
-    assert words in stderr and len(stderr.strip().splitlines()) == 1, stderr
+    assert_mistake(run(out, *options, code=2), words)
 
 
 def log(out):
@@ -60,10 +59,6 @@ def log(out):
 
 def tensors(out, part="unet"):
     return load_file(next((out / part).glob("*.safetensors")))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def spy(patch, place, name):
@@ -179,8 +174,8 @@ def test_from_scratch_makes_a_folder_that_diffusers_opens(tmp_path):
     (encoders / "model_index.json").write_text(json.dumps(index))
     run(out, "--task", "t2i", "--model", "scratch", "--steps", 1, "--encoders", encoders)
     model = load_model(out)
-    assert model.tasks == ["t2i"] and same(model.vae.state_dict(), tiny.vae.state_dict())
-    assert same(model.text_encoder.state_dict(), tiny.text_encoder.state_dict())
+    assert model.tasks == ["t2i"] and same_tensors(model.vae.state_dict(), tiny.vae.state_dict())
+    assert same_tensors(model.text_encoder.state_dict(), tiny.text_encoder.state_dict())
     pipe = StableDiffusionPipeline.from_pretrained(out, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("x", num_inference_steps=1).images[0].size == (64, 64)
@@ -325,7 +320,7 @@ def test_runs_killed_while_they_save_go_on_from_the_last_state_bit_for_bit(strai
         process.join(240)
         assert process.exitcode == 9
     assert "at step 1" in run(tmp_path, *words).stdout
-    assert same(tensors(straight[0]), tensors(tmp_path))
+    assert same_tensors(tensors(straight[0]), tensors(tmp_path))
     assert [row["step"] for row in log(tmp_path)] == [1, 2, 3, 4]
     assert not list(tmp_path.rglob("*.part-*"))
 
@@ -365,7 +360,8 @@ def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(
         assert last == "error: state.safetensors: No space left on device"
     monkeypatch.undo()
     assert "at step 2" in run(b, *options).stdout
-    assert same(tensors(a, "state"), tensors(b, "state")) and same(tensors(a), tensors(b))
+    assert same_tensors(tensors(a, "state"), tensors(b, "state"))
+    assert same_tensors(tensors(a), tensors(b))
     learned = tensors(b, "state").get("param/uncertainty.s", torch.zeros(2))
     assert ("uw" in words) == bool((learned != 0).sum() > 1)
     assert not any("uncertainty" in key for key in tensors(b))
@@ -457,7 +453,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_bit_for_bit(
     assert "stopped at step 3; the same command goes on" in printed and "Next:" not in printed
     assert signal.getsignal(number) == interruptible[number]
     assert "at step 3" in run(tmp_path, *words).stdout
-    assert same(tensors(straight[0]), tensors(tmp_path))
+    assert same_tensors(tensors(straight[0]), tensors(tmp_path))
 
 
 def test_an_ignored_signal_stays_ignored_and_a_second_interrupt_ends_a_run_at_once(interruptible):
@@ -593,7 +589,7 @@ def test_a_run_of_which_a_process_dies_is_brought_back_bit_for_bit(two_ranks, tm
         torchrun.kill()
     assert torchrun.returncode == 0 and "exitcode: -9" in stderr, stderr[-3000:]
     assert [row["step"] for row in log(tmp_path)] == [1, 2, 3, 4]
-    assert same(tensors(two_ranks), tensors(tmp_path))
+    assert same_tensors(tensors(two_ranks), tensors(tmp_path))
 
 
 def one_bit_apart():

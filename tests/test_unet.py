@@ -5,11 +5,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import hub
 import unet as module
-from conftest import refused
+from conftest import refused, same_tensors, shapes
 from diffusion import Diffusion
 from hub import load_weights, read_json, save_weights
 from unet import CONFIGS, UNet
@@ -34,14 +35,10 @@ SHAPES = {  # the structures of released models at reduced widths
 }
 
 
-def diffusers_unet():
-    return pytest.importorskip("diffusers").UNet2DConditionModel
-
-
 def theirs(config):
     """diffusers' network, its norms moved off 1 and 0 so that a swapped or missing one shows."""
     torch.manual_seed(1)
-    reference = diffusers_unet()(**config).eval()
+    reference = UNet2DConditionModel(**config).eval()
     with torch.no_grad():
         for name, p in reference.named_parameters():
             if "norm" in name:
@@ -65,10 +62,6 @@ def close(a, b, bound=1e-5):
     return (a - b).abs().max().item() <= bound * b.abs().max().item()
 
 
-def shapes(network):
-    return {key: value.shape for key, value in network.state_dict().items()}
-
-
 def raising(error):
     """A function that takes anything and raises the error."""
     def function(*_, **__):
@@ -86,7 +79,7 @@ def raising(error):
 def test_names_and_shapes_are_those_of_the_checkpoints(config, tensors, parameters):
     with torch.device("meta"):
         ours = shapes(UNet(config))
-        assert ours == shapes(diffusers_unet()(**config))
+        assert ours == shapes(UNet2DConditionModel(**config))
     assert len(ours) == tensors
     assert sum(shape.numel() for shape in ours.values()) == parameters
 
@@ -96,8 +89,7 @@ def test_a_seed_draws_the_weights_that_diffusers_draws(name):
     torch.manual_seed(5)
     ours = UNet(SHAPES[name]).state_dict()
     torch.manual_seed(5)
-    for key, value in diffusers_unet()(**SHAPES[name]).state_dict().items():
-        assert torch.equal(ours[key], value), key
+    assert same_tensors(ours, UNet2DConditionModel(**SHAPES[name]).state_dict())
 
 
 @pytest.mark.parametrize("size", [(16, 16), (11, 13), (8, 24)], ids=str)
@@ -296,7 +288,7 @@ def test_diffusers_opens_what_is_saved(tmp_path):
     unet = UNet(SHAPES["sd21"]).eval()
     x, t, context, _ = inputs(SHAPES["sd21"])
     unet.to(memory_format=torch.channels_last).save_pretrained(tmp_path / "unet")
-    reference, info = diffusers_unet().from_pretrained(
+    reference, info = UNet2DConditionModel.from_pretrained(
         tmp_path, subfolder="unet", output_loading_info=True)
     assert not any(info.values()), info
     assert close(unet(x, t, context), reference.eval()(x, t, context).sample)
@@ -331,7 +323,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
         assert json.dumps(again.config) == json.dumps(unet.config)
     before = {key: value.clone() for key, value in again.state_dict().items()}
     unet.save_pretrained(tmp_path)  # what was loaded does not follow the file
-    assert all(torch.equal(value, before[key]) for key, value in again.state_dict().items())
+    assert same_tensors(again.state_dict(), before)
     with torch.no_grad():
         again.conv_out.weight.add_(1)  # nor does the file follow what was loaded
     assert torch.equal(UNet.from_pretrained(tmp_path, "").conv_out.weight, unet.conv_out.weight)
