@@ -427,23 +427,6 @@ def test_loss_is_the_weighted_error_and_a_thousandth_of_the_bound(weighting):
     assert torch.allclose(loss, uncertainty(error + bound, t))
 
 
-def test_weight_v_turns_the_error_of_noise_into_the_error_of_v():
-    """The same network's error, measured in eps and in v."""
-    eps, v = make(), make(**V)
-    x0, noise = batch(4, 4, 8, 8)
-    t = torch.tensor([0, 300, 700, 999])
-    x_t = eps.add_noise(x0, noise, t)
-    guess = noise + 0.1 * torch.randn_like(noise)
-    as_x0, _ = eps.to_x0_eps(guess, x_t, t)
-    as_v = v.target(as_x0, guess, t)
-    back, eps_of_v = v.to_x0_eps(as_v, x_t, t)
-    assert torch.allclose(back, as_x0, atol=1e-4) and torch.allclose(eps_of_v, guess, atol=1e-4)
-    weighted = eps.loss(guess, x0, noise, t, "v")
-    assert torch.allclose(weighted, v.error(as_v, x0, noise, t), rtol=1e-3)
-    assert torch.equal(eps.weight(t), torch.ones(4))
-    assert torch.equal(v.weight(t, "v"), torch.ones(4))
-
-
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_loss_weights_are_the_papers(zero_snr):
     """In terms of snr, as diffusers computes it; nothing is NaN where the last step has none."""

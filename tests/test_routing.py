@@ -110,16 +110,6 @@ def test_beta_1_is_exactly_the_plain_network(mode):
     assert torch.equal(run(add_routing(base(), beta=1.0, mode=mode)), run(base()))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_each_sample_follows_its_own_timestep(mode):
-    unet = add_routing(base(), mode=mode)
-    together, plain = run(unet), run(base())
-    for i in range(4):
-        alone = run(unet, batch=slice(i, i + 1))
-        assert torch.allclose(together[i:i + 1], alone, atol=1e-5)
-        assert (together[i] - plain[i]).abs().max() > 1e-3
-
-
 def test_the_mask_meets_the_update_and_not_the_skip_path():
     unet = add_routing(base())
     cond = unet.condition(torch.zeros(4, 4, 8, 8), T, torch.randn(4, 7, 24), None, None)
