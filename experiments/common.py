@@ -117,7 +117,7 @@ def fit(params, loss_of_step, args, **adamw):
 
 
 def borrow_from_tiny(folder, out):
-    """Make a folder, which `out` will name, a model whose missing parts are those of assets/tiny."""
+    """Make a folder, which will lie at `out`, a model whose other parts are assets/tiny's."""
     tiny = ROOT / "assets" / "tiny"
     write_json(folder / "model_index.json", {
         **read_json(tiny / "model_index.json"), "base": os.path.relpath(tiny, out)})
