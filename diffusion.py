@@ -75,7 +75,8 @@ PROCESS = dict(
 # How our samplers step. A scheduler that steps in another way describes the same process, but none
 # of ours draws the picture that it would draw.
 STEPPING = dict(
-    # diffusers' DPM++ reads each later value, which files of other solvers hold, as the first.
+    # The first value of each is DPM++'s own. Files of other solvers hold the later ones, which
+    # diffusers' DPM++ reads as the first.
     algorithm_type=("dpmsolver++", "deis"),
     solver_type=("midpoint", "logrho", "bh1", "bh2"),
     solver_order=(2,),
@@ -432,7 +433,7 @@ def posterior(alpha_bar, alpha_bar_prev):
 
 
 def learned_variance(v, low, high):
-    """Interpolate the logarithms of two variances, improved DDPM Eq. 15: -1 is low and 1 is high.
+    """Interpolate the logarithms of two variances, improved DDPM Eq. 15: v = -1 is low, 1 is high.
 
     This v is that paper's, and not the v that a network may predict in the place of the noise.
     """

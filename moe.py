@@ -202,8 +202,8 @@ class ExpertFeedForward(nn.Module):
         # balances the load of the experts, and needs none: every expert runs for every sample.
         g = self.router(task_embedding).float()
         if self.top_k is not None:
-            # So it is with top_k too, which only shows how good the result is with k of them.
-            # exp(-inf) = 0, and the softmax renormalises the others.
+            # With top_k every expert still runs; it only shows how good the result is with k of
+            # them. exp(-inf) = 0, and the softmax renormalises the others.
             best = g.topk(self.top_k, dim=-1)
             g = torch.full_like(g, -math.inf).scatter(-1, best.indices, best.values)
         return g.softmax(dim=-1)

@@ -117,7 +117,10 @@ def fit(params, loss_of_step, args, **adamw):
 
 
 def borrow_from_tiny(folder, out):
-    """Make a folder, which will lie at `out`, a model whose other parts are assets/tiny's."""
+    """Write a model_index.json that takes the parts which a folder lacks from assets/tiny.
+
+    out: where the folder will lie when it is complete.
+    """
     tiny = ROOT / "assets" / "tiny"
     write_json(folder / "model_index.json", {
         **read_json(tiny / "model_index.json"), "base": os.path.relpath(tiny, out)})

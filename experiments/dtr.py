@@ -18,8 +18,8 @@ With --adm, ADM-tiny asks whether DTR gains less in a U-Net, whose up blocks los
 at low t and only the backbone's at high t: its third arm has a window for each of them.
 
 The order is by seed, then by arm, and each run goes through its four quarters before the next one
-begins: wherever it ends, only the last run has to be kept for going on. Rule for stopping early:
-none.
+begins: after an interruption only the folder of the unfinished run is needed. Rule for stopping
+early: none.
 """
 import functools
 from pathlib import Path

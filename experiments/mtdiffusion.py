@@ -31,8 +31,8 @@ Beside the distance, with the networks at the end:
                         `from scratch` is the same for a new network
 
 The order is by seed, then by arm, and each run goes through both halves of its training before the
-next one begins: wherever it ends, only the last run has to be kept for going on. Rule for stopping
-early, fixed before the first run: none.
+next one begins: after an interruption only the folder of the unfinished run is needed. Rule for
+stopping early, fixed before the first run: none.
 """
 import functools
 from pathlib import Path
